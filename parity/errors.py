@@ -1,0 +1,23 @@
+"""The errors a person or an engine reacts to; everything else is a bug."""
+
+from __future__ import annotations
+
+
+class UsageError(Exception):
+    """Wrong use: the message names the offending value and says how to fix it (exit code 2)."""
+
+
+class Unsupported(Exception):
+    """A path cannot do what a recipe or stage asks; the message is the reason of the `skip`."""
+
+
+class CaptureError(Exception):
+    """A path failed while it carried out a stage.
+
+    Attributes:
+        detail: Traceback or the tail of the worker's stderr.
+    """
+
+    def __init__(self, message: str, detail: str = "") -> None:
+        super().__init__(message)
+        self.detail = detail

@@ -1,0 +1,151 @@
+"""The protocol of a path and the registry.
+
+A path carries out a recipe with one implementation. It has one method a stage; each takes the
+recipe and the stage's inputs and returns a `Trace`. All arrays are NumPy; adapter names are
+canonical (`layers.3.self_attn.q_proj.lora_a`) and in MLX orientation: lora_a (in, r),
+lora_b (r, out).
+
+======================  ============================================================================
+method                  inputs → what the trace holds
+======================  ============================================================================
+tokenization            scalars `texts` [str], `conversations` [[{role, content}]] →
+                        `row.N` ids (n,) of each training row as it is trained on, `offset.N` ()
+                        first supervised token of the row (0: all), `text.N`, `chat.N`;
+                        scalars `decoded` [str], one a text, `bos`, `eos`, `pad`, `vocab_size`
+batches                 → `ids.N` (B, W), `lengths.N` (B, 2) of (offset, tokens) per micro-batch,
+                        for steps × accumulation micro-batches
+logits                  `ids.N` (B, T); scalar `modules` bool → `logits.N` (B, T, V) float32
+                        (float64 from a float64 run); with `modules`, `module.N/<name>` outputs in
+                        the order of calls, scalar `order` [name]; scalar `dtype`
+cross_entropy           `logits` (B, T, V), `ids` (B, T + 1), `lengths` (B, 2) → `loss` (),
+                        `supervised` (B, T) bool, `targets` (B, T) id or -1, `token_loss` (B, T);
+                        scalar `tokens`
+lora_init               → `adapter/<name>`; scalars `trainable` [name], `rank`, `scale`, `dropout`,
+                        `layers` [int], `dtype`
+gradient                `adapter/<name>`, `ids` (B, W), `lengths` (B, 2) → `loss` (), `norm` (),
+                        `gradient/<name>`, before any clip; scalar `tokens`
+optimizer_step          `weight/<name>`, `gradient.N/<name>` → `weight.N/<name>` after each step,
+                        clip included
+train                   optional `adapter/<name>` to start from (else the path's own init), optional
+                        `batches/ids.N`, `batches/lengths.N` → `loss` (steps,), `gradient_norm`
+                        (steps,) before any clip, `tokens` (steps,), `adapter/<name>` at the end,
+                        `batches/...` as trained on
+decode                  `adapter/<name>`; scalars `prompts` [str], `expected` str → `ids.N` generated,
+                        `margin.N` top-1 minus top-2 logit at each of them, `completion_loss` (P,)
+                        teacher-forced on `expected`; scalars `text` [str]
+config                  → scalars in the vocabulary of probe 00 (see `stages/config.py`)
+======================  ============================================================================
+
+A method that is not overridden, a factor that cannot be honoured, or an input that cannot be taken
+raises `Unsupported` with the reason, which becomes a `skip`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path as FilePath
+from typing import Any, ClassVar
+
+from parity.errors import Unsupported, UsageError
+from parity.recipe import Recipe
+from parity.trace import Trace
+
+GROUP = "parity.paths"
+
+
+class Path:
+    """One implementation of recipes. Subclasses import their framework inside methods."""
+
+    name: ClassVar[str]
+    framework: ClassVar[str]
+    """`mlx` or `torch`; two paths of one framework are expected bit-identical."""
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Distributions whose versions belong to the environment of a trace."""
+    takes_batches: ClassVar[bool] = True
+    """Whether `train` runs on batches that are handed to it."""
+
+    def __init__(self, cache: FilePath) -> None:
+        self.cache = cache
+
+    def shipped(self) -> dict[str, Any]:
+        """Factors as this path sets them when nobody says anything, read from the live library."""
+        return {}
+
+    def environment(self) -> dict[str, Any]:
+        """Versions, device and settings of the running process."""
+        return {}
+
+    def tokenization(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """Ids that are trained on, and ids of arbitrary text."""
+        raise self._unsupported("tokenization")
+
+    def batches(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """Batches in the order they are trained on."""
+        raise self._unsupported("batches")
+
+    def logits(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """Logits of the base model."""
+        raise self._unsupported("logits")
+
+    def cross_entropy(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """The path's real loss on given logits."""
+        raise self._unsupported("cross_entropy")
+
+    def lora_init(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """The adapter before the first step."""
+        raise self._unsupported("lora_init")
+
+    def gradient(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """One gradient at a given adapter and batch."""
+        raise self._unsupported("gradient")
+
+    def optimizer_step(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """The path's real clip and optimizer on given weights and gradients."""
+        raise self._unsupported("optimizer_step")
+
+    def train(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """The path's training loop."""
+        raise self._unsupported("train")
+
+    def decode(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """Greedy decoding with a given adapter."""
+        raise self._unsupported("decode")
+
+    def config(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """What is really in effect, read back from live objects."""
+        raise self._unsupported("config")
+
+    def _unsupported(self, stage: str) -> Unsupported:
+        return Unsupported(f"path {self.name!r} has no {stage}")
+
+
+def registered() -> dict[str, str]:
+    """Registered paths: name to `module:Class`."""
+    return {point.name: point.value for point in entry_points(group=GROUP)}
+
+
+def resolve(spec: str) -> type[Path]:
+    """The class of a registered name or of `package.module:Class`.
+
+    Raises:
+        UsageError: It is neither, cannot be imported, or is no path.
+    """
+    known = registered()
+    target = known.get(spec, spec)
+    module, colon, attribute = target.partition(":")
+    if not colon or not module or not attribute:
+        raise UsageError(
+            f"unknown path {spec!r}: give one of {', '.join(sorted(known))} or package.module:Class"
+        )
+    # A trainer of one's own lies where the command is run, not where this package is installed.
+    if str(FilePath.cwd()) not in sys.path:
+        sys.path.insert(0, str(FilePath.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"cannot import path {spec!r}: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, Path)):
+        raise UsageError(f"{spec!r} is no subclass of parity.paths.base.Path")
+    return found
