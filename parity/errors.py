@@ -21,3 +21,7 @@ class CaptureError(Exception):
     def __init__(self, message: str, detail: str = "") -> None:
         super().__init__(message)
         self.detail = detail
+
+
+class UnmatchedNames(Exception):
+    """Tensors that were handed over do not fit the path's own, by name: a divergence, no fault."""

@@ -1,0 +1,297 @@
+"""Path `mlx-lm`: the shipped CLI, run as `mlx_lm.lora.main()` with a YAML file of its own.
+
+The CLI prints three decimals. For full precision its call of `train` is met at the door: there the
+live model, optimizer, dataset and arguments that it built are read, and `train` itself is called
+with a reporting callback and with an optimizer whose state carries the gradient norm out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path as FilePath
+from typing import Any, ClassVar
+from unittest import mock
+
+import numpy as np
+
+from parity import resources
+from parity.errors import Unsupported
+from parity.paths import _mlx
+from parity.paths._mlx import Batch, Setup, to_numpy
+from parity.paths.mlx import (
+    MlxPath,
+    _record,
+    config_trace,
+    decode_trace,
+    given,
+    lora_parameters,
+    lr_schedule,
+    optimizer_config,
+)
+from parity.recipe import Recipe
+from parity.trace import Array, Trace
+
+# Factors the CLI has no option for, with the one value it always has.
+FIXED: dict[str, Any] = {
+    "data.pad_multiple": 32,
+    "data.pad_extra": 1,
+    "data.append_eos": True,
+    "seed.placement": "before_lora",
+    "mask.start_shift": 0,
+    "mask.end_shift": 1,
+    "optim.clip": "none",
+    "train.accumulation_weighting": "mean",
+}
+
+
+class MlxLmPath(MlxPath):
+    """The mlx-lm command line."""
+
+    name: ClassVar[str] = "mlx-lm"
+
+    def load(self, recipe: Recipe) -> tuple[Any, Any]:
+        """The checkpoint as `mlx_lm.load` gives it."""
+        import mlx_lm
+
+        self._check(recipe)
+        return mlx_lm.load(self.checkpoint(recipe))[:2]  # type: ignore[no-any-return]
+
+    def setup(self, recipe: Recipe, adapter: Mapping[str, Array] | None = None) -> Setup:
+        """The live objects that the CLI hands to `train`."""
+        from mlx_lm.tuner import trainer
+
+        seen: dict[str, Any] = {}
+        with self._main(recipe, adapter, lambda **handed: seen.update(handed)):
+            pass
+        default = {k: p.default for k, p in inspect.signature(trainer.train).parameters.items()}
+        args, dataset = seen["args"], seen["train_dataset"]
+
+        def iterate() -> Iterator[Batch]:
+            return default["iterate_batches"](  # type: ignore[no-any-return]
+                dataset, args.batch_size, args.max_seq_length, loop=True
+            )
+
+        facts = {
+            "accumulation.steps": args.grad_accumulation_steps,
+            "accumulation.weighting": "mean",
+        }
+        _, tokenizer = self.base(recipe)
+        return Setup(
+            seen["model"],
+            tokenizer,
+            seen["optimizer"],
+            dataset,
+            default["loss"],
+            iterate,
+            None,
+            facts,
+        )
+
+    def gradient(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """The gradient that one iteration of the CLI's `train` hands to its optimizer."""
+        import mlx.core as mx
+
+        batch = (mx.array(inputs.arrays["ids"]), mx.array(inputs.arrays["lengths"]))
+        once = recipe.override({"train.steps": 1, "train.accumulation": 1})
+        losses, observer, _ = self._train(once, inputs.group("adapter"), iter([batch]), True)
+        trace = Trace(
+            {
+                "loss": np.asarray(losses[0]["train_loss"]),
+                "norm": np.asarray(observer.norm()),
+            },
+            {"tokens": int(losses[0]["trained_tokens"])},
+        )
+        return trace.with_group("gradient", observer.gradient())
+
+    def train(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """The CLI's training, from `main()` to the adapter file it saves."""
+        trace, norms, tokens = Trace(), [], [0]
+        reports, _, adapter = self._train(
+            recipe, inputs.group("adapter"), given(inputs), False, trace, norms
+        )
+        parts = recipe.train.accumulation
+        losses = np.asarray([r["train_loss"] for r in reports], np.float64)
+        tokens = np.diff([0, *(r["trained_tokens"] for r in reports)])
+        trace.arrays["loss"] = losses.reshape(-1, parts).mean(axis=1)
+        trace.arrays["gradient_norm"] = np.asarray(norms[parts - 1 :: parts])
+        trace.arrays["tokens"] = tokens.reshape(-1, parts).sum(axis=1)
+        return trace.with_group("adapter", adapter)
+
+    def decode(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """Saves the adapter, loads it back with `mlx_lm.load`, streams greedily."""
+        import mlx.core as mx
+        import mlx_lm
+
+        setup = self.setup(recipe)
+        names = _mlx.renamed(setup.model, inputs.group("adapter"))
+        with tempfile.TemporaryDirectory() as folder:
+            mx.save_safetensors(f"{folder}/adapters.safetensors", names)
+            FilePath(folder, "adapter_config.json").write_text(
+                json.dumps(self._arguments(recipe, folder)), encoding="utf-8"
+            )
+            model, tokenizer = mlx_lm.load(self.checkpoint(recipe), adapter_path=folder)[:2]
+
+        def generate(prompt: str) -> Iterator[tuple[int, Any]]:
+            for answer in mlx_lm.stream_generate(
+                model, tokenizer, prompt, max_tokens=recipe.decode.max_tokens
+            ):
+                yield int(answer.token), answer.logprobs
+
+        return decode_trace(model, tokenizer, generate, inputs)
+
+    def config(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `Path.config`."""
+        return config_trace(recipe, self.setup(recipe))
+
+    # The CLI and its door ----------------------------------------------------------------------
+
+    def _check(self, recipe: Recipe) -> None:
+        factors = recipe.factors()
+        for name, only in FIXED.items():
+            if factors[name] != only:
+                raise Unsupported(f"the mlx-lm CLI always has {name}={only}, not {factors[name]}")
+        if recipe.seed.data not in (None, recipe.seed.value):
+            raise Unsupported("the mlx-lm CLI has one seed for LoRA init and data order")
+        if recipe.model.dtype == "float64":
+            raise Unsupported("the mlx-lm CLI has no float64")
+
+    def checkpoint(self, recipe: Recipe) -> str:
+        """The model's folder, its weights stored in the recipe's dtype.
+
+        The CLI computes in the dtype of the checkpoint; another one takes a converted copy, kept
+        in the cache.
+        """
+        import mlx.core as mx
+
+        source = resources.model_dir(recipe.model.source)
+        wanted = getattr(mx, recipe.model.dtype)
+        files = sorted(FilePath(source).glob("*.safetensors"))
+        if not files or all(
+            value.dtype in (wanted, mx.uint32) for file in files for value in mx.load(str(file)).values()
+        ):
+            return source
+        key = f"{resources.fingerprint(source)}-{recipe.model.dtype}"
+        copy = self.cache / "checkpoints" / key
+        if not (copy / "complete").exists():
+            copy.mkdir(parents=True, exist_ok=True)
+            for file in FilePath(source).iterdir():
+                if file.suffix == ".safetensors":
+                    tensors = {k: v.astype(wanted) for k, v in mx.load(str(file)).items()}
+                    mx.save_safetensors(str(copy / file.name), tensors)
+                elif file.is_file():
+                    (copy / file.name).write_bytes(file.read_bytes())
+            (copy / "complete").touch()
+        return str(copy)
+
+    def _arguments(self, recipe: Recipe, folder: str, resume: str | None = None) -> dict[str, Any]:
+        """The CLI's YAML: every option named, none left to a default."""
+        self._check(recipe)
+        t = recipe.train
+        return {
+            "model": self.checkpoint(recipe),
+            "train": True,
+            "data": str(resources.data_dir(recipe.data.source)),
+            "fine_tune_type": "lora",
+            "seed": recipe.seed.value,
+            "num_layers": recipe.lora.num_layers,
+            "lora_parameters": lora_parameters(recipe, self.base(recipe)[0]),
+            "batch_size": t.batch_size,
+            "iters": t.steps * t.accumulation,
+            "grad_accumulation_steps": t.accumulation,
+            "grad_checkpoint": t.gradient_checkpointing,
+            "learning_rate": recipe.optim.lr,
+            "lr_schedule": lr_schedule(recipe),
+            "optimizer": recipe.optim.name,
+            "optimizer_config": {recipe.optim.name: optimizer_config(recipe)},
+            "mask_prompt": recipe.mask.prompt,
+            "max_seq_length": recipe.data.max_length,
+            "adapter_path": folder,
+            "resume_adapter_file": resume,
+            "steps_per_report": 1,
+            "steps_per_eval": t.steps * t.accumulation + 1,
+            "save_every": t.steps * t.accumulation + 1,
+            # Validation draws from the generator that orders the training data.
+            "val_batches": 0,
+        }
+
+    @contextlib.contextmanager
+    def _main(
+        self,
+        recipe: Recipe,
+        adapter: Mapping[str, Array] | None,
+        at_train: Callable[..., None],
+    ) -> Iterator[FilePath]:
+        """Runs the CLI, `at_train` standing where it calls `train`; gives its output folder."""
+        import mlx.core as mx
+        import mlx_lm.lora
+        import yaml
+
+        with tempfile.TemporaryDirectory() as folder:
+            resume = None
+            if adapter:
+                resume = str(FilePath(folder, "init.safetensors"))
+                model, _ = self.base(recipe)
+                self.wire(model, recipe)
+                mx.save_safetensors(resume, _mlx.renamed(model, adapter))
+            file = FilePath(folder, "config.yaml")
+            file.write_text(yaml.safe_dump(self._arguments(recipe, folder, resume)), "utf-8")
+            with (
+                mock.patch.object(sys, "argv", ["mlx_lm.lora", "--config", str(file)]),
+                mock.patch.object(mlx_lm.lora, "train", at_train),
+                _mlx.compiled(recipe.train.compile),
+            ):
+                try:
+                    mlx_lm.lora.main()
+                except ValueError as error:
+                    # What the CLI refuses is what this path cannot do.
+                    raise Unsupported(f"mlx-lm: {error}") from None
+            yield FilePath(folder)
+
+    def _train(
+        self,
+        recipe: Recipe,
+        adapter: Mapping[str, Array],
+        batches: Iterator[Batch] | None,
+        gradients: bool,
+        trace: Trace | None = None,
+        norms: list[float] | None = None,
+    ) -> tuple[list[dict[str, Any]], Any, dict[str, Array]]:
+        """Trains for real; returns the CLI's own reports, the observer and the saved adapter."""
+        import mlx.core as mx
+        from mlx_lm.tuner.callbacks import TrainingCallback
+        from mlx_lm.tuner.trainer import iterate_batches, train
+
+        reports: list[dict[str, Any]] = []
+        observers: list[Any] = []
+        count = recipe.train.steps * recipe.train.accumulation
+
+        class Report(TrainingCallback):  # type: ignore[misc]
+            def on_train_loss_report(self, info: dict[str, Any]) -> None:
+                reports.append(info)
+                update = len(reports) % recipe.train.accumulation == 0
+                if norms is not None:
+                    norms.append(observers[0].norm() if update else float("nan"))
+
+        def recorded(**arguments: Any) -> Iterator[Batch]:
+            drawn = batches if batches is not None else iterate_batches(**arguments)
+            if trace is None:
+                return drawn
+            return _record(trace, itertools.islice(drawn, count), lazy=True)
+
+        def at_train(**handed: Any) -> None:
+            observers.append(_mlx.Observer(handed["optimizer"], gradients))
+            handed["training_callback"] = Report()
+            with _mlx.restored_layer_class(handed["model"]):
+                train(**handed, iterate_batches=recorded)
+
+        with self._main(recipe, adapter, at_train) as folder:
+            saved = mx.load(str(folder / "adapters.safetensors"))
+        from parity.trace import canonical
+
+        return reports, observers[0], {canonical(k): to_numpy(v) for k, v in saved.items()}

@@ -1,0 +1,182 @@
+"""The JSON that a probe emits: verdict, metrics, environment and the line that reproduces it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from parity.errors import UsageError
+from parity.trace import dumps, loads, write_atomically
+
+SCHEMA = 1
+
+
+class Verdict(StrEnum):
+    """What a probe concludes. Only `identical` and `agree` are green."""
+
+    IDENTICAL = "identical"
+    AGREE = "agree"
+    DIVERGE = "diverge"
+    INCONCLUSIVE = "inconclusive"
+    ERROR = "error"
+    SKIP = "skip"
+
+    @property
+    def green(self) -> bool:
+        """Whether both sides did the same thing, shown and not merely assumed."""
+        return self in (Verdict.IDENTICAL, Verdict.AGREE)
+
+
+# From best to worst: the verdict of a record is the worst of its metrics'.
+_SEVERITY = [
+    Verdict.IDENTICAL,
+    Verdict.AGREE,
+    Verdict.SKIP,
+    Verdict.INCONCLUSIVE,
+    Verdict.DIVERGE,
+    Verdict.ERROR,
+]
+
+
+def worst(verdicts: list[Verdict]) -> Verdict:
+    """The verdict that decides; nothing compared is inconclusive."""
+    return max(verdicts, key=_SEVERITY.index, default=Verdict.INCONCLUSIVE)
+
+
+class Metric(BaseModel):
+    """One quantity compared."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    verdict: Verdict
+    value: float
+    """Greatest absolute difference; for exact quantities the number of mismatches."""
+    tolerance: float
+    """What was allowed at the place of `value`; 0 where bits must be equal."""
+    minimum_required_tolerance: float
+    """The smallest tolerance under which this metric would be green."""
+    floor: float = 0.0
+    """What rounding alone explains there; the tolerance is a multiple of it."""
+    relative: float | None = None
+    """Greatest relative difference."""
+    mismatched: int = 0
+    total: int = 0
+    where: str = ""
+    """Name and index of the greatest excess over the tolerance."""
+    step: int | None = None
+    """First step over the tolerance, in a series."""
+    error_subject: float | None = None
+    """Greatest distance of the subject from the float64 referee."""
+    error_reference: float | None = None
+    off: str = ""
+    """Which side is off, judged by the referee: subject, reference, both or neither."""
+    gate: bool = True
+    """Whether the verdict of the record depends on it."""
+    note: str = ""
+
+
+class Side(BaseModel):
+    """One of the two paths of a record."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str
+    recipe: dict[str, Any]
+    digest: str
+    environment: dict[str, Any] = Field(default_factory=dict)
+
+
+class Record(BaseModel):
+    """What one probe found for one pair and one seed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int = SCHEMA
+    tool: str
+    probe: int
+    stage: str
+    model: str
+    seed: int
+    subject: Side
+    reference: Side
+    expectation: str = ""
+    """`identical` within one framework, `noise floor` across frameworks."""
+    verdict: Verdict
+    reason: str
+    """The verdict in one sentence."""
+    metrics: list[Metric] = Field(default_factory=list)
+    findings: list[str] = Field(default_factory=list)
+    """Differences as shipped and other observations, which do not decide the verdict."""
+    hints: list[str] = Field(default_factory=list)
+    series: dict[str, list[float]] = Field(default_factory=dict)
+    passes: dict[str, dict[str, bool]] = Field(default_factory=dict)
+    """Side to prompt to whether the expected completion came."""
+    first_divergence: dict[str, Any] | None = None
+    detail: str = ""
+    seconds: float = 0.0
+    artifacts: list[str] = Field(default_factory=list)
+    git: str = ""
+    reproduce: str = ""
+
+    @property
+    def name(self) -> str:
+        """File name without ending."""
+        parts = (f"{self.probe:02d}", self.stage, self.model, self.subject.path, "vs")
+        return "-".join([*parts, self.reference.path, f"seed{self.seed}"]).replace("/", "_").replace(
+            ":", "_"
+        )
+
+    def save(self, folder: Path) -> Path:
+        """Writes the record atomically; returns its file."""
+        file = folder / f"{self.name}.json"
+        write_atomically(file, dumps(self.model_dump(mode="python"), indent=1).encode())
+        return file
+
+    def message(self) -> str:
+        """The record as a person reads it in a terminal."""
+        from parity.report.text import describe
+
+        return describe(self)
+
+
+def load(file: Path) -> Record:
+    """Reads one record.
+
+    Raises:
+        UsageError: Not a record, or of another schema version.
+    """
+    try:
+        data = loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file}: not a record: {error}") from None
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if not isinstance(version, int):
+        raise UsageError(f"{file}: not a record: it has no schema_version")
+    if version > SCHEMA:
+        raise UsageError(
+            f"{file}: record schema {version} is newer than this tool's {SCHEMA}: upgrade mlx-parity"
+        )
+    if version < SCHEMA:
+        raise UsageError(f"{file}: record schema {version} is older than {SCHEMA}: run it again")
+    try:
+        return Record.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UsageError(f"{file}: not a record: {where}: {first['msg']}") from None
+
+
+def load_all(folder: Path) -> list[Record]:
+    """Every record below a folder, in a fixed order.
+
+    Raises:
+        UsageError: There is none, or one cannot be read.
+    """
+    files = sorted(folder.rglob("records/*.json"))
+    if not files:
+        raise UsageError(f"{folder}: no records: run `parity run --out {folder}` first")
+    return [load(file) for file in files]
