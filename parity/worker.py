@@ -19,10 +19,14 @@ import traceback
 from pathlib import Path
 from typing import IO, Any
 
-from parity.errors import CaptureError, Unsupported, UsageError
+from parity.errors import CaptureError, UnmatchedNames, Unsupported, UsageError
 from parity.recipe import Recipe, build
 from parity.trace import Trace
 
+# Errors that mean something to the engine keep their type over the pipe.
+_RAISED: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (Unsupported, UsageError, UnmatchedNames)
+}
 TAIL = 4000  # characters of a dead worker's stderr that go into its error
 
 
@@ -118,10 +122,9 @@ class Worker:
                 "raise --timeout or make the recipe smaller",
                 self.tail(),
             ) from None
-        if answer["status"] == "unsupported":
-            raise Unsupported(answer["message"])
-        if answer["status"] == "usage":
-            raise UsageError(answer["message"])
+        for status, error in _RAISED.items():
+            if answer["status"] == status:
+                raise error(answer["message"])
         if answer["status"] != "ok":
             raise CaptureError(f"path {self.spec!r}: {answer['message']}", answer["detail"])
 
@@ -189,10 +192,8 @@ def serve(spec: str, cache: Path) -> None:
                 "pid": os.getpid(),
             }
             trace.save(Path(request["output"]))
-        except Unsupported as error:
-            answer = {"status": "unsupported", "message": str(error)}
-        except UsageError as error:
-            answer = {"status": "usage", "message": str(error)}
+        except tuple(_RAISED.values()) as error:
+            answer = {"status": type(error).__name__, "message": str(error)}
         except Exception as error:
             answer = {
                 "status": "error",

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from parity.errors import UnmatchedNames
 from parity.trace import Array, canonical, layer_of
 
 Batch = tuple[Any, Any]
@@ -61,13 +62,13 @@ def renamed(model: Any, arrays: Mapping[str, Array]) -> dict[str, Any]:
     """An adapter under the live names of a model, as mx.arrays.
 
     Raises:
-        ValueError: Names that stand on one side only.
+        UnmatchedNames: Names that stand on one side only.
     """
     import mlx.core as mx
 
     names = live_names(model)
     if lone := sorted(names.keys() ^ arrays.keys()):
-        raise ValueError(
+        raise UnmatchedNames(
             f"cannot hand over the adapter: {len(lone)} unmatched names, first {lone[0]!r} "
             f"({'in the model only' if lone[0] in names else 'not trainable in the model'})"
         )

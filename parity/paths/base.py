@@ -75,6 +75,10 @@ class Path:
         """Factors as this path sets them when nobody says anything, read from the live library."""
         return {}
 
+    def defaults(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """`shipped()` as a trace: it needs the framework, so it is asked for like a capture."""
+        return Trace(scalars=self.shipped())
+
     def environment(self) -> dict[str, Any]:
         """Versions, device and settings of the running process."""
         return {}

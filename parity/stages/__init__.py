@@ -1,0 +1,44 @@
+"""One file per stage: what is captured from both paths, and how it is compared.
+
+Comparing sees NumPy arrays only; no framework is imported here.
+"""
+
+from __future__ import annotations
+
+from parity.errors import UsageError
+from parity.stages.base import Stage
+from parity.stages.config import Config
+from parity.stages.cross_entropy import CrossEntropy
+from parity.stages.decode import Decode
+from parity.stages.gradient import Gradient
+from parity.stages.logits import Logits
+from parity.stages.lora_init import LoraInit
+from parity.stages.loss_curve import LossCurve
+from parity.stages.optimizer_step import OptimizerStep
+from parity.stages.tokenization import Tokenization
+
+STAGES: tuple[Stage, ...] = (
+    Config(),
+    Tokenization(),
+    Logits(),
+    CrossEntropy(),
+    LoraInit(),
+    Gradient(),
+    OptimizerStep(),
+    LossCurve(),
+    Decode(),
+)
+"""In the order in which data flows, which is the order of the search for a cause."""
+
+
+def find(name: str) -> Stage:
+    """A stage by number or name.
+
+    Raises:
+        UsageError: There is none.
+    """
+    for stage in STAGES:
+        if name in (stage.name, str(stage.number), f"{stage.number:02d}"):
+            return stage
+    known = ", ".join(f"{stage.number:02d} {stage.name}" for stage in STAGES)
+    raise UsageError(f"unknown probe {name!r}: give a number or name of {known}")

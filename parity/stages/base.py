@@ -1,0 +1,177 @@
+"""What a stage is given and what it concludes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from parity.numerics import Noise, perturb
+from parity.recipe import Recipe
+from parity.record import Metric
+from parity.trace import Array, Trace
+
+
+@dataclass
+class Comparison:
+    """What a stage found; the engine makes a record of it."""
+
+    metrics: list[Metric] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)
+    series: dict[str, list[float]] = field(default_factory=dict)
+    passes: dict[str, dict[str, bool]] = field(default_factory=dict)
+
+
+class Capture(Protocol):
+    """Runs one method of one side; results are cached by content."""
+
+    def __call__(self, side: str, method: str, recipe: Recipe, inputs: Trace) -> Trace:
+        """A trace of `subject`, `reference` or `referee`."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both sides' traces of one capture, and what is measured around the reference on demand."""
+
+    subject: Trace
+    reference: Trace
+    exact: bool
+    dtype: str
+    _referee: Callable[[], Trace | None]
+    _perturbed: Callable[[], Trace | None]
+
+    @cached_property
+    def referee(self) -> Trace | None:
+        """The float64 run of the same thing, or None where there is none."""
+        return self._referee()
+
+    @cached_property
+    def perturbed(self) -> Trace | None:
+        """The reference with its input moved by one ulp, or None."""
+        return self._perturbed()
+
+    @cached_property
+    def noise(self) -> Noise:
+        """The noise around the reference, by array name."""
+        return self.noise_of("")
+
+    def noise_of(self, group: str) -> Noise:
+        """The noise of one group of arrays, by name inside the group.
+
+        Within one framework nothing is measured unless bits differ: then the referee tells which
+        side is off.
+        """
+
+        def arrays(trace: Trace | None) -> Mapping[str, Array]:
+            if trace is None:
+                return {}
+            return trace.group(group) if group else trace.arrays
+
+        if self.exact and self._equal(group):
+            return Noise(exact=True, dtype=self.dtype)
+        return Noise(self.exact, self.dtype, arrays(self.referee), arrays(self.perturbed))
+
+    def _equal(self, group: str) -> bool:
+        a, b = (t.group(group) if group else t.arrays for t in (self.subject, self.reference))
+        return a.keys() == b.keys() and all(
+            np.array_equal(a[name], b[name], equal_nan=a[name].dtype.kind == "f") for name in a
+        )
+
+
+@dataclass(frozen=True)
+class Context:
+    """One cell: two sides with their recipes, one seed.
+
+    Attributes:
+        recipe: The recipe both sides share; inputs are made from it.
+        recipes: The recipe of each side (and of the referee), which a search may have changed.
+        shipped: Each side's recipe with its own defaults.
+        frameworks: The framework of each side.
+        capture: Runs one method of one side.
+        both: Runs one method on both sides at once.
+    """
+
+    recipe: Recipe
+    recipes: Mapping[str, Recipe]
+    shipped: Mapping[str, Recipe]
+    frameworks: Mapping[str, str]
+    has_referee: bool
+    capture: Capture
+    both: Callable[..., tuple[Trace, Trace]]
+
+    @property
+    def exact(self) -> bool:
+        """Whether both sides do the same operations in the same framework."""
+        return self.frameworks["subject"] == self.frameworks["reference"]
+
+    @property
+    def seed(self) -> int:
+        """The seed of the cell."""
+        return self.recipe.seed.value
+
+    def rng(self, stage: int) -> np.random.Generator:
+        """The generator of a stage's inputs."""
+        return np.random.default_rng([self.seed, stage])
+
+    def given(self, method: str, inputs: Trace | None = None) -> Trace:
+        """What both sides are to be handed: emitted by the reference under the shared recipe."""
+        return self.capture("reference", method, self.recipe, inputs or Trace())
+
+    def pair(
+        self, method: str, inputs: Trace, changes: Mapping[str, Any] | None = None
+    ) -> Pair:
+        """Runs a method on both sides with equal inputs."""
+        recipes = {side: recipe.override(changes or {}) for side, recipe in self.recipes.items()}
+        subject, reference = self.both(method, recipes, inputs)
+
+        def referee() -> Trace | None:
+            if not self.has_referee:
+                return None
+            return self._optional("referee", method, recipes["referee"], inputs)
+
+        def perturbed() -> Trace | None:
+            rng = np.random.default_rng(self.seed)
+            moved = {name: perturb(value, rng) for name, value in inputs.arrays.items()}
+            if all(moved[name] is value for name, value in inputs.arrays.items()):
+                return None
+            other = Trace(moved, inputs.scalars)
+            return self._optional("reference", method, recipes["reference"], other)
+
+        dtype = recipes["reference"].model.dtype
+        return Pair(subject, reference, self.exact, dtype, referee, perturbed)
+
+    def _optional(self, side: str, method: str, recipe: Recipe, inputs: Trace) -> Trace | None:
+        from parity.errors import CaptureError, Unsupported
+
+        try:
+            return self.capture(side, method, recipe, inputs)
+        except (Unsupported, CaptureError):
+            return None
+
+
+class Stage(Protocol):
+    """One numbered question."""
+
+    number: ClassVar[int]
+    name: ClassVar[str]
+    question: ClassVar[str]
+
+    def run(self, context: Context) -> Comparison:
+        """Captures from both sides and compares."""
+
+
+def common_rows(rng: np.random.Generator, vocabulary: int, lengths: list[int], width: int) -> Trace:
+    """Seeded random ids in rows of unequal length, padded with 0.
+
+    Returns:
+        `ids` (B, width) int32 without id 0 inside rows, `lengths` (B, 2) of (0, tokens).
+    """
+    ids = np.zeros((len(lengths), width), np.int32)
+    for row, length in enumerate(lengths):
+        ids[row, :length] = rng.integers(1, vocabulary, length)
+    pairs = np.array([(0, length) for length in lengths], np.int32)
+    return Trace({"ids": ids, "lengths": pairs})

@@ -1,0 +1,71 @@
+"""Stage 03: each path's real loss on the same logits, targets and lengths."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from parity.numerics import compare, compare_exact
+from parity.record import Verdict
+from parity.stages.base import Comparison, Context, common_rows
+from parity.trace import Trace
+
+LENGTHS = [7, 19, 24, 12]
+WIDTH = 25
+
+
+class CrossEntropy:
+    """Reduction, masking and per-token cross-entropy."""
+
+    number: ClassVar[int] = 3
+    name: ClassVar[str] = "cross_entropy"
+    question: ClassVar[str] = "Is the same loss made of the same logits?"
+
+    def run(self, context: Context) -> Comparison:
+        """Compares the supervised set exactly, losses under the floor."""
+        texts = Trace(scalars={"texts": [], "conversations": []})
+        vocabulary = context.given("tokenization", texts).scalars["vocab_size"]
+        rng = context.rng(self.number)
+        inputs = common_rows(rng, vocabulary, LENGTHS, WIDTH)
+        shape = (len(LENGTHS), WIDTH - 1, vocabulary)
+        inputs.arrays["logits"] = rng.normal(0, 3, shape).astype(np.float32)
+        pair = context.pair("cross_entropy", inputs)
+        a, b = pair.subject, pair.reference
+        result = Comparison()
+        masks = a.arrays["supervised"], b.arrays["supervised"]
+        result.metrics.append(compare_exact("supervised positions", *masks))
+        counts = np.array([a.scalars["tokens"]]), np.array([b.scalars["tokens"]])
+        result.metrics.append(compare_exact("supervised tokens", *counts))
+        both = masks[0] & masks[1] if masks[0].shape == masks[1].shape else masks[0][:0, :0]
+        if both.any():
+            targets = a.arrays["targets"][both], b.arrays["targets"][both]
+            result.metrics.append(compare_exact("target ids", *targets))
+        token_loss = "token_loss"
+        if token_loss in a.arrays and token_loss in b.arrays:
+            metric = compare(token_loss, a.arrays[token_loss], b.arrays[token_loss], pair.noise)
+            result.metrics.append(metric.model_copy(update={"name": "cross-entropy per token"}))
+        metric = compare("loss", a.arrays["loss"], b.arrays["loss"], pair.noise)
+        result.metrics.append(metric.model_copy(update={"name": "reduced loss"}))
+        if result.metrics[0].verdict is Verdict.DIVERGE:
+            result.findings.append(describe_mask(*masks, LENGTHS))
+        return result
+
+
+def describe_mask(subject: np.ndarray, reference: np.ndarray, lengths: list[int]) -> str:
+    """Two supervised sets in words."""
+    if subject.shape != reference.shape:
+        return f"masks have shapes {subject.shape} and {reference.shape}"
+    more, fewer = subject & ~reference, reference & ~subject
+    parts = []
+    for extra, what in ((more, "more"), (fewer, "fewer")):
+        if not extra.any():
+            continue
+        rows = extra.sum(axis=1)
+        each = f"{rows[0]} {what} in every row" if len(set(rows)) == 1 else f"{extra.sum()} {what}"
+        position = int(np.argwhere(extra)[0][1])
+        row = int(np.argwhere(extra)[0][0])
+        real = lengths[row] - 1
+        place = "past the end of the row (a padding position)" if position >= real else "inside the row"
+        parts.append(f"{each}, e.g. target {position + 1} of row {row}, {place}")
+    return "the subject supervises " + "; ".join(parts)

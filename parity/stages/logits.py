@@ -1,0 +1,88 @@
+"""Stage 02: logits of the base model on the same ids."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from parity.numerics import HEADROOM, compare, compare_exact, compare_group, distance
+from parity.record import Verdict
+from parity.stages.base import Comparison, Context, Pair
+from parity.trace import Trace, each
+
+LONG = 160
+"""Positions of the random rows: beyond the sliding windows of the tiny models."""
+
+
+class Logits:
+    """Fixture text and seeded random ids at long positions."""
+
+    number: ClassVar[int] = 2
+    name: ClassVar[str] = "logits"
+    question: ClassVar[str] = "Does the base model compute the same logits?"
+
+    def run(self, context: Context) -> Comparison:
+        """Compares logits; on divergence names the first bad module."""
+        inputs = self.inputs(context)
+        pair = context.pair("logits", inputs)
+        result = Comparison()
+        dtypes = [np.array([str(t.scalars["dtype"])]) for t in (pair.subject, pair.reference)]
+        result.metrics.append(compare_exact("logits dtype", *dtypes, note=str(dtypes[0][0])))
+        for index, what in enumerate(("training text", "random ids at long positions")):
+            name = f"logits.{index}"
+            metric = compare(name, pair.subject.arrays[name], pair.reference.arrays[name], pair.noise)
+            result.metrics.append(metric.model_copy(update={"name": f"logits, {what}"}))
+        if any(m.verdict is Verdict.DIVERGE for m in result.metrics[1:]):
+            result.findings += first_bad_module(context, inputs, result)
+        result.findings += top_tokens(pair)
+        return result
+
+    def inputs(self, context: Context) -> Trace:
+        """`ids.0` (1, n) a training row, `ids.1` (2, LONG) seeded random ids."""
+        texts = Trace(scalars={"texts": [], "conversations": []})
+        tokens = context.given("tokenization", texts)
+        row = next(each(tokens.arrays, "row"))
+        random = context.rng(self.number).integers(1, tokens.scalars["vocab_size"], (2, LONG))
+        return Trace({"ids.0": row[None, :], "ids.1": random.astype(np.int32)}, {"modules": False})
+
+
+def top_tokens(pair: Pair) -> list[str]:
+    """Says at how many positions the two sides would choose different tokens."""
+    differ = total = 0
+    for a, b in zip(each(pair.subject.arrays, "logits"), each(pair.reference.arrays, "logits"), strict=True):
+        if a.shape == b.shape:
+            differ += int((a.argmax(-1) != b.argmax(-1)).sum())
+            total += int(np.prod(a.shape[:-1]))
+    return [f"the most likely token differs at {differ} of {total} positions"] if differ else []
+
+
+def first_bad_module(context: Context, inputs: Trace, result: Comparison) -> list[str]:
+    """The first module in the order of calls whose output differs beyond the floor."""
+    pair = context.pair("logits", Trace(inputs.arrays, {"modules": True}))
+    order = [n for n in pair.subject.scalars["order"] if n in set(pair.reference.scalars["order"])]
+    if not order:
+        return ["no module has the same name on both sides: no first bad module can be named"]
+    index = next(i for i, m in enumerate(result.metrics[1:]) if m.verdict is Verdict.DIVERGE)
+    a, b = (t.group(f"module.{index}") for t in (pair.subject, pair.reference))
+    noise = pair.noise_of(f"module.{index}")
+    for name in order:
+        if a[name].shape != b[name].shape:
+            continue
+        metric = compare_group(name, {name: a[name]}, {name: b[name]}, noise)
+        if metric.verdict is Verdict.DIVERGE:
+            return [
+                f"first bad module: {name}, greatest |Δ| {metric.value:.3g} where rounding explains "
+                f"{metric.floor:.2g}" + _growth(a[name], b[name])
+            ]
+    return [f"none of {len(order)} common modules differs beyond its floor: the difference is after them"]
+
+
+def _growth(a: np.ndarray, b: np.ndarray) -> str:
+    """Errors of position encodings grow with the position; the first position has none."""
+    if a.ndim < 3 or a.shape[1] < 8:
+        return ""
+    by_position = np.abs(a.astype(np.float64) - b).reshape(a.shape[0], a.shape[1], -1).max((0, 2))
+    quarter = len(by_position) // 4
+    early, late = distance(by_position[:1], np.zeros(1)), float(by_position[-quarter:].max())
+    return "; the error grows with the position" if late > HEADROOM * max(early, 1e-12) else ""

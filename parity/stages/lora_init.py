@@ -1,0 +1,106 @@
+"""Stage 04: the adapter before the first step."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from parity.numerics import compare_exact, compare_group, nothing
+from parity.record import Metric, Verdict
+from parity.stages.base import Comparison, Context
+from parity.trace import Array, Trace
+
+ALPHA = 1e-4
+"""Below this p-value of the Kolmogorov–Smirnov test a distribution is not uniform."""
+
+
+class LoraInit:
+    """Names, rank, scale, B = 0 and the distribution or the bits of A."""
+
+    number: ClassVar[int] = 4
+    name: ClassVar[str] = "lora_init"
+    question: ClassVar[str] = "Does training start from the same adapter?"
+
+    def run(self, context: Context) -> Comparison:
+        """Bits within one framework; across frameworks, whose generators differ, distributions."""
+        pair = context.pair("lora_init", Trace())
+        a, b = pair.subject, pair.reference
+        result = Comparison()
+        result.metrics.append(_sets("trainable tensors", a.scalars["trainable"], b.scalars["trainable"]))
+        for key in ("rank", "scale", "dropout", "layers", "dtype"):
+            ours, theirs = a.scalars[key], b.scalars[key]
+            shown = f"{ours}" if key != "layers" else f"{len(ours)} layers"
+            values = (np.array([str(v)]) for v in (ours, theirs))
+            metric = compare_exact(f"LoRA {key}", *values, note=shown)
+            result.metrics.append(metric)
+        ours, theirs = a.group("adapter"), b.group("adapter")
+        for side, tensors in (("subject", ours), ("reference", theirs)):
+            result.metrics.append(_zero_b(side, tensors))
+        if context.exact:
+            metric = compare_group("adapter bits", ours, theirs, pair.noise_of("adapter"))
+            result.metrics.append(metric)
+        else:
+            for side, tensors in (("subject", ours), ("reference", theirs)):
+                result.metrics += distribution(side, tensors)
+        return result
+
+
+def _sets(name: str, a: list[str], b: list[str]) -> Metric:
+    lone = sorted(set(a) ^ set(b))
+    metric = compare_exact(name, np.array(sorted(a)), np.array(sorted(b)), note=f"{len(a)} tensors")
+    if lone:
+        side = "subject" if lone[0] in set(a) else "reference"
+        update = {
+            "mismatched": len(lone),
+            "value": float(len(lone)),
+            "minimum_required_tolerance": float(len(lone)),
+            "where": lone[0],
+            "note": f"{len(a)} against {len(b)} tensors; {lone[0]} in the {side} only",
+        }
+        metric = metric.model_copy(update=update)
+    return metric
+
+
+def _zero_b(side: str, tensors: dict[str, Array]) -> Metric:
+    bs = [v.ravel() for k, v in tensors.items() if k.endswith(".lora_b")]
+    if not bs:
+        return nothing(f"B = 0, {side}")
+    joined = np.concatenate(bs)
+    return compare_exact(f"B = 0, {side}", joined, np.zeros_like(joined))
+
+
+def distribution(side: str, tensors: dict[str, Array]) -> list[Metric]:
+    """A against U(-1/sqrt(in), 1/sqrt(in)), PEFT's Kaiming bound and mlx-lm's alike.
+
+    All modules, scaled to (-1, 1), are pooled for one Kolmogorov–Smirnov test (Massey 1951).
+    """
+    from scipy.stats import kstest
+
+    scaled = [v.ravel() * np.sqrt(v.shape[0]) for k, v in tensors.items() if k.endswith(".lora_a")]
+    if not scaled:
+        return [nothing(f"distribution of A, {side}")]
+    pooled = np.concatenate(scaled).astype(np.float64)
+    test = kstest(pooled, "uniform", args=(-1, 2))
+    greatest = float(np.abs(pooled).max())
+    bounded, uniform = greatest <= 1 + 1e-6, float(test.pvalue) >= ALPHA
+    return [
+        Metric(
+            name=f"bound of A, {side}",
+            verdict=Verdict.AGREE if bounded else Verdict.DIVERGE,
+            value=greatest,
+            tolerance=1 + 1e-6,
+            minimum_required_tolerance=greatest,
+            total=pooled.size,
+            note=f"greatest |A|·√in = {greatest:.4f}, at most 1 expected",
+        ),
+        Metric(
+            name=f"distribution of A, {side}",
+            verdict=Verdict.AGREE if uniform else Verdict.DIVERGE,
+            value=float(test.statistic),
+            tolerance=float(test.statistic) if uniform else 0.0,
+            minimum_required_tolerance=float(test.statistic),
+            total=pooled.size,
+            note=f"Kolmogorov–Smirnov D = {test.statistic:.4f}, p = {test.pvalue:.3g}",
+        ),
+    ]

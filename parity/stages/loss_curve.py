@@ -1,0 +1,120 @@
+"""Stage 07: the whole loop, step for step."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from parity.errors import CaptureError, Unsupported
+from parity.numerics import compare_exact, compare_group, compare_series, nothing
+from parity.record import Metric, Verdict
+from parity.stages.base import Comparison, Context, Pair
+from parity.trace import Array, Trace, each
+
+
+class LossCurve:
+    """Loss and gradient norm from a transplanted init; then each path as it is shipped."""
+
+    number: ClassVar[int] = 7
+    name: ClassVar[str] = "loss_curve"
+    question: ClassVar[str] = "Does training follow the same curve?"
+
+    def run(self, context: Context) -> Comparison:
+        """Compares step for step; what differs as shipped is a finding and no verdict."""
+        pair = aligned_training(context)
+        a, b = pair.subject, pair.reference
+        result = Comparison()
+        result.metrics.append(_batches(a, b))
+        for key, name in (("loss", "dloss"), ("gradient_norm", "dgrad")):
+            ours, theirs = a.arrays[key], b.arrays[key]
+            metric = compare_series(key, ours, theirs, pair.noise)
+            result.metrics.append(metric.model_copy(update={"name": f"{key} per step"}))
+            result.series[f"{key} subject"] = ours.tolist()
+            result.series[f"{key} reference"] = theirs.tolist()
+            if len(ours) == len(theirs):
+                result.series[name] = (ours - theirs).tolist()
+        adapters = a.group("adapter"), b.group("adapter")
+        metric = compare_group("final adapter", *adapters, pair.noise_of("adapter"))
+        # Adam turns the sign of a vanishing gradient into a full step, so that across frameworks
+        # single elements of the adapter say little; the loss does not depend on them.
+        result.metrics.append(metric.model_copy(update={"gate": context.exact}))
+        result.metrics.append(self._completion(context, adapters))
+        self._shipped(context, result)
+        return result
+
+    def _completion(
+        self, context: Context, adapters: tuple[dict[str, Array], dict[str, Array]]
+    ) -> Metric:
+        """Teacher-forced completion loss of each path's own adapter; reported, decided in 08."""
+        losses = [
+            context.capture(
+                side, "decode", context.recipes[side], decode_inputs(context, adapter)
+            ).arrays["completion_loss"][:1]
+            for side, adapter in zip(("subject", "reference"), adapters, strict=True)
+        ]
+        gap = float(np.abs(losses[0] - losses[1]).max())
+        return Metric(
+            name="teacher-forced completion loss",
+            verdict=Verdict.IDENTICAL if gap == 0 else Verdict.AGREE,
+            value=gap,
+            tolerance=float("nan"),
+            minimum_required_tolerance=gap,
+            total=1,
+            gate=False,
+            note=f"subject {losses[0][0]:.4f}, reference {losses[1][0]:.4f}",
+        )
+
+    def _shipped(self, context: Context, result: Comparison) -> None:
+        try:
+            traces = context.both("train", context.shipped, Trace())
+        except (Unsupported, CaptureError) as error:
+            result.findings.append(f"as shipped, the curves were not compared: {error}")
+            return
+        losses = [trace.arrays["loss"] for trace in traces]
+        steps = min(len(loss) for loss in losses)
+        gap = losses[0][:steps] - losses[1][:steps]
+        result.series["dloss as shipped"] = gap.tolist()
+        if gap.any():
+            at = int(np.abs(gap).argmax())
+            result.findings.append(
+                f"as shipped: the loss differs by {abs(gap[0]):.3g} at step 1 and at most by "
+                f"{abs(gap[at]):.3g} (step {at + 1} of {steps})"
+            )
+
+
+def decode_inputs(context: Context, adapter: dict[str, Array]) -> Trace:
+    """Prompts and expectation with an adapter."""
+    decode = context.recipe.decode
+    scalars = {"prompts": list(decode.prompts), "expected": decode.expected}
+    return Trace(scalars=scalars).with_group("adapter", adapter)
+
+
+def aligned_training(context: Context) -> Pair:
+    """Both loops from one adapter; across frameworks also on one order of batches."""
+    inputs = Trace().with_group("adapter", context.given("lora_init").group("adapter"))
+    if not context.exact:
+        # MLX's batching orders the batches of both; the other path is handed them.
+        side = next((s for s in ("reference", "subject") if context.frameworks[s] == "mlx"), "reference")
+        batches = context.capture(side, "batches", context.recipe, Trace())
+        inputs = inputs.with_group("batches", batches.arrays)
+    return context.pair("train", inputs)
+
+
+def _batches(a: Trace, b: Trace) -> Metric:
+    """Whether both trained on the same ids in the same order."""
+    ours, theirs = (list(each(t.group("batches"), "ids")) for t in (a, b))
+    if not ours or not theirs:
+        return nothing("batches")
+    if len(ours) != len(theirs):
+        return compare_exact("batches", np.array([len(ours)]), np.array([len(theirs)]))
+    metrics = [compare_exact(f"batch {i + 1}", x, y) for i, (x, y) in enumerate(zip(ours, theirs, strict=True))]
+    bad = [m for m in metrics if m.verdict is Verdict.DIVERGE]
+    top = bad[0] if bad else metrics[0]
+    return top.model_copy(
+        update={
+            "name": "batches",
+            "mismatched": sum(m.mismatched for m in metrics),
+            "total": sum(m.total for m in metrics),
+        }
+    )

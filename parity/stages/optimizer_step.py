@@ -1,0 +1,87 @@
+"""Stage 06: the real clip and optimizer on the same weights and hand-fed gradients."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from parity.errors import Unsupported
+from parity.numerics import compare_group
+from parity.record import Verdict
+from parity.stages.base import Comparison, Context
+from parity.trace import Array, Trace
+
+STEPS = 5
+SHAPES = {
+    "layers.0.self_attn.q_proj.lora_a": (64, 8),
+    "layers.0.self_attn.q_proj.lora_b": (8, 64),
+    "layers.1.mlp.down_proj.lora_a": (128, 8),
+    "layers.1.mlp.down_proj.lora_b": (8, 64),
+}
+DECAY = 0.1
+
+
+class OptimizerStep:
+    """Five steps, with the recipe's weight decay and with a plain one."""
+
+    number: ClassVar[int] = 6
+    name: ClassVar[str] = "optimizer_step"
+    question: ClassVar[str] = "Does the same gradient move the same weights equally?"
+
+    def run(self, context: Context) -> Comparison:
+        """Compares the weights after each step."""
+        rng = context.rng(self.number)
+        weights = {k: rng.normal(0, 0.1, shape).astype(np.float32) for k, shape in SHAPES.items()}
+        inputs = Trace().with_group("weight", weights)
+        for step in range(STEPS):
+            # Magnitudes from 1e-3 to 10: a clip at 1 bites on some tensors and not on others.
+            fed = {
+                k: (rng.normal(0, 1, s) * 10.0 ** rng.uniform(-3, 1)).astype(np.float32)
+                for k, s in SHAPES.items()
+            }
+            inputs = inputs.with_group(f"gradient.{step}", fed)
+        result = Comparison()
+        own = context.recipe.optim.weight_decay
+        for decay, changes in ((own, {}), (DECAY, {"optim.weight_decay": DECAY})):
+            try:
+                self._steps(context, inputs, decay, changes, result)
+            except Unsupported as error:
+                if not changes:
+                    raise
+                result.findings.append(f"weight decay {decay} was not compared: {error}")
+        return result
+
+    def _steps(
+        self,
+        context: Context,
+        inputs: Trace,
+        decay: float,
+        changes: dict[str, float],
+        result: Comparison,
+    ) -> None:
+        pair = context.pair("optimizer_step", inputs, changes)
+        for step in range(STEPS):
+            group = f"weight.{step}"
+            tensors = pair.subject.group(group), pair.reference.group(group)
+            name = f"weights after step {step + 1}, weight decay {decay:g}"
+            metric = compare_group(name, *tensors, pair.noise_of(group))
+            result.metrics.append(metric.model_copy(update={"step": step + 1}))
+            if step == 0 and metric.verdict is Verdict.DIVERGE:
+                result.findings += first_update(inputs.group("weight"), *tensors, name)
+
+
+def first_update(
+    start: dict[str, Array], subject: dict[str, Array], reference: dict[str, Array], name: str
+) -> list[str]:
+    """The ratio of the first updates, which is a constant for some well-known differences."""
+    if subject.keys() != reference.keys():
+        return []
+    moves = [
+        np.concatenate([(tensors[k] - start[k]).ravel() for k in sorted(start)]).astype(np.float64)
+        for tensors in (subject, reference)
+    ]
+    if not moves[1].any():
+        return [f"{name}: the reference does not move"]
+    ratio = float(np.median(np.abs(moves[0])) / np.median(np.abs(moves[1])))
+    return [f"{name}: the subject's update is {ratio:.4g}× the reference's (median over elements)"]

@@ -1,0 +1,325 @@
+"""Seed statistics: pass rates, paired tests with the power they had, step series.
+
+Nothing here can find two paths the same: a test that sees no difference ends `inconclusive` and
+says how many seeds it would take to see one. Bad input raises ValueError.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isqrt
+from numbers import Integral
+from typing import Literal
+
+import numpy as np
+from scipy.stats import binom, binomtest
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """Two-sided confidence interval of a pass rate; the numbers are fractions of 1."""
+
+    low: float
+    high: float
+    confidence: float
+    method: Literal["wilson", "clopper-pearson"]
+
+
+@dataclass(frozen=True, slots=True)
+class PairedTest:
+    """Two-sided tests that `b` events one way and `c` the other are equally likely."""
+
+    b: int
+    c: int
+    exact_p: float
+    mid_p: float
+
+
+@dataclass(frozen=True, slots=True)
+class PairedComparison:
+    """Passes on the common `seeds`: `a` both, `b` subject only, `c` reference only, `d` neither.
+
+    `power` and `seeds_needed` take the observed discordance for the true one: they plan the next
+    run and are no evidence about this one (Hoenig & Heisey 2001). `seeds_needed` is None where b
+    equals c or 10,000 seeds are too few; `discordance_upper` is None where a seed was discordant.
+    """
+
+    seeds: tuple[int, ...]
+    missing_subject: tuple[int, ...]
+    missing_reference: tuple[int, ...]
+    a: int
+    b: int
+    c: int
+    d: int
+    test: PairedTest
+    power: float
+    seeds_needed: int | None
+    discordance_upper: float | None
+    verdict: Literal["diverge", "inconclusive"]
+    summary: str
+
+
+@dataclass(frozen=True, slots=True)
+class HolmTest:
+    """One member of a family of tests, after Holm's correction."""
+
+    p: float
+    adjusted_p: float
+    rejected: bool
+
+
+def _check_count(name: str, value: int, upper: float = np.inf) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or not 0 <= value <= upper:
+        raise ValueError(f"{name} = {value!r}: give a whole number from 0 to {upper:g}")
+
+
+def _check_fraction(name: str, value: float, upper: float = 1.0) -> None:
+    if not 0 < value < upper:  # refuses NaN too
+        raise ValueError(f"{name} = {value!r}: give a fraction above 0 and below {upper:g}")
+
+
+def wilson(passes: int, n: int, confidence: float = 0.95) -> Interval:
+    """For display: nominal coverage on average (Wilson 1927; Brown, Cai & DasGupta 2001)."""
+    _check_count("n", n)
+    _check_count("passes", passes, n)
+    _check_fraction("confidence", confidence)
+    if n == 0:
+        raise ValueError("n = 0: no seed was run, so there is no pass rate; run at least one")
+    ci = binomtest(passes, n).proportion_ci(confidence, "wilson")
+    return Interval(float(ci.low), float(ci.high), confidence, "wilson")
+
+
+def clopper_pearson(passes: int, n: int, confidence: float = 0.95) -> Interval:
+    """For gates: coverage never below nominal (Clopper & Pearson 1934)."""
+    wilson(passes, n, confidence)  # refuses the same input
+    ci = binomtest(passes, n).proportion_ci(confidence, "exact")
+    return Interval(float(ci.low), float(ci.high), confidence, "clopper-pearson")
+
+
+def discordance_bound(n: int, confidence: float = 0.95) -> float:
+    """One-sided upper bound on the discordance rate when none was seen in `n` seeds.
+
+    Solves (1 - rate)^n = 1 - confidence (Clopper & Pearson 1934); 1.0 for n = 0.
+    """
+    _check_count("n", n)
+    _check_fraction("confidence", confidence)
+    return float(1 - (1 - confidence) ** (1 / n)) if n else 1.0
+
+
+def mcnemar(b: int, c: int) -> PairedTest:
+    """Exact and mid-p McNemar test (Fagerland, Lydersen & Laake 2013).
+
+    The exact one never exceeds its level and needs 6 discordant pairs, all one way, for p < 0.05;
+    mid-p needs 5. Without any discordant pair both p-values are 1.
+    """
+    _check_count("b", b)
+    _check_count("c", c)
+    exact = float(binomtest(b, b + c).pvalue) if b + c else 1.0
+    point = float(binom.pmf(b, b + c, 0.5)) * (0.5 if b == c else 1.0) if b + c else 0.0
+    return PairedTest(int(b), int(c), exact, exact - point)
+
+
+def mcnemar_power(
+    p_subject_only: float,
+    p_reference_only: float,
+    n: int,
+    alpha: float = 0.05,
+    mid_p: bool = False,
+) -> float:
+    """Unconditional power of the two-sided test with `n` seeds, as an exact sum.
+
+    The number of discordant seeds is binomial in n and its split binomial in that number. Either
+    direction rejects, so equal probabilities give the false-positive rate.
+    """
+    _check_count("n", n)
+    _check_fraction("alpha", alpha, 0.5)
+    rate = p_subject_only + p_reference_only
+    if not (p_subject_only >= 0 and p_reference_only >= 0 and rate < 1 + 1e-9):
+        given = f"p_subject_only = {p_subject_only!r}, p_reference_only = {p_reference_only!r}"
+        raise ValueError(f"{given}: give two probabilities whose sum is at most 1")
+    if n == 0 or rate == 0:
+        return 0.0
+    share, rate = p_subject_only / rate, min(rate, 1.0)
+    first, last = binom.ppf([1e-15, 1 - 1e-15], n, rate)  # beyond lies less than rounding error
+    pairs = np.arange(first, last + 1)
+    # The largest minority count that is still rejected is this quantile or the count below it.
+    k = binom.ppf(alpha / 2, pairs, 0.5)
+    p = 2 * binom.cdf(k, pairs, 0.5) - (binom.pmf(k, pairs, 0.5) if mid_p else 0.0)
+    k = np.where(p <= alpha, k, k - 1)
+    rejected = binom.cdf(k, pairs, share) + binom.sf(pairs - k - 1, pairs, share)
+    return float(np.sum(binom.pmf(pairs, n, rate) * rejected))
+
+
+def seeds_for_power(
+    p_subject_only: float,
+    p_reference_only: float,
+    power: float = 0.8,
+    alpha: float = 0.05,
+    mid_p: bool = False,
+) -> int | None:
+    """Smallest number of seeds from which on the power is `power` or more.
+
+    The power saw-tooths where nearly every seed is discordant: fewer seeds may reach it and one
+    more fall short again. That it stays is checked for 20 + 4 sqrt(n) seeds more. None where
+    both probabilities are equal or 10,000 seeds are too few.
+    """
+    _check_fraction("power", power)
+
+    def reached(n: int) -> bool:
+        return mcnemar_power(p_subject_only, p_reference_only, n, alpha, mid_p) >= power
+
+    low, high = 0, 1
+    while not reached(high):
+        low, high = high, 2 * high
+        if p_subject_only == p_reference_only or low > 10_000:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if reached(middle) else (middle, high)
+    seeds = high + 20 + 4 * isqrt(high)
+    while reached(seeds - 1):
+        seeds -= 1
+    return seeds if seeds <= 10_000 else None
+
+
+def paired(
+    subject_passes: Mapping[int, bool], reference_passes: Mapping[int, bool], alpha: float = 0.05
+) -> PairedComparison:
+    """Compare pass or fail, keyed by seed, by the exact McNemar test on the common seeds."""
+    for side, passes in (("subject", subject_passes), ("reference", reference_passes)):
+        for seed, passed in passes.items():
+            if not isinstance(passed, bool | np.bool_):
+                raise ValueError(f"{side}_passes[{seed!r}] = {passed!r}: give True or False")
+    seeds = tuple(sorted(subject_passes.keys() & reference_passes.keys()))
+    no_subject = tuple(sorted(reference_passes.keys() - subject_passes.keys()))
+    no_reference = tuple(sorted(subject_passes.keys() - reference_passes.keys()))
+    n = len(seeds)
+    count = Counter((bool(subject_passes[s]), bool(reference_passes[s])) for s in seeds)
+    a, b, c, d = (count[x, y] for x in (True, False) for y in (True, False))
+    test, rates = mcnemar(b, c), (b / max(n, 1), c / max(n, 1))
+    power, needed = mcnemar_power(*rates, n, alpha), seeds_for_power(*rates, alpha=alpha)
+    upper = None if b + c else discordance_bound(n, 1 - alpha)
+
+    text = f"subject {a + b}/{n}, reference {a + c}/{n} on the same seeds; "
+    text += f"discordant {b} vs {c}; exact McNemar p = {test.exact_p:.2g}"
+    if n == 0:
+        text = "no seed in common, nothing was compared: no claim either way"
+    elif test.exact_p <= alpha:
+        text += f": the subject passes {'more' if b > c else 'less'} often"
+    elif upper is not None:
+        text += f"; the true discordance may be up to {upper:.0%} (one-sided {1 - alpha:.0%} bound)"
+        text += ": no claim either way"
+    else:
+        wanted = f"about {needed}" if needed else "more than 10000"
+        text += f"; {n} seeds had about {power:.0%} power; {wanted} seeds would be needed for 80%"
+        text += " - underpowered: no claim either way"
+    for side, missing in (("subject", no_subject), ("reference", no_reference)):
+        text += f"; {side} lacks seeds {', '.join(map(str, missing))}" if missing else ""
+    verdict: Literal["diverge", "inconclusive"]
+    verdict = "diverge" if test.exact_p <= alpha else "inconclusive"
+    found = (test, power, needed, upper, verdict, text.replace("%", " %"))
+    return PairedComparison(seeds, no_subject, no_reference, a, b, c, d, *found)
+
+
+def holm(p_values: Mapping[str, float], alpha: float = 0.05) -> dict[str, HolmTest]:
+    """Holm's step-down correction (Holm 1979); names and their order are kept."""
+    _check_fraction("alpha", alpha)
+    for name, p in p_values.items():
+        if not 0 <= p <= 1:
+            raise ValueError(f"p_values[{name!r}] = {p!r}: give a p-value from 0 to 1")
+    adjusted, highest = dict.fromkeys(p_values, 0.0), 0.0
+    for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * float(p_values[name])))
+        adjusted[name] = highest
+    return {k: HolmTest(float(p_values[k]), p, p <= alpha) for k, p in adjusted.items()}
+
+
+StepTolerance = float | Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class SeriesComparison:
+    """Differences step for step, keyed by seed; steps count from 1.
+
+    `quartiles` of max |d| (25 %, median, 75 %) and `sign`, the sign test of the mean difference
+    (`b` seeds positive, `c` negative, ties dropped), use the `complete` seeds only. `problems`
+    names every truncated, non-finite or constant series; nothing is green unless it is empty.
+    """
+
+    steps: int
+    complete: tuple[int, ...]
+    max_abs: dict[int, float]
+    quartiles: tuple[float, ...] | None
+    sign: PairedTest
+    systematic: bool
+    first_divergent: dict[int, int | None]
+    problems: tuple[str, ...]
+
+
+def series_over_seeds(
+    diffs: Mapping[int, Sequence[float]],
+    tolerance: StepTolerance | Mapping[int, StepTolerance],
+    metric: Mapping[int, Sequence[float]] | None = None,
+    steps: int = 0,
+    alpha: float = 0.05,
+) -> SeriesComparison:
+    """Summarize step-for-step differences (dloss, dgrad), one series per seed.
+
+    Args:
+        diffs: Subject minus reference at each step, in the metric's unit, keyed by seed.
+        tolerance: Largest |d| allowed, or one per step, or either of them keyed by seed.
+        metric: The metric itself, to tell bit-identical from never measured. Without it, each
+            seed whose difference is constant (0 included) is named.
+        steps: Steps that were asked for; the longest series or tolerance if that is more.
+        alpha: Level of the sign test; at 0.05 fewer than 6 seeds cannot be systematic.
+    """
+    _check_fraction("alpha", alpha, 0.5)
+    _check_count("steps", steps)
+    if not diffs:
+        raise ValueError(f"diffs = {diffs!r}: give the differences of at least one seed")
+    series = {seed: np.asarray(diffs[seed], np.float64) for seed in sorted(diffs)}
+    watched = diffs if metric is None else metric
+    values = {seed: np.asarray(watched.get(seed, ()), np.float64) for seed in series}
+    limits = {}
+    for seed, d in series.items():
+        limit = tolerance.get(seed, ()) if isinstance(tolerance, Mapping) else tolerance
+        limits[seed] = t = np.asarray(limit, np.float64)
+        if d.ndim != 1 or values[seed].shape != d.shape:
+            shapes = f"{d.shape} differences, {values[seed].shape} metric values"
+            raise ValueError(f"seed {seed}: {shapes}: give one of each per step")
+        if not np.all(np.isfinite(t) & (t >= 0)) or (t.ndim and t.size < max(d.size, 1)):
+            fix = f"give one finite number >= 0, or {d.size} of them"
+            raise ValueError(f"seed {seed}: tolerance = {limit!r}: {fix}")
+    steps = max(steps, *(x.size for x in (*series.values(), *limits.values())))
+
+    complete: list[int] = []
+    max_abs: dict[int, float] = {}
+    first_divergent: dict[int, int | None] = {}
+    problems: list[str] = []
+    for seed, d in series.items():
+        t = limits[seed][: d.size] if limits[seed].ndim else limits[seed]
+        beyond, bad = np.flatnonzero(~(np.abs(d) <= t)), np.flatnonzero(~np.isfinite(d))
+        first_divergent[seed] = int(beyond[0]) + 1 if beyond.size else None
+        max_abs[seed] = float(np.abs(d).max()) if d.size else float("nan")
+        if d.size < steps:
+            problems.append(f"seed {seed}: truncated, {d.size} of {steps} steps")
+        if bad.size:
+            problems.append(f"seed {seed}: not finite at step {bad[0] + 1}, value {d[bad[0]]}")
+        if d.size > 1 and np.all(values[seed] == values[seed][0]):
+            problems.append(f"seed {seed}: constant over {d.size} steps, was it measured?")
+        if d.size == steps and not bad.size:
+            complete.append(seed)
+    means = np.array([series[seed].mean() for seed in complete])
+    sign = mcnemar(int(np.sum(means > 0)), int(np.sum(means < 0)))
+    spread = [max_abs[seed] for seed in complete]
+    quartiles = tuple(np.percentile(spread, [25, 50, 75]).tolist()) if spread else None
+    return SeriesComparison(
+        steps,
+        tuple(complete),
+        max_abs,
+        quartiles,
+        sign,
+        sign.exact_p <= alpha,
+        first_divergent,
+        tuple(problems),
+    )
