@@ -367,9 +367,7 @@ def check(specs: list[str], recipe: Recipe) -> None:
     """
     for spec in specs:
         resolve(spec)
-    source = recipe.model.source
-    if source != "smollm2-135m":
-        resources.model_dir(source)
+    resources.model_dir(recipe.model.source)
     resources.data_dir(recipe.data.source)
     if not recipe.decode.expected.strip():
         raise UsageError("decode.expected is blank: give the completion that should come")

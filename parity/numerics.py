@@ -157,8 +157,9 @@ def compare_group(
 def _excess(metric: Metric) -> tuple[int, float]:
     """Sorts by verdict, then by how far over its tolerance."""
     order = {Verdict.INCONCLUSIVE: 1, Verdict.DIVERGE: 2}.get(metric.verdict, 0)
-    allowed = metric.tolerance or np.finfo(float).tiny
-    return order, metric.value / allowed if np.isfinite(metric.value) else np.inf
+    if not np.isfinite(metric.value):
+        return order, np.inf
+    return order, metric.value / metric.tolerance if metric.tolerance else metric.value
 
 
 def _tensor(name: str, subject: Array, reference: Array, noise: Noise) -> Metric:
@@ -263,8 +264,8 @@ def compare_series(name: str, subject: Array, reference: Array, noise: Noise) ->
     floors = np.maximum.accumulate(floors)
     tolerances = np.zeros_like(floors) if noise.exact else HEADROOM * floors
     over = np.flatnonzero(difference > tolerances)
-    ratio = difference / np.where(floors == 0, np.finfo(float).tiny, floors)
-    place = int(ratio.argmax()) if not noise.exact else int(difference.argmax())
+    ratio = difference / np.where(floors == 0, np.inf, floors)
+    place = int((difference if noise.exact else ratio).argmax())
     referee = noise.referee.get(name)
     errors: tuple[float | None, float | None] = (None, None)
     if referee is not None and len(referee) == len(reference):

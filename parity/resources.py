@@ -8,6 +8,9 @@ from pathlib import Path
 
 from parity.errors import UsageError
 
+EXTRA_MODELS = ("smollm2-135m", "smollm2-135m-as-saved")
+"""Models made on first use from the extra `smollm2`."""
+
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -88,10 +91,10 @@ def model_dir(source: str) -> str:
     Raises:
         UsageError: A path that does not exist, or a fixture whose package is missing.
     """
-    if source == "smollm2-135m":
+    if source in EXTRA_MODELS:
         from parity import smollm2
 
-        return str(smollm2.checkpoint())
+        return str(smollm2.checkpoint(source))
     folder = fixtures() / "models" / source
     if (folder / "config.json").is_file():
         return str(folder)
@@ -100,7 +103,7 @@ def model_dir(source: str) -> str:
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
         return source
     raise UsageError(
-        f"no model {source!r}: give one of {', '.join([*names('models'), 'smollm2-135m'])}, "
+        f"no model {source!r}: give one of {', '.join([*names('models'), *EXTRA_MODELS])}, "
         "a folder that holds config.json, or a hub id such as org/name"
     )
 

@@ -1,11 +1,11 @@
-"""Seed statistics: pass rates, paired tests with the power they had, step series.
+"""Seed statistics: pass rates and paired tests with the power they had.
 
 Nothing here can find two paths the same: a test that sees no difference ends `inconclusive` and
 says how many seeds it would take to see one. Bad input raises ValueError.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt
 from numbers import Integral
@@ -68,21 +68,23 @@ class HolmTest:
     rejected: bool
 
 
-def _check_count(name: str, value: int, upper: float = np.inf) -> None:
+def check_count(name: str, value: int, upper: float = np.inf) -> None:
+    """Refuses what is no whole number from 0 to `upper`, booleans included."""
     if not isinstance(value, Integral) or isinstance(value, bool) or not 0 <= value <= upper:
         raise ValueError(f"{name} = {value!r}: give a whole number from 0 to {upper:g}")
 
 
-def _check_fraction(name: str, value: float, upper: float = 1.0) -> None:
-    if not 0 < value < upper:  # refuses NaN too
+def check_fraction(name: str, value: float, upper: float = 1.0) -> None:
+    """Refuses what is not strictly between 0 and `upper`, NaN included."""
+    if not 0 < value < upper:
         raise ValueError(f"{name} = {value!r}: give a fraction above 0 and below {upper:g}")
 
 
 def wilson(passes: int, n: int, confidence: float = 0.95) -> Interval:
     """For display: nominal coverage on average (Wilson 1927; Brown, Cai & DasGupta 2001)."""
-    _check_count("n", n)
-    _check_count("passes", passes, n)
-    _check_fraction("confidence", confidence)
+    check_count("n", n)
+    check_count("passes", passes, n)
+    check_fraction("confidence", confidence)
     if n == 0:
         raise ValueError("n = 0: no seed was run, so there is no pass rate; run at least one")
     ci = binomtest(passes, n).proportion_ci(confidence, "wilson")
@@ -101,8 +103,8 @@ def discordance_bound(n: int, confidence: float = 0.95) -> float:
 
     Solves (1 - rate)^n = 1 - confidence (Clopper & Pearson 1934); 1.0 for n = 0.
     """
-    _check_count("n", n)
-    _check_fraction("confidence", confidence)
+    check_count("n", n)
+    check_fraction("confidence", confidence)
     return float(1 - (1 - confidence) ** (1 / n)) if n else 1.0
 
 
@@ -112,8 +114,8 @@ def mcnemar(b: int, c: int) -> PairedTest:
     The exact one never exceeds its level and needs 6 discordant pairs, all one way, for p < 0.05;
     mid-p needs 5. Without any discordant pair both p-values are 1.
     """
-    _check_count("b", b)
-    _check_count("c", c)
+    check_count("b", b)
+    check_count("c", c)
     exact = float(binomtest(b, b + c).pvalue) if b + c else 1.0
     point = float(binom.pmf(b, b + c, 0.5)) * (0.5 if b == c else 1.0) if b + c else 0.0
     return PairedTest(int(b), int(c), exact, exact - point)
@@ -131,8 +133,8 @@ def mcnemar_power(
     The number of discordant seeds is binomial in n and its split binomial in that number. Either
     direction rejects, so equal probabilities give the false-positive rate.
     """
-    _check_count("n", n)
-    _check_fraction("alpha", alpha, 0.5)
+    check_count("n", n)
+    check_fraction("alpha", alpha, 0.5)
     rate = p_subject_only + p_reference_only
     if not (p_subject_only >= 0 and p_reference_only >= 0 and rate < 1 + 1e-9):
         given = f"p_subject_only = {p_subject_only!r}, p_reference_only = {p_reference_only!r}"
@@ -163,7 +165,7 @@ def seeds_for_power(
     more fall short again. That it stays is checked for 20 + 4 sqrt(n) seeds more. None where
     both probabilities are equal or 10,000 seeds are too few.
     """
-    _check_fraction("power", power)
+    check_fraction("power", power)
 
     def reached(n: int) -> bool:
         return mcnemar_power(p_subject_only, p_reference_only, n, alpha, mid_p) >= power
@@ -223,7 +225,7 @@ def paired(
 
 def holm(p_values: Mapping[str, float], alpha: float = 0.05) -> dict[str, HolmTest]:
     """Holm's step-down correction (Holm 1979); names and their order are kept."""
-    _check_fraction("alpha", alpha)
+    check_fraction("alpha", alpha)
     for name, p in p_values.items():
         if not 0 <= p <= 1:
             raise ValueError(f"p_values[{name!r}] = {p!r}: give a p-value from 0 to 1")
@@ -232,94 +234,3 @@ def holm(p_values: Mapping[str, float], alpha: float = 0.05) -> dict[str, HolmTe
         highest = max(highest, min(1.0, (len(p_values) - rank) * float(p_values[name])))
         adjusted[name] = highest
     return {k: HolmTest(float(p_values[k]), p, p <= alpha) for k, p in adjusted.items()}
-
-
-StepTolerance = float | Sequence[float]
-
-
-@dataclass(frozen=True, slots=True)
-class SeriesComparison:
-    """Differences step for step, keyed by seed; steps count from 1.
-
-    `quartiles` of max |d| (25 %, median, 75 %) and `sign`, the sign test of the mean difference
-    (`b` seeds positive, `c` negative, ties dropped), use the `complete` seeds only. `problems`
-    names every truncated, non-finite or constant series; nothing is green unless it is empty.
-    """
-
-    steps: int
-    complete: tuple[int, ...]
-    max_abs: dict[int, float]
-    quartiles: tuple[float, ...] | None
-    sign: PairedTest
-    systematic: bool
-    first_divergent: dict[int, int | None]
-    problems: tuple[str, ...]
-
-
-def series_over_seeds(
-    diffs: Mapping[int, Sequence[float]],
-    tolerance: StepTolerance | Mapping[int, StepTolerance],
-    metric: Mapping[int, Sequence[float]] | None = None,
-    steps: int = 0,
-    alpha: float = 0.05,
-) -> SeriesComparison:
-    """Summarize step-for-step differences (dloss, dgrad), one series per seed.
-
-    Args:
-        diffs: Subject minus reference at each step, in the metric's unit, keyed by seed.
-        tolerance: Largest |d| allowed, or one per step, or either of them keyed by seed.
-        metric: The metric itself, to tell bit-identical from never measured. Without it, each
-            seed whose difference is constant (0 included) is named.
-        steps: Steps that were asked for; the longest series or tolerance if that is more.
-        alpha: Level of the sign test; at 0.05 fewer than 6 seeds cannot be systematic.
-    """
-    _check_fraction("alpha", alpha, 0.5)
-    _check_count("steps", steps)
-    if not diffs:
-        raise ValueError(f"diffs = {diffs!r}: give the differences of at least one seed")
-    series = {seed: np.asarray(diffs[seed], np.float64) for seed in sorted(diffs)}
-    watched = diffs if metric is None else metric
-    values = {seed: np.asarray(watched.get(seed, ()), np.float64) for seed in series}
-    limits = {}
-    for seed, d in series.items():
-        limit = tolerance.get(seed, ()) if isinstance(tolerance, Mapping) else tolerance
-        limits[seed] = t = np.asarray(limit, np.float64)
-        if d.ndim != 1 or values[seed].shape != d.shape:
-            shapes = f"{d.shape} differences, {values[seed].shape} metric values"
-            raise ValueError(f"seed {seed}: {shapes}: give one of each per step")
-        if not np.all(np.isfinite(t) & (t >= 0)) or (t.ndim and t.size < max(d.size, 1)):
-            fix = f"give one finite number >= 0, or {d.size} of them"
-            raise ValueError(f"seed {seed}: tolerance = {limit!r}: {fix}")
-    steps = max(steps, *(x.size for x in (*series.values(), *limits.values())))
-
-    complete: list[int] = []
-    max_abs: dict[int, float] = {}
-    first_divergent: dict[int, int | None] = {}
-    problems: list[str] = []
-    for seed, d in series.items():
-        t = limits[seed][: d.size] if limits[seed].ndim else limits[seed]
-        beyond, bad = np.flatnonzero(~(np.abs(d) <= t)), np.flatnonzero(~np.isfinite(d))
-        first_divergent[seed] = int(beyond[0]) + 1 if beyond.size else None
-        max_abs[seed] = float(np.abs(d).max()) if d.size else float("nan")
-        if d.size < steps:
-            problems.append(f"seed {seed}: truncated, {d.size} of {steps} steps")
-        if bad.size:
-            problems.append(f"seed {seed}: not finite at step {bad[0] + 1}, value {d[bad[0]]}")
-        if d.size > 1 and np.all(values[seed] == values[seed][0]):
-            problems.append(f"seed {seed}: constant over {d.size} steps, was it measured?")
-        if d.size == steps and not bad.size:
-            complete.append(seed)
-    means = np.array([series[seed].mean() for seed in complete])
-    sign = mcnemar(int(np.sum(means > 0)), int(np.sum(means < 0)))
-    spread = [max_abs[seed] for seed in complete]
-    quartiles = tuple(np.percentile(spread, [25, 50, 75]).tolist()) if spread else None
-    return SeriesComparison(
-        steps,
-        tuple(complete),
-        max_abs,
-        quartiles,
-        sign,
-        sign.exact_p <= alpha,
-        first_divergent,
-        tuple(problems),
-    )

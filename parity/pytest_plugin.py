@@ -1,0 +1,95 @@
+"""pytest options, one test a cell, and the same engine as the command.
+
+A probe is a test that takes `cell`; its module says which stage with `STAGE = "logits"`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from parity.engine import Cell, Engine
+    from parity.record import Record
+    from parity.run import Matrix
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds the options of a run."""
+    group = parser.getgroup("parity", "cross-framework parity probes")
+    group.addoption("--subject", default="mlx", help="path under question (mlx)")
+    group.addoption(
+        "--reference", action="append", default=None, help="what it is held against (mlx-lm and hf)"
+    )
+    group.addoption("--seeds", default="3", help="how many seeds, or the seeds: 3407,0,1 (3)")
+    group.addoption("--recipe", default="default", help="recipe of the fixtures or TOML file")
+    group.addoption("--factor", action="append", default=[], help="FACTOR=VALUE, like parity run --set")
+    group.addoption(
+        "--subject-factor", action="append", default=[], help="FACTOR=VALUE on the subject's side only"
+    )
+    group.addoption("--parity-out", default=None, help="folder that takes the records")
+
+
+def _matrix(config: pytest.Config, stage: str) -> Matrix:
+    from parity import recipe as recipes
+    from parity import run as runs
+    from parity.errors import UsageError
+    from parity.stages import find
+
+    try:
+        changes = runs.sides([("subject", text) for text in config.getoption("--subject-factor")])
+        matrix = runs.Matrix(
+            (find(stage),),
+            config.getoption("--subject"),
+            tuple(config.getoption("--reference") or ("mlx-lm", "hf")),
+            runs.parse_seeds(config.getoption("--seeds")),
+            recipes.load(config.getoption("--recipe"), config.getoption("--factor")),
+            changes,
+        )
+        from parity.engine import check
+
+        check([matrix.subject, *matrix.references], matrix.recipe)
+    except UsageError as error:
+        raise pytest.UsageError(str(error)) from None
+    return matrix
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test a cell, with ids that `-k` can select."""
+    stage = getattr(metafunc.module, "STAGE", None)
+    if "cell" in metafunc.fixturenames and stage is not None:
+        cells = _matrix(metafunc.config, stage).cells()
+        metafunc.parametrize("cell", cells, ids=[cell.id for cell in cells])
+
+
+@pytest.fixture(scope="session")
+def parity_engine() -> Iterator[Engine]:
+    """The engine of this pytest process; under xdist the cache is what they share."""
+    from parity.engine import Engine
+
+    with Engine() as engine:
+        yield engine
+
+
+@pytest.fixture
+def probe(
+    parity_engine: Engine, pytestconfig: pytest.Config, record_property: Callable[[str, object], None]
+) -> Callable[[Cell], Record]:
+    """Runs a cell and writes its record; anything but green ends the test with the record's text."""
+    from parity.record import Verdict
+
+    folder = Path(pytestconfig.getoption("--parity-out") or Path("reports") / "pytest")
+
+    def run(cell: Cell) -> Record:
+        record = parity_engine.run(cell)
+        record_property("parity_record", str(record.save(folder / "records")))
+        if record.verdict is Verdict.SKIP:
+            pytest.skip(record.reason)
+        if not record.verdict.green:
+            pytest.fail(record.message(), pytrace=False)
+        return record
+
+    return run

@@ -1,0 +1,63 @@
+"""What a person sees while a run goes on; everything on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from parity.record import Record, Verdict
+
+_STYLES = {
+    Verdict.IDENTICAL: "green",
+    Verdict.AGREE: "green",
+    Verdict.DIVERGE: "bold red",
+    Verdict.INCONCLUSIVE: "yellow",
+    Verdict.ERROR: "bold magenta",
+    Verdict.SKIP: "dim",
+}
+
+
+@contextlib.contextmanager
+def shown(total: int) -> Iterator[tuple[Callable[[Record], None], Callable[[str], None]]]:
+    """A bar with what is under way, and a line for each record that is not green.
+
+    Yields:
+        A function for finished records and one for what starts.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True, highlight=False)
+    columns = (
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting workers", total=total)
+
+        def done(record: Record) -> None:
+            progress.advance(task)
+            # Without a terminal nobody sees the bar: each cell then gets its line.
+            if record.verdict.green and console.is_terminal:
+                return
+            pair = f"{record.subject.path} vs {record.reference.path}"
+            style = _STYLES[record.verdict]
+            progress.console.print(
+                f"[{style}]{record.verdict:<12}[/] {record.probe:02d} {record.stage:<15} {pair:<16} "
+                f"seed {record.seed:<6} {record.seconds:5.1f} s"
+                + ("" if record.verdict.green else f"  {_escape(record.reason)}"),
+                soft_wrap=True,
+            )
+
+        def notice(sentence: str) -> None:
+            progress.update(task, description=_escape(sentence))
+
+        yield done, notice
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text.splitlines()[0] if text else "")

@@ -1,0 +1,118 @@
+"""A run: cells over probes, references and seeds, written as records while it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from parity.engine import Cell, Engine
+from parity.errors import UsageError
+from parity.recipe import Recipe
+from parity.record import Record
+from parity.stages import STAGES, find
+from parity.stages.base import Stage
+
+SEEDS = (3407, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13)
+"""Fifteen seeds in a fixed order; the first is the one people quote."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What is to be run."""
+
+    stages: tuple[Stage, ...]
+    subject: str
+    references: tuple[str, ...]
+    seeds: tuple[int, ...]
+    recipe: Recipe
+    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def cells(self) -> list[Cell]:
+        """Seed by seed in the order of the stages, so that early answers come early."""
+        return [
+            Cell(stage, self.subject, reference, self.recipe.override({"seed.value": seed}), self.changes)
+            for seed in self.seeds
+            for stage in self.stages
+            for reference in self.references
+        ]
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`3` means the first three of `SEEDS`; `3407,0` or `seed:42` name seeds themselves.
+
+    A single number up to 15 is a count, a greater one is a seed.
+
+    Raises:
+        UsageError: Not numbers, none, or the same one twice.
+    """
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--seeds {text!r}: give a count such as 3 or seeds such as 3407,0") from None
+    if any(number < 0 or number >= 2**32 for number in numbers):
+        raise UsageError(f"--seeds {text!r}: seeds lie between 0 and 2**32 - 1")
+    if len(numbers) == 1 and 0 < numbers[0] <= len(SEEDS):
+        return SEEDS[: numbers[0]]
+    if len(set(numbers)) < len(numbers):
+        raise UsageError(f"--seeds {text!r}: a seed stands twice")
+    return tuple(numbers)
+
+
+def parse_probes(names: Iterable[str]) -> tuple[Stage, ...]:
+    """Stages by number or name in the order of the road; none given means all."""
+    wanted = [find(part) for name in names for part in name.split(",")]
+    return tuple(stage for stage in STAGES if stage in wanted) if wanted else STAGES
+
+
+def default_folder() -> Path:
+    """A new folder below reports/."""
+    return Path("reports") / datetime.now().strftime("run-%Y%m%d-%H%M%S")
+
+
+def run(
+    matrix: Matrix,
+    engine: Engine,
+    folder: Path,
+    jobs: int,
+    done: Callable[[Record], None],
+) -> list[Record]:
+    """Runs every cell; each record is on disk before the next is reported.
+
+    Args:
+        matrix: What to run.
+        engine: Owns workers and cache.
+        folder: Takes `records/`.
+        jobs: Cells under way at once. Captures of one path queue at its one process.
+        done: Called with each finished record.
+
+    Returns:
+        Records in the order of the cells.
+    """
+    cells = matrix.cells()
+    pool = ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="cell")
+    try:
+        futures = {pool.submit(engine.run, cell): index for index, cell in enumerate(cells)}
+        records: dict[int, Record] = {}
+        for future in as_completed(futures):
+            record = future.result()
+            record.save(folder / "records")
+            records[futures[future]] = record
+            done(record)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return [records[index] for index in range(len(cells))]
+
+
+def sides(changes: Sequence[tuple[str, str]]) -> dict[str, dict[str, Any]]:
+    """Groups `(side, "factor=value")` by side."""
+    from parity.recipe import parse_setting
+
+    grouped: dict[str, dict[str, Any]] = {}
+    for side, text in changes:
+        name, value = parse_setting(text)
+        grouped.setdefault(side, {})[name] = value
+    return grouped

@@ -1,0 +1,98 @@
+"""Step-for-step differences summarized over seeds. Bad input raises ValueError."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from parity.stats import PairedTest, check_count, check_fraction, mcnemar
+
+StepTolerance = float | Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class SeriesComparison:
+    """Differences step for step, keyed by seed; steps count from 1.
+
+    `quartiles` of max |d| (25 %, median, 75 %) and `sign`, the sign test of the mean difference
+    (`b` seeds positive, `c` negative, ties dropped), use the `complete` seeds only. `problems`
+    names every truncated, non-finite or constant series; nothing is green unless it is empty.
+    """
+
+    steps: int
+    complete: tuple[int, ...]
+    max_abs: dict[int, float]
+    quartiles: tuple[float, ...] | None
+    sign: PairedTest
+    systematic: bool
+    first_divergent: dict[int, int | None]
+    problems: tuple[str, ...]
+
+
+def series_over_seeds(
+    diffs: Mapping[int, Sequence[float]],
+    tolerance: StepTolerance | Mapping[int, StepTolerance],
+    metric: Mapping[int, Sequence[float]] | None = None,
+    steps: int = 0,
+    alpha: float = 0.05,
+) -> SeriesComparison:
+    """Summarize step-for-step differences (dloss, dgrad), one series per seed.
+
+    Args:
+        diffs: Subject minus reference at each step, in the metric's unit, keyed by seed.
+        tolerance: Largest |d| allowed, or one per step, or either of them keyed by seed.
+        metric: The metric itself, to tell bit-identical from never measured. Without it, each
+            seed whose difference is constant (0 included) is named.
+        steps: Steps that were asked for; the longest series or tolerance if that is more.
+        alpha: Level of the sign test; at 0.05 fewer than 6 seeds cannot be systematic.
+    """
+    check_fraction("alpha", alpha, 0.5)
+    check_count("steps", steps)
+    if not diffs:
+        raise ValueError(f"diffs = {diffs!r}: give the differences of at least one seed")
+    series = {seed: np.asarray(diffs[seed], np.float64) for seed in sorted(diffs)}
+    watched = diffs if metric is None else metric
+    values = {seed: np.asarray(watched.get(seed, ()), np.float64) for seed in series}
+    limits = {}
+    for seed, d in series.items():
+        limit = tolerance.get(seed, ()) if isinstance(tolerance, Mapping) else tolerance
+        limits[seed] = t = np.asarray(limit, np.float64)
+        if d.ndim != 1 or values[seed].shape != d.shape:
+            shapes = f"{d.shape} differences, {values[seed].shape} metric values"
+            raise ValueError(f"seed {seed}: {shapes}: give one of each per step")
+        if not np.all(np.isfinite(t) & (t >= 0)) or (t.ndim and t.size < max(d.size, 1)):
+            fix = f"give one finite number >= 0, or {d.size} of them"
+            raise ValueError(f"seed {seed}: tolerance = {limit!r}: {fix}")
+    steps = max(steps, *(x.size for x in (*series.values(), *limits.values())))
+
+    complete: list[int] = []
+    max_abs: dict[int, float] = {}
+    first_divergent: dict[int, int | None] = {}
+    problems: list[str] = []
+    for seed, d in series.items():
+        t = limits[seed][: d.size] if limits[seed].ndim else limits[seed]
+        beyond, bad = np.flatnonzero(~(np.abs(d) <= t)), np.flatnonzero(~np.isfinite(d))
+        first_divergent[seed] = int(beyond[0]) + 1 if beyond.size else None
+        max_abs[seed] = float(np.abs(d).max()) if d.size else float("nan")
+        if d.size < steps:
+            problems.append(f"seed {seed}: truncated, {d.size} of {steps} steps")
+        if bad.size:
+            problems.append(f"seed {seed}: not finite at step {bad[0] + 1}, value {d[bad[0]]}")
+        if d.size > 1 and np.all(values[seed] == values[seed][0]):
+            problems.append(f"seed {seed}: constant over {d.size} steps, was it measured?")
+        if d.size == steps and not bad.size:
+            complete.append(seed)
+    means = np.array([series[seed].mean() for seed in complete])
+    sign = mcnemar(int(np.sum(means > 0)), int(np.sum(means < 0)))
+    spread = [max_abs[seed] for seed in complete]
+    quartiles = tuple(np.percentile(spread, [25, 50, 75]).tolist()) if spread else None
+    return SeriesComparison(
+        steps,
+        tuple(complete),
+        max_abs,
+        quartiles,
+        sign,
+        sign.exact_p <= alpha,
+        first_divergent,
+        tuple(problems),
+    )

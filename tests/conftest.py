@@ -1,0 +1,25 @@
+"""Shared by the tests: an engine on a cache that outlives the test run, and a small recipe."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from parity.engine import Engine
+from parity.recipe import Recipe
+
+
+@pytest.fixture(scope="session")
+def engine():
+    """Real workers; captures are cached by content, so a test never sees another code's result."""
+    with Engine(timeout=900) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def small():
+    """A few steps on the tiny Gemma 3."""
+    return Recipe().override({"train.steps": 6, "optim.lr": 3e-3})
