@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from itertools import product
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from itertools import product, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from parity.errors import UsageError
 from parity.record import Record, Verdict, worst
-from parity.series import Curve, curves, step_table
+from parity.series import STEP_COLUMNS, Curve, curves, steps
 from parity.stats import PairedComparison, holm, paired, wilson
 from parity.trace import dumps, loads, write_atomically
 
@@ -25,6 +25,7 @@ SCHEMA = 1
 MISSING = "missing"
 STATES = (*(str(verdict) for verdict in Verdict), MISSING)
 """What a cell of the grid can hold: a verdict, or `missing` where there is no record."""
+GREEN = ("identical", "agree")
 
 
 class Row(NamedTuple):
@@ -106,11 +107,11 @@ class Note(NamedTuple):
 
     kind: str
     """`shipped`, `finding` or `hint`."""
-    pair: str
+    row: Row
     text: str
     seeds: tuple[int, ...]
     varies: bool
-    """Whether its numbers differ from seed to seed; `text` is then the first seed's."""
+    """Whether numbers in it differ from seed to seed; `text` is the first seed's."""
 
 
 class First(NamedTuple):
@@ -118,120 +119,278 @@ class First(NamedTuple):
 
     row: Row
     state: str
-    reason: str
     seeds: tuple[int, ...]
-    of: int
+    reason: str
+    """The first such seed's, as the rest of its record."""
+    record: Record | None
     later: tuple[Row, ...]
     """Rows after it that are not green either."""
-    record: Record | None
-    """The first seed's."""
 
 
 class Passes(NamedTuple):
-    """How often each side said what was expected, over seeds, after one prompt."""
+    """How often each side said what was expected after one prompt, over seeds."""
 
     row: Row
     prompt: str
     comparison: PairedComparison
     holm_p: float
-    """Exact McNemar, corrected for all prompts and pairs of the run."""
+    """Exact McNemar, corrected for all prompts and pairs."""
+
+
+class Gap(NamedTuple):
+    """Cells of a row without a verdict, and why."""
+
+    row: Row
+    seeds: tuple[int, ...]
+    reason: str
 
 
 @dataclass(frozen=True)
 class Aggregate:
-    """What all records say together; everything in a fixed order.
+    """What all records say together, in a fixed order."""
 
-    Attributes:
-        verdict: Worst state of any cell.
-        exit_code: 0 all green, 1 something diverges or is inconclusive, 3 missing or in error.
-        reason: The verdict in one sentence.
-        counts: State to number of cells.
-        cells: (row, seed) to its record, None where it is missing.
-        summary: A row per probe and pair: counts by state, pass rate, Wilson interval.
-        grid: Rows by seeds, each cell a state.
-        steps: Losses, gradient norms and their differences, one row a step.
-        problems: What keeps the numbers from being taken at face value.
-    """
-
-    records: tuple[Record, ...]
     verdict: str
+    """Worst state of any cell."""
     exit_code: int
+    """0 all green, 1 something diverges or is inconclusive, 3 cells missing or in error."""
     reason: str
     counts: dict[str, int]
-    cells: dict[tuple[Row, int], Record | None]
     seeds: tuple[int, ...]
-    rows: tuple[Row, ...]
+    cells: dict[Row, dict[int, Record | None]]
+    """Row to seed to its record, None where it is missing."""
     summary: pd.DataFrame
+    """Per row: number of cells in each state, pass rate = green / decided, Wilson interval."""
     grid: pd.DataFrame
+    """Rows by seeds, each cell a state."""
     steps: pd.DataFrame
+    """Losses, gradient norms and differences, one row a step."""
     curves: tuple[Curve, ...]
     passes: tuple[Passes, ...]
     first: tuple[First, ...]
     notes: tuple[Note, ...]
-    skipped: tuple[tuple[Row, str, tuple[int, ...]], ...]
-    missing: tuple[tuple[Row, tuple[int, ...]], ...]
+    skipped: tuple[Gap, ...]
+    missing: tuple[Gap, ...]
     problems: tuple[str, ...]
+    """What keeps numbers from being taken at face value."""
 
-    def state(self, row: Row, seed: int) -> str:
-        """Verdict of a cell, or `missing`."""
-        record = self.cells[row, seed]
-        return MISSING if record is None else str(record.verdict)
+    @property
+    def records(self) -> list[Record]:
+        """All that count, row by row."""
+        return [r for row in self.cells.values() for r in row.values() if r]
 
     def failures(self) -> list[Record]:
-        """Records that are neither green nor skipped: one of each row, then the next of each."""
-        rank: Counter[Row] = Counter()
-        ranked = []
-        for record in self.records:
-            if not record.verdict.green and record.verdict is not Verdict.SKIP:
-                ranked.append((rank[row_of(record)], record))
-                rank[row_of(record)] += 1
-        return [record for _, record in sorted(ranked, key=lambda item: item[0])]
+        """Records neither green nor skipped: the first seed of each row, then the next of each."""
+        bad = [
+            [r for r in row.values() if r and state(r) not in (*GREEN, "skip")]
+            for row in self.cells.values()
+        ]
+        return [record for turn in zip_longest(*bad) for record in turn if record]
 
 
-def aggregate(records: Sequence[Record], expected: Plan | None = None) -> Aggregate:
+def state(record: Record | None) -> str:
+    """Verdict of a cell, or `missing`."""
+    return str(record.verdict) if record else MISSING
+
+
+def aggregate(records: Iterable[Record], expected: Plan | None = None) -> Aggregate:
     """Puts records together.
 
-    A cell is missing where another row has the seed, or where the plan has the cell, and no
-    record came.
+    A cell is missing where the plan has it, or where another row has its seed, and no record came.
     """
-    ordered = sorted(records, key=lambda r: (row_of(r), r.seed, r.digest()))
     found: dict[tuple[Row, int], list[Record]] = defaultdict(list)
-    for record in ordered:
+    for record in sorted(records, key=lambda r: (r.seed, r.verdict, r.reason, r.reproduce)):
         found[row_of(record), record.seed].append(record)
-    rows = sorted({row for row, _ in found} | set(_planned(ordered, expected)))
-    seeds = sorted({seed for _, seed in found} | set(expected.seeds if expected else ()))
-    cells = {key: _worst(found.get(key, [])) for key in product(rows, seeds)}
-    states = {key: str(r.verdict) if r else MISSING for key, r in cells.items()}
-    kept = tuple(record for record in cells.values() if record)
-    counts = Counter(states.values())
+    rows = sorted({row for row, _ in found} | _planned(expected, [row for row, _ in found]))
+    seeds = tuple(sorted({seed for _, seed in found} | set(expected.seeds if expected else ())))
+    cells = {row: {seed: _worst(found[row, seed]) for seed in seeds} for row in rows}
+    present = {row: [r for r in by_seed.values() if r] for row, by_seed in cells.items()}
+    counts = Counter(state(r) for by_seed in cells.values() for r in by_seed.values())
     verdict, code, reason = conclude(counts)
-    series, problems = curves(kept), [
+    found_curves = tuple(curves(present))
+    problems = [
         f"{row.title}, {row.pair}, seed {seed}: {len(group)} records for one cell, the worst counts"
         for (row, seed), group in found.items()
         if len(group) > 1
     ]
-    problems += [f"{row_label}: {text}" for c in series for row_label, text in c.named_problems()]
+    problems += [f"{c.quantity}, {c.row.pair}, {p}" for c in found_curves for p in c.problems]
     return Aggregate(
-        records=kept,
         verdict=verdict,
         exit_code=code,
         reason=reason,
-        counts={state: counts[state] for state in STATES if counts[state]},
+        counts={name: counts[name] for name in STATES if counts[name]},
+        seeds=seeds,
         cells=cells,
-        seeds=tuple(seeds),
-        rows=tuple(rows),
-        summary=_summary(rows, seeds, states),
-        grid=_grid(rows, seeds, states),
-        steps=step_table(kept),
-        curves=series,
-        passes=_passes(kept),
-        first=_first(rows, seeds, cells),
-        notes=_notes(kept),
-        skipped=_skipped(kept),
+        summary=_summary(cells),
+        grid=_table([{**r._asdict(), **{str(s): state(x) for s, x in c.items()}} for r, c in cells.items()],
+                    [*Row._fields, *map(str, seeds)]),
+        steps=_table(steps(present), [*Row._fields, "seed", "step", *STEP_COLUMNS]),
+        curves=found_curves,
+        passes=_passes(present),
+        first=tuple(_first(cells)),
+        notes=_notes(present),
+        skipped=tuple(_gaps(present)),
         missing=tuple(
-            (row, gone)
-            for row in rows
-            if (gone := tuple(s for s in seeds if cells[row, s] is None))
+            Gap(row, gone, "no record")
+            for row, by_seed in cells.items()
+            if (gone := tuple(s for s, r in by_seed.items() if r is None))
         ),
         problems=tuple(problems),
+    )  # fmt: skip
+
+
+def _planned(plan: Plan | None, seen: Sequence[Row]) -> set[Row]:
+    """The rows of a plan; a probe has the stage name that records or this tool give it."""
+    if plan is None:
+        return set()
+    from parity.stages import STAGES
+
+    names = {stage.number: stage.name for stage in STAGES} | {r.probe: r.stage for r in seen}
+    return {
+        Row(model, *pair, probe, names.get(probe, "unknown"))
+        for model, pair, probe in product(plan.models, plan.pairs, plan.probes)
+    }
+
+
+def _worst(records: Sequence[Record]) -> Record | None:
+    if not records:
+        return None
+    verdict = worst([record.verdict for record in records])
+    return next(record for record in records if record.verdict is verdict)
+
+
+def conclude(counts: Mapping[str, int]) -> tuple[str, int, str]:
+    """Verdict, exit code and sentence from the number of cells in each state."""
+    total = sum(counts.values())
+    said = {name: f"{n} {name}" for name in reversed(STATES) if (n := counts.get(name, 0))}
+    listed = ", ".join(said.values())
+    for code, states in ((3, ("error", MISSING)), (1, ("diverge", "inconclusive"))):
+        if bad := [name for name in states if name in said]:
+            return bad[0], code, f"of {total} cells: {listed}"
+    if not any(name in said for name in GREEN):
+        return "inconclusive", 1, "nothing was compared" + (f": {listed}" if listed else "")
+    verdict = "agree" if "agree" in said else "identical"
+    return verdict, 0, f"all {total - counts.get('skip', 0)} cells compared are green: {listed}"
+
+
+def _table(rows: Iterable[Mapping[str, Any]], columns: list[str]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame([*rows], columns=columns)
+
+
+def _summary(cells: Mapping[Row, Mapping[int, Record | None]]) -> pd.DataFrame:
+    rows = []
+    for row, by_seed in cells.items():
+        counts = Counter(map(state, by_seed.values()))
+        green = sum(counts[name] for name in GREEN)
+        decided = green + counts["diverge"]
+        ci = wilson(green, decided) if decided else None
+        rows.append(
+            row._asdict()
+            | {"seeds": len(by_seed)}
+            | {name: counts[name] for name in STATES}
+            | {"decided": decided, "pass_rate": green / decided if decided else float("nan")}
+            | {"low": ci.low if ci else float("nan"), "high": ci.high if ci else float("nan")}
+        )
+    columns = ["seeds", *STATES, "decided", "pass_rate", "low", "high"]
+    return _table(rows, [*Row._fields, *columns])
+
+
+def _passes(rows: Mapping[Row, Sequence[Record]]) -> tuple[Passes, ...]:
+    found = {}
+    for row, records in rows.items():
+        for prompt in dict.fromkeys(p for r in records for side in r.passes.values() for p in side):
+            subject, reference = (
+                {
+                    r.seed: r.passes[side][prompt]
+                    for r in records
+                    if prompt in r.passes.get(side, {})
+                }
+                for side in ("subject", "reference")
+            )
+            found[row, prompt] = paired(subject, reference)
+    corrected = holm({str(key): c.test.exact_p for key, c in found.items()})
+    return tuple(Passes(*key, c, corrected[str(key)].adjusted_p) for key, c in found.items())
+
+
+def _first(cells: Mapping[Row, Mapping[int, Record | None]]) -> Iterator[First]:
+    pairs: dict[str, list[Row]] = defaultdict(list)
+    for row, by_seed in cells.items():
+        if any(state(r) not in (*GREEN, "skip") for r in by_seed.values()):
+            pairs[row.pair].append(row)
+    for rows in pairs.values():
+        # What diverges says more than what is missing before it.
+        ranked = [
+            (name, row, seeds)
+            for name in ("diverge", "error", "inconclusive", MISSING)
+            for row in rows
+            if (seeds := tuple(s for s, r in cells[row].items() if state(r) == name))
+        ]
+        name, row, seeds = ranked[0]
+        record = cells[row][seeds[0]]
+        reason = record.reason if record else "no record came"
+        later = tuple(other for other in rows if other.probe > row.probe)
+        yield First(row, name, seeds, reason, record, later)
+
+
+def _notes(rows: Mapping[Row, Sequence[Record]]) -> tuple[Note, ...]:
+    """Findings and hints once each; numbers that change from seed to seed do not part them."""
+    found: dict[tuple[str, Row, str], dict[int, str]] = defaultdict(dict)
+    for row, records in rows.items():
+        for record in records:
+            said = [("finding", text) for text in record.findings]
+            for kind, text in [*said, *(("hint", text) for text in record.hints)]:
+                kind = "shipped" if text.startswith("as shipped") else kind
+                pattern = re.sub(r"\d[\d.,]*(e[+-]?\d+)?", "#", text)
+                found[kind, row, pattern].setdefault(record.seed, text)
+    return tuple(
+        Note(kind, row, next(iter(by.values())), tuple(by), len({*by.values()}) > 1)
+        for (kind, row, _), by in found.items()
     )
+
+
+def _gaps(rows: Mapping[Row, Sequence[Record]]) -> Iterator[Gap]:
+    for row, records in rows.items():
+        reasons: dict[str, list[int]] = defaultdict(list)
+        for record in records:
+            if record.verdict is Verdict.SKIP:
+                reasons[record.reason].append(record.seed)
+        yield from (Gap(row, tuple(seeds), reason) for reason, seeds in reasons.items())
+
+
+def to_json(result: Aggregate) -> str:
+    """Everything but the records and their steps; NaN and infinities survive `trace.loads`."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Record):
+            return value.name
+        if isinstance(value, tuple) and hasattr(value, "_asdict"):
+            return {key: plain(item) for key, item in value._asdict().items()}
+        if is_dataclass(value) and not isinstance(value, type):
+            return plain(asdict(value))
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    names = ("verdict", "exit_code", "reason", "counts", "seeds", "first", "curves", "passes")
+    data = {
+        name: plain(getattr(result, name))
+        for name in (*names, "notes", "skipped", "missing", "problems")
+    }
+    tables = {name: getattr(result, name).to_dict("records") for name in ("summary", "grid")}
+    return dumps({"schema_version": SCHEMA, **data, **tables}, indent=1)
+
+
+def write(result: Aggregate, folder: Path) -> list[Path]:
+    """Writes JSON, CSV, Markdown and HTML; each file atomically."""
+    from parity.report import html, markdown
+
+    texts = {"aggregate.json": to_json(result)}
+    for name in ("summary", "grid", "steps"):
+        texts[f"{name}.csv"] = getattr(result, name).to_csv(
+            index=False, na_rep="nan", lineterminator="\n"
+        )
+    texts |= {"report.md": markdown.render(result), "report.html": html.render(result)}
+    for name, text in texts.items():
+        write_atomically(folder / name, text.encode())
+    return [folder / name for name in texts]

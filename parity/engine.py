@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -186,6 +187,12 @@ class Engine:
                 verdict, reason = Verdict.DIVERGE, str(error)
             except CaptureError as error:
                 verdict, reason, detail = Verdict.ERROR, str(error), error.detail
+            except KeyError as error:
+                reason = f"a trace lacks {error}: does the path emit what parity/paths/base.py says?"
+                verdict, detail = Verdict.ERROR, traceback.format_exc()
+            except Exception as error:  # one broken cell must not end the run
+                reason = f"{type(error).__name__} while comparing: {error}"
+                verdict, detail = Verdict.ERROR, traceback.format_exc()
         verdict, reason = (verdict, reason) if verdict else conclude(result.metrics)
         sides = {
             side: Side(

@@ -1,11 +1,19 @@
 """Step-for-step differences summarized over seeds. Bad input raises ValueError."""
 
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from parity.record import Record
 from parity.stats import PairedTest, check_count, check_fraction, mcnemar
+
+if TYPE_CHECKING:
+    from parity.aggregate import Row
 
 StepTolerance = float | Sequence[float]
 
@@ -96,3 +104,100 @@ def series_over_seeds(
         first_divergent,
         tuple(problems),
     )
+
+
+# The series of a record, by difference: the stem of both sides' series and the metric that gates.
+QUANTITIES = {
+    "dloss": ("loss", "loss per step"),
+    "dgrad": ("gradient_norm", "gradient_norm per step"),
+    "dloss as shipped": ("", ""),
+}
+
+STEP_COLUMNS = {
+    "loss_subject": "loss subject",
+    "loss_reference": "loss reference",
+    "dloss": "dloss",
+    "grad_subject": "gradient_norm subject",
+    "grad_reference": "gradient_norm reference",
+    "dgrad": "dgrad",
+}
+"""Columns of the step table and the series that fill them."""
+
+
+class Curve(NamedTuple):
+    """One difference over all seeds of a row of the grid."""
+
+    row: Row
+    quantity: str
+    """A key of `QUANTITIES`."""
+    seeds: tuple[int, ...]
+    steps: int
+    largest: float
+    """Greatest |d| of any seed and step."""
+    median: float
+    """Median over the complete seeds of the greatest |d|."""
+    tolerance: float
+    """What was allowed where a seed came nearest to it or went farthest beyond; NaN: not gated."""
+    first_step: int | None
+    """Earliest step over the tolerance in any seed, counted from 1."""
+    over: tuple[int, ...]
+    """Seeds that go over the tolerance."""
+    higher: int
+    """Seeds in which the subject's mean is above the reference's."""
+    lower: int
+    sign_p: float
+    systematic: bool
+    problems: tuple[str, ...]
+
+
+def curves(rows: Mapping[Row, Sequence[Record]]) -> Iterator[Curve]:
+    """Each difference of each row that has any."""
+    for row, records in rows.items():
+        for quantity, (stem, metric) in QUANTITIES.items():
+            having = [r for r in records if quantity in r.series or f"{stem} subject" in r.series]
+            if having:
+                yield _curve(row, quantity, stem, metric, having)
+
+
+def _curve(row: Row, quantity: str, stem: str, metric: str, records: Sequence[Record]) -> Curve:
+    diffs = {r.seed: r.series.get(quantity, []) for r in records}
+    values = {r.seed: r.series.get(f"{stem} reference", [])[: len(diffs[r.seed])] for r in records}
+    known = all(len(values[seed]) == len(d) for seed, d in diffs.items())
+    asked = max(int(r.reference.recipe.get("train.steps", 0)) for r in records)
+    # A zero stands for tolerances that differ by seed and step: the metric has judged by them.
+    found = series_over_seeds(diffs, 0.0, values if known else None, asked)
+    gates = {r.seed: m for r in records for m in r.metrics if m.name == metric}
+    over = {seed: m.step for seed, m in gates.items() if m.step is not None}
+    top = max(
+        gates.values(),
+        key=lambda m: m.value / m.tolerance if m.tolerance else m.value,
+        default=None,
+    )
+    # As shipped nothing is gated, so a difference of zero throughout is no problem there.
+    problems = [p for p in found.problems if stem or "constant" not in p]
+    return Curve(
+        row,
+        quantity,
+        tuple(diffs),
+        found.steps,
+        float(np.max([*found.max_abs.values()])),
+        found.quartiles[1] if found.quartiles else float("nan"),
+        top.tolerance if top else float("nan"),
+        min(over.values(), default=None),
+        tuple(over),
+        found.sign.b,
+        found.sign.c,
+        found.sign.exact_p,
+        found.systematic,
+        tuple(problems),
+    )
+
+
+def steps(rows: Mapping[Row, Sequence[Record]]) -> Iterator[dict[str, object]]:
+    """Losses, gradient norms and their differences, one mapping a step; NaN where one is short."""
+    for row, records in rows.items():
+        for record in records:
+            columns = [record.series.get(name, []) for name in STEP_COLUMNS.values()]
+            for index, values in enumerate(zip_longest(*columns, fillvalue=float("nan"))):
+                place = {**row._asdict(), "seed": record.seed, "step": index + 1}
+                yield place | dict(zip(STEP_COLUMNS, values, strict=True))

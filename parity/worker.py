@@ -108,19 +108,19 @@ class Worker:
             stdin.write(json.dumps(request).encode() + b"\n")
             stdin.flush()
             answer = json.loads(self._read_line(timeout))
-        except (OSError, ValueError) as error:
-            # A process may die at shutdown with its work done: what it wrote counts.
-            code = self._wait()
-            raise CaptureError(
-                f"worker of path {self.spec!r} died ({_describe(code)}) in {method}",
-                self.tail() or str(error),
-            ) from None
         except TimeoutError:
             self.kill()
             raise CaptureError(
                 f"path {self.spec!r} took longer than {timeout:g} s in {method}: "
                 "raise --timeout or make the recipe smaller",
                 self.tail(),
+            ) from None
+        except (OSError, ValueError) as error:
+            # A process may die at shutdown with its work done: what it wrote counts.
+            code = self._wait()
+            raise CaptureError(
+                f"worker of path {self.spec!r} died ({_describe(code)}) in {method}",
+                self.tail() or str(error),
             ) from None
         for status, error in _RAISED.items():
             if answer["status"] == status:

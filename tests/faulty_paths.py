@@ -1,0 +1,38 @@
+"""Paths that go wrong, for the tests of the harness. They compute nothing a user would use."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+
+from parity.errors import Unsupported
+from parity.paths.base import Path
+from parity.trace import Trace
+
+
+class Faulty(Path):
+    """Each method goes wrong in its own way."""
+
+    name = "faulty"
+    framework = "torch"
+
+    def logits(self, recipe, inputs):
+        print("the last words of a dying process", file=sys.stderr)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def gradient(self, recipe, inputs):
+        time.sleep(60)
+
+    def train(self, recipe, inputs):
+        raise RuntimeError("shapes (3,) and (4,) do not fit")
+
+    def decode(self, recipe, inputs):
+        raise Unsupported("it only trains")
+
+    def lora_init(self, recipe, inputs):
+        print("noise on stdout that must not end up among the answers")
+        return Trace({"pid": np.array([os.getpid()])}, {"seed": recipe.seed.value})

@@ -1,0 +1,96 @@
+"""Observing must not change what is observed: adapters end byte for byte as in a bare run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from parity import resources
+from parity.trace import Trace, canonical
+from parity.worker import environment
+
+
+@pytest.fixture(scope="module")
+def bare_cli(tmp_path_factory, small, engine):
+    """The adapter that the plain command line saves, in a process nobody looks into."""
+    folder = tmp_path_factory.mktemp("cli")
+    keys = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+    keys += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    config = {
+        "model": resources.model_dir(small.model.source),
+        "train": True,
+        "data": str(resources.data_dir(small.data.source)),
+        "seed": small.seed.value,
+        "num_layers": -1,
+        "lora_parameters": {"rank": 8, "scale": 2.0, "dropout": 0.0, "keys": keys},
+        "batch_size": small.train.batch_size,
+        "iters": small.train.steps,
+        "learning_rate": small.optim.lr,
+        "optimizer": "adamw",
+        "optimizer_config": {
+            "adamw": {"bias_correction": True, "weight_decay": 0.0, "betas": [0.9, 0.999], "eps": 1e-8}
+        },
+        "adapter_path": str(folder),
+        "steps_per_report": 1,
+        "val_batches": 0,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_lm", "lora", "--config", str(folder / "config.yaml")],
+        env=environment("mlx", engine.cache),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    saved = load_file(folder / "adapters.safetensors")
+    return {canonical(name): value for name, value in saved.items()}, done.stdout
+
+
+def assert_same_bytes(adapter, bare):
+    assert adapter.keys() == bare.keys()
+    assert len(adapter) == 252
+    for name, value in bare.items():
+        assert adapter[name].tobytes() == value.tobytes(), name
+    assert any(np.any(v) for k, v in bare.items() if k.endswith("lora_b")), "nothing was trained"
+
+
+@pytest.mark.parametrize("path", ["mlx-lm", "mlx"])
+def test_an_instrumented_mlx_run_ends_like_the_bare_cli(path, engine, small, bare_cli):
+    adapter, printed = bare_cli
+    trace = engine.capture(path, "train", small, Trace())
+    assert_same_bytes(trace.group("adapter"), adapter)
+    assert f"{trace.arrays['loss'][-1]:.3f}" in printed, "the CLI prints the loss that was recorded"
+
+
+def test_the_cli_as_a_black_box_agrees_with_what_is_read_at_its_door(engine, small):
+    """SGD at rate 1 moves the adapter by exactly the gradient; rate 0 leaves the init."""
+    once = small.override({"train.steps": 1, "optim.name": "sgd", "optim.lr": 1.0})
+    init = engine.capture("mlx-lm", "lora_init", once, Trace()).group("adapter")
+    still = engine.capture("mlx-lm", "train", once.override({"optim.lr": 0.0}), Trace())
+    assert_same = still.group("adapter")
+    assert all(np.array_equal(init[name], assert_same[name]) for name in init)
+    moved = engine.capture("mlx-lm", "train", once, Trace())
+    batch = moved.group("batches")
+    inputs = Trace({"ids": batch["ids.0"], "lengths": batch["lengths.0"]}).with_group("adapter", init)
+    gradient = engine.capture("mlx-lm", "gradient", small, inputs).group("gradient")
+    for name, value in moved.group("adapter").items():
+        np.testing.assert_array_equal(value, init[name] - gradient[name], err_msg=name)
+
+
+def test_a_worker_gives_the_same_bits_again_and_after_other_work(engine, small):
+    """One process lives through all seeds: nothing of one run may reach the next."""
+    from parity.engine import Engine
+
+    first = engine.capture("mlx", "train", small, Trace())
+    with Engine(cache=engine.cache / "fresh" / str(os.getpid())) as other:
+        other.capture("mlx", "train", small.override({"seed.value": 1}), Trace())
+        other.capture("mlx", "train", small.override({"train.gradient_checkpointing": True}), Trace())
+        again = other.capture("mlx", "train", small, Trace())
+    assert first.digest() == again.digest()

@@ -1,0 +1,74 @@
+"""Worker processes: what dies, hangs or refuses becomes an answer, and the run goes on."""
+
+from __future__ import annotations
+
+import pytest
+
+from parity.engine import Cell, Engine
+from parity.errors import CaptureError, Unsupported
+from parity.record import Verdict
+from parity.recipe import Recipe
+from parity.stages import find
+from parity.trace import Trace
+
+FAULTY = "tests.faulty_paths:Faulty"
+
+
+@pytest.fixture
+def fresh(tmp_path):
+    with Engine(cache=tmp_path, timeout=60) as engine:
+        yield engine
+
+
+def pid(engine, seed):
+    trace = engine.capture(FAULTY, "lora_init", Recipe().override({"seed.value": seed}), Trace())
+    return int(trace.arrays["pid"][0])
+
+
+def test_one_process_lives_through_all_seeds_and_is_replaced_when_it_dies(fresh):
+    first = pid(fresh, 1)
+    assert pid(fresh, 2) == first
+    with pytest.raises(CaptureError, match="died .signal 9. in logits") as caught:
+        fresh.capture(FAULTY, "logits", Recipe(), Trace())
+    assert "the last words of a dying process" in caught.value.detail
+    assert pid(fresh, 3) != first
+
+
+def test_a_hanging_path_is_ended_at_its_time_limit(fresh):
+    fresh.timeout = 3
+    with pytest.raises(CaptureError, match="longer than 3 s in gradient.*--timeout"):
+        fresh.capture(FAULTY, "gradient", Recipe(), Trace())
+    fresh.timeout = 60
+    assert pid(fresh, 1)
+
+
+def test_an_exception_keeps_its_type_its_words_and_its_traceback(fresh):
+    with pytest.raises(CaptureError, match="RuntimeError in train: shapes") as caught:
+        fresh.capture(FAULTY, "train", Recipe(), Trace())
+    assert "faulty_paths.py" in caught.value.detail
+    with pytest.raises(Unsupported, match="it only trains"):
+        fresh.capture(FAULTY, "decode", Recipe(), Trace())
+    with pytest.raises(Unsupported, match="has no tokenization"):
+        fresh.capture(FAULTY, "tokenization", Recipe(), Trace())
+
+
+def test_a_crash_becomes_the_record_of_its_cell(fresh):
+    record = fresh.run(Cell(find("lora_init"), FAULTY, "mlx", Recipe()))
+    assert record.verdict is Verdict.ERROR
+    record = fresh.run(Cell(find("config"), FAULTY, "mlx", Recipe()))
+    assert record.verdict is Verdict.SKIP
+    assert "has no config" in record.reason
+
+
+def test_what_was_captured_is_not_run_again(fresh, tmp_path):
+    first = pid(fresh, 1)
+    assert fresh.captured == 1
+    with Engine(cache=tmp_path) as other:
+        assert pid(other, 1) == first
+        assert other.captured == 0
+
+
+def test_a_subject_that_is_the_reference_proves_nothing(fresh):
+    record = fresh.run(Cell(find("logits"), "mlx", "mlx", Recipe()))
+    assert record.verdict is Verdict.INCONCLUSIVE
+    assert "the subject is the reference" in record.reason
