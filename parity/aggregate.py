@@ -26,6 +26,7 @@ MISSING = "missing"
 STATES = (*(str(verdict) for verdict in Verdict), MISSING)
 """What a cell of the grid can hold: a verdict, or `missing` where there is no record."""
 GREEN = ("identical", "agree")
+GRAVEST_FIRST = ("error", MISSING, "diverge", "inconclusive", "skip", "agree", "identical")
 
 
 class Row(NamedTuple):
@@ -221,8 +222,13 @@ def aggregate(records: Iterable[Record], expected: Plan | None = None) -> Aggreg
         seeds=seeds,
         cells=cells,
         summary=_summary(cells),
-        grid=_table([{**r._asdict(), **{str(s): state(x) for s, x in c.items()}} for r, c in cells.items()],
-                    [*Row._fields, *map(str, seeds)]),
+        grid=_table(
+            [
+                {**row._asdict(), **{str(seed): state(r) for seed, r in by_seed.items()}}
+                for row, by_seed in cells.items()
+            ],
+            [*Row._fields, *map(str, seeds)],
+        ),
         steps=_table(steps(present), [*Row._fields, "seed", "step", *STEP_COLUMNS]),
         curves=found_curves,
         passes=_passes(present),
@@ -235,7 +241,7 @@ def aggregate(records: Iterable[Record], expected: Plan | None = None) -> Aggreg
             if (gone := tuple(s for s, r in by_seed.items() if r is None))
         ),
         problems=tuple(problems),
-    )  # fmt: skip
+    )
 
 
 def _planned(plan: Plan | None, seen: Sequence[Row]) -> set[Row]:
@@ -261,7 +267,7 @@ def _worst(records: Sequence[Record]) -> Record | None:
 def conclude(counts: Mapping[str, int]) -> tuple[str, int, str]:
     """Verdict, exit code and sentence from the number of cells in each state."""
     total = sum(counts.values())
-    said = {name: f"{n} {name}" for name in reversed(STATES) if (n := counts.get(name, 0))}
+    said = {name: f"{n} {name}" for name in GRAVEST_FIRST if (n := counts.get(name, 0))}
     listed = ", ".join(said.values())
     for code, states in ((3, ("error", MISSING)), (1, ("diverge", "inconclusive"))):
         if bad := [name for name in states if name in said]:

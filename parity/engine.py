@@ -304,7 +304,7 @@ def reproduce(cell: Cell) -> str:
 
     words = [
         f"parity run --probes {cell.stage.number:02d} --subject {cell.subject}",
-        f"--reference {cell.reference} --seeds {cell.recipe.seed.value}",
+        f"--reference {cell.reference} --seeds {cell.recipe.seed.value},",
     ]
     default = Default().factors()
     shared = {k: v for k, v in cell.recipe.factors().items() if v != default[k] and k != "seed.value"}

@@ -42,7 +42,7 @@ class Matrix:
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """`3` means the first three of `SEEDS`; `3407,0` or `seed:42` name seeds themselves.
+    """`3` means the first three of `SEEDS`; `3407,0` names seeds, and so does `5,` with its comma.
 
     A single number up to 15 is a count, a greater one is a seed.
 
@@ -50,12 +50,12 @@ def parse_seeds(text: str) -> tuple[int, ...]:
         UsageError: Not numbers, none, or the same one twice.
     """
     try:
-        numbers = [int(part) for part in text.split(",")]
+        numbers = [int(part) for part in text.removesuffix(",").split(",")]
     except ValueError:
         raise UsageError(f"--seeds {text!r}: give a count such as 3 or seeds such as 3407,0") from None
     if any(number < 0 or number >= 2**32 for number in numbers):
         raise UsageError(f"--seeds {text!r}: seeds lie between 0 and 2**32 - 1")
-    if len(numbers) == 1 and 0 < numbers[0] <= len(SEEDS):
+    if text.isdigit() and 0 < numbers[0] <= len(SEEDS):
         return SEEDS[: numbers[0]]
     if len(set(numbers)) < len(numbers):
         raise UsageError(f"--seeds {text!r}: a seed stands twice")

@@ -37,7 +37,9 @@ def _metric(metric: Metric) -> list[str]:
     lines = [f"  {metric.name}: {metric.verdict}" + (f" · {metric.note}" if metric.note else "")]
     if metric.total:
         share = 100 * metric.mismatched / metric.total
-        lines.append(f"    {metric.mismatched:,} / {metric.total:,} elements differ ({share:.1f} %)")
+        lines.append(
+            f"    {metric.mismatched:,} / {metric.total:,} elements differ ({share:.1f} %)"
+        )
     if metric.floor or metric.tolerance:
         lines.append(
             f"    greatest |Δ| {metric.value:.3g} at {metric.where or metric.name}   "

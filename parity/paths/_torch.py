@@ -1,0 +1,368 @@
+"""What the torch paths share: float64 throughout, canonical names, supervision, live read-back."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from parity.errors import Unsupported, UnmatchedNames
+from parity.paths._mlx import single  # NumPy only, like row_digests
+from parity.recipe import Recipe
+from parity.trace import Array, canonical, layer_of
+
+IGNORED = -100
+"""The label that torch's cross-entropy leaves out."""
+
+# The process ---------------------------------------------------------------------------------------
+
+
+def device() -> Any:
+    """The torch device: `PARITY_TORCH_DEVICE` or the CPU (on hosted Macs MPS runs out of memory)."""
+    import torch
+
+    return torch.device(os.environ.get("PARITY_TORCH_DEVICE", "cpu"))
+
+
+def prepare() -> None:
+    """One thread, and the same bits run after run: 1 and 2 threads differ by 2e-6 in a loss."""
+    import torch
+
+    if device().type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def describe_torch() -> dict[str, Any]:
+    """Device, threads and the BLAS that torch was built with, which may be linked statically."""
+    import torch
+
+    blas = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    return {
+        "device": str(device()),
+        "torch_threads": torch.get_num_threads(),
+        "torch_blas": blas[1] if blas else None,
+        "torch_float32_matmul": torch.get_float32_matmul_precision(),
+    }
+
+
+def float64_throughout(dtype: str) -> contextlib.AbstractContextManager[Any]:
+    """Makes a float64 run one of float64 everywhere; other dtypes are left alone.
+
+    transformers casts norms, softmax, rotary embedding and the logits of its loss to float32 by
+    name, whatever the dtype of the model: after that a float64 run is no more right than a float32
+    run. Here every such cast becomes one to float64, so that the real functions stay in use.
+    """
+    if dtype != "float64":
+        return contextlib.nullcontext()
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    def raised(value: Any) -> Any:
+        return torch.float64 if value is torch.float32 else value
+
+    class Float64(TorchFunctionMode):  # type: ignore[misc]
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.Tensor.float:
+                func = torch.Tensor.double
+            named = {name: raised(value) for name, value in (kwargs or {}).items()}
+            return func(*map(raised, args), **named)
+
+    return Float64()
+
+
+def to_numpy(tensor: Any) -> Array:
+    """A tensor as NumPy; bfloat16, which NumPy lacks, as float32 (exact)."""
+    import torch
+
+    tensor = tensor.detach().cpu()
+    return np.array(tensor.float() if tensor.dtype == torch.bfloat16 else tensor)
+
+
+def loss_dtype(recipe: Recipe) -> str:
+    """The dtype of adapter, loss and optimizer: float32 also over weights of 16 bits."""
+    return "float64" if recipe.model.dtype == "float64" else "float32"
+
+
+def ids_tensor(ids: Array) -> Any:
+    """Token ids or labels on the device."""
+    import torch
+
+    return torch.as_tensor(np.asarray(ids, np.int64), device=device())
+
+
+# The adapter ---------------------------------------------------------------------------------------
+
+
+def adapter_parameters(model: Any) -> dict[str, Any]:
+    """Canonical name → live trainable parameter, in PEFT's orientation."""
+    return {canonical(n): p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def oriented(tensors: Mapping[str, Any]) -> dict[str, Array]:
+    """PEFT's (r, in) and (out, r) as canonical (in, r) and (r, out)."""
+    return {name: to_numpy(value).T for name, value in tensors.items()}
+
+
+def transplant(parameters: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+    """Copies canonical arrays into live parameters.
+
+    Raises:
+        UnmatchedNames: Names that stand on one side only.
+        ValueError: A shape that does not fit.
+    """
+    import torch
+
+    check_names(parameters, arrays)
+    for name, parameter in parameters.items():
+        value = torch.from_numpy(np.ascontiguousarray(arrays[name].T))
+        if value.shape != parameter.shape:
+            raise ValueError(f"{name}: shape {arrays[name].shape} does not fit")
+        parameter.data.copy_(value)
+
+
+def check_names(ours: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raises UnmatchedNames unless both sides name the same tensors."""
+    missing, strange = sorted(ours.keys() - given.keys()), sorted(given.keys() - ours.keys())
+    if missing or strange:
+        raise UnmatchedNames(
+            f"cannot hand over the tensors: {len(missing)} of the model were not given "
+            f"({', '.join(missing[:3])}), {len(strange)} that were given are not in the model "
+            f"({', '.join(strange[:3])})"
+        )
+
+
+def unload(model: Any, base: Any, trainable: Mapping[str, bool]) -> None:
+    """Takes the adapter out again and checks that the base is what it was.
+
+    Args:
+        model: The PeftModel around `base`.
+        base: The model that was wrapped.
+        trainable: `requires_grad` of each parameter before it was.
+
+    Raises:
+        RuntimeError: Something of the adapter stayed behind.
+    """
+    model.unload()
+    if base.is_gradient_checkpointing:
+        base.gradient_checkpointing_disable()
+        base.disable_input_require_grads()
+    base.eval()
+    names = [name for name, _ in base.named_parameters()]
+    if names != list(trainable) or hasattr(base, "peft_config"):
+        raise RuntimeError("PEFT's unload left parts of the adapter in the base model")
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(trainable[name])
+
+
+# Supervision ---------------------------------------------------------------------------------------
+
+
+def labels(recipe: Recipe, ids: Array, lengths: Array) -> Array:
+    """Targets (B, T) of a batch (B, T + 1), `IGNORED` where nothing is supervised (see Mask)."""
+    steps = np.arange(1, ids.shape[1])
+    first = np.maximum(lengths[:, :1], 1) + recipe.mask.start_shift
+    last = lengths[:, 1:] - 1 + recipe.mask.end_shift
+    return np.where((steps >= first) & (steps <= last), ids[:, 1:], IGNORED).astype(np.int64)
+
+
+def probed_loss(loss_function: Callable[..., Any], logits: Any, targets: Array) -> dict[str, Array]:
+    """The model's loss on given logits, with what it supervises found from its gradient.
+
+    The gradient (softmax minus one-hot) is zero where a position is left out and negative at the
+    target alone. It is taken in float32, which the loss casts to anyway, lest float16 underflows.
+    """
+    import torch
+
+    leaf = logits.float().requires_grad_()
+
+    def loss_of(part: Any, wanted: Array) -> Any:
+        shifted = ids_tensor(wanted)
+        return loss_function(
+            logits=part, labels=shifted, shift_labels=shifted, vocab_size=logits.shape[-1]
+        )
+
+    loss = loss_of(leaf, targets)
+    (slope,) = torch.autograd.grad(loss, leaf)
+    supervised = to_numpy((slope != 0).any(dim=-1))
+    token_loss = np.zeros(targets.shape, to_numpy(loss).dtype)
+    with torch.no_grad():
+        for row, at in np.argwhere(targets != IGNORED):
+            one = slice(row, row + 1), slice(at, at + 1)
+            token_loss[row, at] = loss_of(leaf[one], targets[one]).item()
+    return {
+        "loss": to_numpy(loss),
+        "supervised": supervised,
+        "targets": np.where(supervised, to_numpy(slope.argmin(dim=-1)), -1).astype(np.int32),
+        "token_loss": token_loss,
+    }
+
+
+# Optimizer -----------------------------------------------------------------------------------------
+
+
+def make_optimizer(recipe: Recipe, parameters: Iterable[Any]) -> tuple[Any, Any]:
+    """The optimizer and its learning-rate schedule.
+
+    Raises:
+        Unsupported: Adam without bias correction, or Adam (not AdamW) with weight decay.
+    """
+    import torch
+    from transformers import get_scheduler
+
+    o = recipe.optim
+    # One tensor after the other: the fused and grouped kernels round differently.
+    options: dict[str, Any] = {"foreach": False, "fused": False}
+    if o.name == "sgd":
+        kind: Any = torch.optim.SGD
+    else:
+        kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[o.name]
+        options |= {"betas": o.betas, "eps": o.eps}
+        if not o.bias_correction:
+            raise Unsupported("torch's Adam always corrects bias (optim.bias_correction=false)")
+    if o.name == "adam" and o.weight_decay:
+        raise Unsupported(f"Adam has no decoupled weight decay (optim.weight_decay={o.weight_decay})")
+    optimizer = kind(list(parameters), lr=o.lr, weight_decay=o.weight_decay, **options)
+    schedule = get_scheduler(
+        "constant_with_warmup" if o.schedule == "constant" else o.schedule,
+        optimizer,
+        num_warmup_steps=o.warmup_steps,
+        num_training_steps=recipe.train.steps,
+    )
+    return optimizer, schedule
+
+
+def gradient_norm(parameters: Iterable[Any]) -> float:
+    """Global L2 norm of the gradients, which stay as they are."""
+    import torch
+
+    norms = [torch.linalg.vector_norm(p.grad) for p in parameters if p.grad is not None]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
+
+
+def update(recipe: Recipe, parameters: list[Any], optimizer: Any, schedule: Any) -> None:
+    """Clips, steps and clears the gradients."""
+    import torch
+
+    limit = recipe.optim.clip_value
+    if recipe.optim.clip == "value":
+        torch.nn.utils.clip_grad_value_(parameters, limit, foreach=False)
+    elif recipe.optim.clip == "norm":
+        torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=False)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
+
+
+# Read-back -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def module_outputs(model: Any) -> Iterator[dict[str, Any]]:
+    """Collects canonical name → output of every module, in the order in which they return."""
+    import torch
+
+    seen: dict[str, Any] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: Any, arguments: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            if isinstance(first, torch.Tensor):
+                seen[name] = first
+
+        return hook
+
+    def same_elsewhere(module: Any) -> bool:
+        # Gemma's embedding multiplies by its scale inside; in MLX the model does so afterwards.
+        return type(module) is torch.nn.Embedding or not isinstance(module, torch.nn.Embedding)
+
+    handles = [
+        module.register_forward_hook(keep(canonical(name)))
+        for name, module in model.named_modules()
+        if name and same_elsewhere(module)
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def dtype_name(dtype: Any) -> str:
+    """`float32` of `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_census(parameters: Iterable[Any]) -> dict[str, int]:
+    """Number of elements by dtype."""
+    census: dict[str, int] = {}
+    for parameter in parameters:
+        name = dtype_name(parameter.dtype)
+        census[name] = census.get(name, 0) + parameter.numel()
+    return census
+
+
+def rope_thetas(model: Any) -> list[float]:
+    """Per layer the base of the rotary embedding, from the live frequencies base ** (-2 i / d)."""
+    config = model.config.get_text_config()
+    # Models with several kinds of layers have one buffer a kind.
+    buffers = {
+        name.rpartition(".")[2]: to_numpy(value).astype(np.float64)
+        for name, value in model.named_buffers()
+        if name.endswith("inv_freq") and not name.endswith("original_inv_freq")
+    }
+    kinds = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
+    used = [buffers.get(f"{kind}_inv_freq", buffers.get("inv_freq")) for kind in kinds]
+    return [rope_theta(frequencies) for frequencies in used if frequencies is not None]
+
+
+def rope_theta(frequencies: Array) -> float:
+    """The base of float32 frequencies, to 6 digits.
+
+    Every frequency tells it, later ones more exactly; scaled kinds of rope leave the early ones
+    alone, so the last that still agrees with the first is taken.
+    """
+    relative = frequencies / frequencies[0]
+    half = len(relative)
+    estimates = relative[1:] ** (-half / np.arange(1, half))
+    consistent = estimates[np.isclose(estimates, estimates[0], rtol=1e-4)]
+    return float(f"{consistent[-1]:.6g}")
+
+
+def lora_facts(model: Any) -> dict[str, Any]:
+    """Rank, scale, dropout, layers and modules as the live LoRA modules have them."""
+    modules = {canonical(n): m for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    return {
+        "rank": single({int(m.r["default"]) for m in modules.values()}),
+        "scale": single({float(m.scaling["default"]) for m in modules.values()}),
+        # without dropout PEFT puts an Identity there
+        "dropout": single({getattr(m.lora_dropout["default"], "p", 0.0) for m in modules.values()}),
+        "layers": sorted({n for name in modules if (n := layer_of(name)) is not None}),
+        "modules": sorted({name.rpartition(".")[2] for name in modules}),
+    }
+
+
+def optimizer_facts(optimizer: Any, schedule: Any, steps: int) -> dict[str, Any]:
+    """Hyperparameters of the live optimizer; it must not hold gradients, for it is stepped."""
+    group, rates = optimizer.param_groups[0], []
+    for _ in range(steps):
+        rates.append(float(group["lr"]))
+        optimizer.step()
+        schedule.step()
+    betas = [float(beta) for beta in group.get("betas", ())]
+    return {
+        "optim.class": type(optimizer).__name__,
+        "optim.betas": betas,
+        "optim.eps": group.get("eps"),
+        "optim.weight_decay": float(group["weight_decay"]),
+        # torch's Adam knows no other way and so has no setting to read
+        "optim.bias_correction": True if betas else None,
+        "optim.lr": rates,
+    }

@@ -1,0 +1,555 @@
+"""Path `hf`: transformers + PEFT + torch.optim in a plain loop; in float64 it is the referee.
+
+Every factor is honoured but `optim.bias_correction = false`, which torch cannot do, and
+`train.compile`, which names MLX's compiler and changes nothing here. Base weights in bfloat16 or
+float16 carry an adapter in float32, PEFT's default; in float64 everything is float64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path as FilePath
+from typing import Any, ClassVar
+
+import numpy as np
+
+from parity import resources
+from parity.errors import Unsupported, UsageError
+from parity.paths import _torch
+from parity.paths._mlx import row_digests
+from parity.paths._torch import IGNORED, to_numpy
+from parity.paths.base import Path, describe_process
+from parity.recipe import Recipe
+from parity.trace import Array, Trace, each
+
+Batch = tuple[Array, Array]
+"""Ids (B, W) and lengths (B, 2), both int32."""
+
+KEPT = 2
+"""Base models kept in memory: the float32 run and its float64 referee take turns."""
+
+SHOWN = 8
+"""Micro-batches that the effective configuration describes."""
+
+
+class HfPath(Path):
+    """Fine-tuning with transformers and PEFT."""
+
+    name: ClassVar[str] = "hf"
+    framework: ClassVar[str] = "torch"
+    packages: ClassVar[tuple[str, ...]] = ("torch", "transformers", "peft", "numpy")
+
+    def __init__(self, cache: FilePath) -> None:
+        super().__init__(cache)
+        self._bases: dict[tuple[str, ...], Any] = {}
+        _torch.prepare()
+
+    # What it does when nobody says anything, and where it runs ---------------------------------
+
+    def shipped(self) -> dict[str, Any]:
+        """Defaults of PEFT, torch's AdamW and transformers' collator and loss."""
+        import torch
+        from peft import LoraConfig
+        from transformers import DataCollatorForSeq2Seq
+        from transformers.loss.loss_utils import ForCausalLMLoss
+
+        lora, adamw = LoraConfig(), _defaults(torch.optim.AdamW)
+        collator = _defaults(DataCollatorForSeq2Seq)
+        ignored = _defaults(ForCausalLMLoss)["ignore_index"]
+        return {
+            "lora.rank": lora.r,
+            "lora.scale": lora.lora_alpha / lora.r,
+            "lora.dropout": lora.lora_dropout,
+            "lora.num_layers": -1 if lora.layers_to_transform is None else 1,
+            "optim.name": "adamw",
+            "optim.betas": adamw["betas"],
+            "optim.eps": adamw["eps"],
+            "optim.weight_decay": adamw["weight_decay"],
+            "optim.bias_correction": True,
+            "optim.clip": "none",
+            "mask.end_shift": 0 if collator["label_pad_token_id"] == ignored else 1,
+            "data.pad_multiple": collator["pad_to_multiple_of"] or 1,
+            "data.pad_extra": 0,
+        }
+
+    def environment(self) -> dict[str, Any]:
+        """Versions, device, threads, BLAS and variables of this process."""
+        return {**describe_process(self.packages), **_torch.describe_torch()}
+
+    # Parts -------------------------------------------------------------------------------------
+
+    def tokenizer(self, recipe: Recipe) -> Any:
+        """The tokenizer that comes with the model."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(resources.model_dir(recipe.model.source))
+
+    def load(self, recipe: Recipe) -> Any:
+        """The base model with eager attention: sdpa dropped Gemma 2's soft-capping in 4.57.
+
+        Raises:
+            Unsupported: float64 on a device without it.
+            RuntimeError: Weights that are not in the checkpoint.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        device, dtype = _torch.device(), recipe.model.dtype
+        if device.type == "mps" and dtype == "float64":
+            raise Unsupported("MPS has no float64")
+        model, report = AutoModelForCausalLM.from_pretrained(
+            resources.model_dir(recipe.model.source),
+            dtype=getattr(torch, dtype),
+            attn_implementation="eager",
+            output_loading_info=True,
+        )
+        # transformers fills them with random numbers and goes on
+        if absent := sorted(report["missing_keys"]):
+            raise RuntimeError(f"{len(absent)} weights are not in the checkpoint: {absent[0]}, ...")
+        return model.to(device).eval()
+
+    @contextlib.contextmanager
+    def pristine(self, recipe: Recipe) -> Iterator[Any]:
+        """The base model without adapter."""
+        with _torch.float64_throughout(recipe.model.dtype):
+            key = _key(recipe)
+            base = self._bases.pop(key, None)
+            self._keep(key, base := self.load(recipe) if base is None else base)
+            yield base
+
+    @contextlib.contextmanager
+    def adapted(self, recipe: Recipe, adapter: Mapping[str, Array] | None = None) -> Iterator[Any]:
+        """The model with LoRA in it, initialised from the seed or from a given adapter."""
+        import torch
+
+        with _torch.float64_throughout(recipe.model.dtype):
+            key = _key(recipe)
+            base = self._bases.pop(key, None)
+            if recipe.seed.placement == "before_load":
+                torch.manual_seed(recipe.seed.value)
+                base = self.load(recipe)
+            else:
+                base = self.load(recipe) if base is None else base
+                torch.manual_seed(recipe.seed.value)
+            trainable = {name: p.requires_grad for name, p in base.named_parameters()}
+            model = self.wire(base, recipe)
+            try:
+                if adapter is not None:
+                    _torch.transplant(_torch.adapter_parameters(model), adapter)
+                yield model
+            finally:
+                _torch.unload(model, base, trainable)
+                # Only here: a base that did not come back clean is never used again.
+                self._keep(key, base)
+
+    def _keep(self, key: tuple[str, ...], base: Any) -> None:
+        self._bases[key] = base
+        while len(self._bases) > KEPT:
+            del self._bases[next(iter(self._bases))]
+
+    def wire(self, base: Any, recipe: Recipe) -> Any:
+        """Puts LoRA into the base model.
+
+        Raises:
+            Unsupported: More layers, or other modules, than the model has.
+        """
+        from peft import LoraConfig, get_peft_model
+
+        lora, layers = recipe.lora, base.config.get_text_config().num_hidden_layers
+        if lora.num_layers > layers:
+            raise Unsupported(f"lora.num_layers={lora.num_layers}, but the model has {layers} layers")
+        present = {name.rpartition(".")[2] for name, _ in base.named_modules()}
+        if missing := sorted(set(lora.target_modules) - present):
+            raise Unsupported(f"the model has no modules {missing} (lora.target_modules)")
+        if recipe.train.gradient_checkpointing:
+            # Before PEFT, which sees it and makes the frozen embedding's output require a gradient.
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        last = list(range(layers - lora.num_layers, layers))
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=lora.rank,
+            lora_alpha=lora.scale * lora.rank,
+            lora_dropout=lora.dropout,
+            target_modules=list(lora.target_modules),
+            layers_to_transform=None if lora.num_layers == -1 else last,
+        )
+        return get_peft_model(base, config)
+
+    def rows(self, recipe: Recipe, tokenizer: Any) -> list[tuple[list[int], int]]:
+        """Ids and first supervised token of each training row, cut at the greatest length."""
+        file = resources.data_dir(recipe.data.source) / "train.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines()
+        rows = [tokenized(json.loads(line), recipe, tokenizer) for line in lines if line.strip()]
+        return [(ids[: recipe.data.max_length], offset) for ids, offset in rows]
+
+    def iterate(self, recipe: Recipe, tokenizer: Any) -> Iterator[Batch]:
+        """Endless batches: all rows shuffled anew each epoch, an incomplete batch dropped."""
+        import torch
+
+        rows, size = self.rows(recipe, tokenizer), recipe.train.batch_size
+        if len(rows) < size:
+            raise UsageError(
+                f"data {recipe.data.source!r} has {len(rows)} rows, fewer than "
+                f"train.batch_size={size}"
+            )
+        seed = recipe.seed.value if recipe.seed.data is None else recipe.seed.data
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            order = torch.randperm(len(rows), generator=generator).tolist()
+            for start in range(0, len(rows) - size + 1, size):
+                chosen = [rows[index] for index in order[start : start + size]]
+                yield padded(chosen, recipe, padding_id(tokenizer))
+
+    def loop(
+        self, recipe: Recipe, model: Any, batches: Iterator[Batch]
+    ) -> dict[str, list[float]]:
+        """Trains; returns loss, gradient norm and supervised tokens of each optimizer step."""
+        parameters = list(_torch.adapter_parameters(model).values())
+        optimizer, schedule = _torch.make_optimizer(recipe, parameters)
+        model.train()
+        result: dict[str, list[float]] = {"loss": [], "gradient_norm": [], "tokens": []}
+        for step in range(recipe.train.steps):
+            parts = list(itertools.islice(batches, recipe.train.accumulation))
+            if len(parts) < recipe.train.accumulation:
+                raise ValueError(f"the batches that were handed over end in step {step + 1}")
+            loss, tokens = accumulate(recipe, model, parts)
+            result["loss"].append(loss)
+            result["gradient_norm"].append(_torch.gradient_norm(parameters))
+            result["tokens"].append(tokens)
+            _torch.update(recipe, parameters, optimizer, schedule)
+        return result
+
+    # Stages ------------------------------------------------------------------------------------
+
+    def tokenization(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `Path.tokenization`."""
+        tokenizer, trace = self.tokenizer(recipe), Trace()
+        for index, (ids, offset) in enumerate(self.rows(recipe, tokenizer)):
+            trace.arrays[f"row.{index}"] = np.asarray(ids, np.int32)
+            trace.arrays[f"offset.{index}"] = np.asarray(offset, np.int32)
+        texts = [tokenizer(text)["input_ids"] for text in inputs.scalars["texts"]]
+        chats = [
+            tokenizer.apply_chat_template(conversation, return_dict=False)
+            for conversation in inputs.scalars["conversations"]
+        ]
+        for stem, rows in (("text", texts), ("chat", chats)):
+            for index, ids in enumerate(rows):
+                trace.arrays[f"{stem}.{index}"] = np.asarray(ids, np.int32)
+        trace.scalars = {
+            "decoded": [tokenizer.decode(ids, skip_special_tokens=True) for ids in texts],
+            "bos": tokenizer.bos_token_id,
+            "eos": tokenizer.eos_token_id,
+            "pad": padding_id(tokenizer),
+            "vocab_size": len(tokenizer),
+        }
+        return trace
+
+    def batches(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `Path.batches`."""
+        count = recipe.train.steps * recipe.train.accumulation
+        drawn = itertools.islice(self.iterate(recipe, self.tokenizer(recipe)), count)
+        trace = Trace()
+        for _ in recorded(trace, drawn, prefix=""):
+            pass
+        return trace
+
+    def logits(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `Path.logits`."""
+        import torch
+
+        trace = Trace(scalars={"dtype": recipe.model.dtype})
+        with self.pristine(recipe) as model, torch.no_grad():
+            for index, ids in enumerate(each(inputs.arrays, "ids")):
+                observe = inputs.scalars.get("modules", False)
+                watched = _torch.module_outputs(model) if observe else contextlib.nullcontext({})
+                with watched as seen:
+                    logits = model(input_ids=_torch.ids_tensor(ids), use_cache=False).logits
+                trace.scalars["dtype"] = _torch.dtype_name(logits.dtype)
+                trace.arrays[f"logits.{index}"] = to_numpy(logits.float())
+                for name, value in seen.items():
+                    trace.arrays[f"module.{index}/{name}"] = to_numpy(value.float())
+                if seen:
+                    trace.scalars["order"] = list(seen)
+        return trace
+
+    def cross_entropy(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `Path.cross_entropy`."""
+        import torch
+
+        targets = _torch.labels(recipe, inputs.arrays["ids"], inputs.arrays["lengths"])
+        with self.pristine(recipe) as model:
+            logits = torch.tensor(
+                inputs.arrays["logits"], dtype=getattr(torch, recipe.model.dtype), device=model.device
+            )
+            arrays = _torch.probed_loss(model.loss_function, logits, targets)
+        return Trace(arrays, {"tokens": int((targets != IGNORED).sum())})
+
+    def lora_init(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `Path.lora_init`."""
+        with self.adapted(recipe) as model:
+            parameters = _torch.adapter_parameters(model)
+            dtypes = _torch.dtype_census(parameters.values())
+            scalars = {
+                **_torch.lora_facts(model),
+                "trainable": sorted(parameters),
+                "dtype": _torch.single(set(dtypes)),
+            }
+            return Trace(scalars=scalars).with_group("adapter", _torch.oriented(parameters))
+
+    def gradient(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `Path.gradient`; without dropout, whose masks no two frameworks share."""
+        still = recipe.override({"lora.dropout": 0.0})
+        with self.adapted(still, inputs.group("adapter")) as model:
+            model.train()
+            batch = inputs.arrays["ids"], inputs.arrays["lengths"]
+            loss, tokens = accumulate(still, model, [batch])
+            parameters = _torch.adapter_parameters(model)
+            norm = _torch.gradient_norm(parameters.values())
+            gradient = _torch.oriented({name: p.grad for name, p in parameters.items()})
+        dtype = _torch.loss_dtype(recipe)
+        arrays = {"loss": np.asarray(loss, dtype), "norm": np.asarray(norm, dtype)}
+        return Trace(arrays, {"tokens": tokens}).with_group("gradient", gradient)
+
+    def optimizer_step(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `Path.optimizer_step`."""
+        import torch
+
+        def live(array: Array) -> Any:
+            oriented = np.ascontiguousarray(array.T, _torch.loss_dtype(recipe))
+            return torch.tensor(oriented, device=_torch.device())
+
+        weights = inputs.group("weight")
+        parameters = {name: torch.nn.Parameter(live(value)) for name, value in weights.items()}
+        optimizer, schedule = _torch.make_optimizer(recipe, parameters.values())
+        trace, step = Trace(), 0
+        while fed := inputs.group(f"gradient.{step}"):
+            _torch.check_names(parameters, fed)
+            for name, parameter in parameters.items():
+                parameter.grad = live(fed[name])
+            _torch.update(recipe, list(parameters.values()), optimizer, schedule)
+            trace = trace.with_group(f"weight.{step}", _torch.oriented(parameters))
+            step += 1
+        return trace
+
+    def train(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `Path.train`."""
+        batches = given(inputs) or self.iterate(recipe, self.tokenizer(recipe))
+        trace = Trace()
+        with self.adapted(recipe, inputs.group("adapter") or None) as model:
+            result = self.loop(recipe, model, recorded(trace, batches))
+            adapter = _torch.oriented(_torch.adapter_parameters(model))
+        trace.arrays.update({name: np.asarray(values) for name, values in result.items()})
+        return trace.with_group("adapter", adapter)
+
+    def decode(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `Path.decode`."""
+        import torch
+
+        tokenizer, trace = self.tokenizer(recipe), Trace()
+        losses, texts = [], []
+        with self.adapted(recipe, inputs.group("adapter")) as model, torch.no_grad():
+            model.eval()
+            for index, prompt in enumerate(inputs.scalars["prompts"]):
+                start = tokenizer(prompt)["input_ids"]
+                whole = tokenizer(prompt + inputs.scalars["expected"])["input_ids"]
+                ids = greedy(recipe, model, start, tokenizer)
+                trace.arrays[f"ids.{index}"] = np.asarray(ids, np.int32)
+                trace.arrays[f"margin.{index}"] = margins(model, start, ids)
+                texts.append(tokenizer.decode(ids))
+                losses.append(completion_loss(model, start, whole))
+        trace.arrays["completion_loss"] = np.asarray(losses, _torch.loss_dtype(recipe))
+        trace.scalars["text"] = texts
+        return trace
+
+    def config(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `Path.config`."""
+        import torch
+
+        tokenizer = self.tokenizer(recipe)
+        count = min(SHOWN, recipe.train.steps * recipe.train.accumulation)
+        drawn = list(itertools.islice(self.iterate(recipe, tokenizer), count))
+        with self.adapted(recipe) as model:
+            parameters = _torch.adapter_parameters(model)
+            base = [p for p in model.parameters() if not p.requires_grad]
+            optimizer, schedule = _torch.make_optimizer(recipe, parameters.values())
+            supervised = supervised_positions(recipe, model, *drawn[0])
+            scalars = {
+                "dtype.parameters": _torch.dtype_census(base),
+                "dtype.adapter": _torch.dtype_census(parameters.values()),
+                "rope.theta": _torch.rope_thetas(model),
+                "lora.trainable": len(parameters),
+                "lora.parameters": sum(p.numel() for p in parameters.values()),
+                "lora.names": sorted(parameters),
+                **{f"lora.{key}": value for key, value in _torch.lora_facts(model).items()},
+                **_torch.optimizer_facts(optimizer, schedule, recipe.train.steps),
+                "clip.mode": recipe.optim.clip,
+                "clip.value": None if recipe.optim.clip == "none" else recipe.optim.clip_value,
+                "batch.shapes": [list(ids.shape) for ids, _ in drawn],
+                "batch.pad_id": padding_id(tokenizer),
+                "batch.rows": [row_digests(*batch) for batch in drawn],
+                "mask.supervised": np.bincount(supervised[:, 0], minlength=len(drawn[0][0])).tolist(),
+                "loss.denominator": "supervised tokens",
+                "accumulation.steps": recipe.train.accumulation,
+                "accumulation.weighting": recipe.train.accumulation_weighting,
+                "seed.value": torch.initial_seed(),
+                "seed.placement": recipe.seed.placement,
+            }
+        return Trace({"supervised": supervised}, scalars)
+
+
+# Rows and batches --------------------------------------------------------------------------------
+
+
+def tokenized(row: Mapping[str, Any], recipe: Recipe, tokenizer: Any) -> tuple[list[int], int]:
+    """Ids of a training row and its first supervised token (0: all).
+
+    Raises:
+        Unsupported: A prompt is to be masked in a row that has none.
+        UsageError: A row of another kind.
+    """
+    if "text" in row:
+        if recipe.mask.prompt:
+            raise Unsupported("rows of plain text have no prompt to mask (mask.prompt)")
+        ids = list(tokenizer(row["text"])["input_ids"])
+        end = [tokenizer.eos_token_id]
+        return ids + end if recipe.data.append_eos and ids[-1:] != end else ids, 0
+    if "messages" in row:
+        messages = row["messages"]
+    elif "prompt" in row and "completion" in row:
+        turns = {"user": row["prompt"], "assistant": row["completion"]}
+        messages = [{"role": role, "content": content} for role, content in turns.items()]
+    else:
+        raise UsageError(f"a row needs text, messages or prompt and completion, not {sorted(row)}")
+
+    def templated(part: list[Any], **options: Any) -> list[int]:
+        tools = row.get("tools")
+        return list(tokenizer.apply_chat_template(part, tools=tools, return_dict=False, **options))
+
+    if not recipe.mask.prompt:
+        return templated(messages), 0
+    answered = messages[-1]["role"] == "assistant"
+    return templated(messages), len(templated(messages[:-1], add_generation_prompt=answered))
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The tokenizer's padding id; 0, as mlx-lm has it, where there is none."""
+    return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+
+
+def padded(rows: list[tuple[list[int], int]], recipe: Recipe, padding: int) -> Batch:
+    """A batch at the recipe's width, padded on the right."""
+    multiple, longest = recipe.data.pad_multiple, max(len(ids) for ids, _ in rows)
+    width = recipe.data.pad_extra + -(-longest // multiple) * multiple
+    batch = np.full((len(rows), min(width, recipe.data.max_length)), padding, np.int32)
+    for line, (ids, _) in zip(batch, rows, strict=True):
+        line[: len(ids)] = ids
+    return batch, np.array([(offset, len(ids)) for ids, offset in rows], np.int32)
+
+
+def given(inputs: Trace) -> Iterator[Batch] | None:
+    """Batches that were handed over, or None."""
+    ids, lengths = (list(each(inputs.arrays, f"batches/{stem}")) for stem in ("ids", "lengths"))
+    return zip(ids, lengths, strict=True) if ids else None
+
+
+def recorded(trace: Trace, batches: Iterator[Batch], prefix: str = "batches/") -> Iterator[Batch]:
+    """Writes batches into a trace as they are drawn."""
+    for index, (ids, lengths) in enumerate(batches):
+        trace.arrays[f"{prefix}ids.{index}"] = ids
+        trace.arrays[f"{prefix}lengths.{index}"] = lengths
+        yield ids, lengths
+
+
+# The model at work -------------------------------------------------------------------------------
+
+
+def accumulate(recipe: Recipe, model: Any, parts: list[Batch]) -> tuple[float, int]:
+    """Leaves the gradient of one step in the parameters; returns its loss and supervised tokens.
+
+    There is no attention mask: padding stands on the right, where the causal mask hides it from
+    all real tokens, and a supervised padding position must see what it sees in mlx-lm.
+    """
+    targets = [_torch.labels(recipe, ids, lengths) for ids, lengths in parts]
+    tokens = sum(int((target != IGNORED).sum()) for target in targets)
+    by_token = recipe.train.accumulation_weighting == "token"
+    # With a count transformers divides the sum of a micro-batch by it, as its Trainer does.
+    count = {"num_items_in_batch": tokens} if by_token else {}
+    total = 0.0
+    for (ids, _), target in zip(parts, targets, strict=True):
+        shifted = _torch.ids_tensor(target)
+        loss = model(
+            input_ids=_torch.ids_tensor(ids[:, :-1]),
+            labels=shifted,
+            shift_labels=shifted,
+            use_cache=False,
+            **count,
+        ).loss
+        share = loss if by_token else loss / len(parts)
+        share.backward()
+        total += share.item()
+    return total, tokens
+
+
+def supervised_positions(recipe: Recipe, model: Any, ids: Array, lengths: Array) -> Array:
+    """What the live loss supervises in a batch: (row, position, target id), (K, 3) int64.
+
+    Flat logits over a vocabulary just large enough for the ids.
+    """
+    import torch
+
+    targets = _torch.labels(recipe, ids, lengths)
+    logits = torch.zeros(*targets.shape, int(ids.max()) + 2, device=model.device)
+    arrays = _torch.probed_loss(model.get_base_model().loss_function, logits, targets)
+    where = np.argwhere(arrays["supervised"])
+    return np.column_stack([where, arrays["targets"][tuple(where.T)]]).astype(np.int64)
+
+
+def greedy(recipe: Recipe, model: Any, prompt: list[int], tokenizer: Any) -> list[int]:
+    """Ids that `generate` appends to a prompt, an end-of-sequence id included."""
+    from transformers import GenerationConfig
+
+    ids, own = _torch.ids_tensor(np.array([prompt])), model.generation_config.eos_token_id
+    # Whatever is left open here is filled from the model's own generation config.
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        max_new_tokens=recipe.decode.max_tokens,
+        eos_token_id=tokenizer.eos_token_id if own is None else own,
+        pad_token_id=padding_id(tokenizer),
+    )
+    whole = model.generate(
+        input_ids=ids, attention_mask=ids.new_ones(ids.shape), generation_config=config
+    )
+    return [int(token) for token in whole[0, len(prompt) :]]
+
+
+def margins(model: Any, prompt: list[int], ids: list[int]) -> Array:
+    """Top-1 minus top-2 logit at each generated id, from one forward pass."""
+    whole = _torch.ids_tensor(np.array([prompt + ids]))
+    logits = model(input_ids=whole, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    top = logits.float().topk(2).values
+    return to_numpy(top[:, 0] - top[:, 1])
+
+
+def completion_loss(model: Any, prompt: list[int], whole: list[int]) -> float:
+    """Mean cross-entropy of what follows the prefix that `whole` shares with the prompt."""
+    pairs = zip(prompt, whole, strict=False)
+    common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    targets = _torch.ids_tensor(np.array([[IGNORED] * (common - 1) + whole[common:]]))
+    inputs = _torch.ids_tensor(np.array([whole[:-1]]))
+    loss = model(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False).loss
+    return float(loss)
+
+
+def _key(recipe: Recipe) -> tuple[str, ...]:
+    source = resources.model_dir(recipe.model.source)
+    return source, recipe.model.dtype, resources.fingerprint(source)
+
+
+def _defaults(function: Any) -> dict[str, Any]:
+    return {k: p.default for k, p in inspect.signature(function).parameters.items()}

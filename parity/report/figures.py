@@ -1,0 +1,125 @@
+"""Small SVG figures that go into the page: they take its font and its colours, light or dark."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from parity.aggregate import Aggregate, Row
+from parity.series import Curve
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+SIZE = 4.3, 2.3  # inches
+# Matplotlib knows no CSS: it draws in colours that stand for variables of the page.
+_INK, _SUBJECT, _REFERENCE, _BAD = "#010101", "#020202", "#030303", "#040404"
+_VARIABLES = {
+    _INK: "currentColor",
+    _SUBJECT: "var(--subject)",
+    _REFERENCE: "var(--reference)",
+    _BAD: "var(--bad)",
+}
+
+
+class Figure(NamedTuple):
+    """A figure and what it shows; no SVG where there is nothing to draw."""
+
+    caption: str
+    svg: str
+
+
+def figures(result: Aggregate) -> dict[Row, list[Figure]]:
+    """For each row with step series: the losses, then |dloss| and |dgrad| over the steps."""
+    found: dict[Row, list[Figure]] = {}
+    if result.steps.empty:
+        return found
+    by_row = dict(iter(result.steps.groupby([*Row._fields])))
+    for row in result.cells:
+        if row not in by_row:
+            continue
+        steps = by_row[row]
+        curves = {curve.quantity: curve for curve in result.curves if curve.row == row}
+        found[row] = [_losses(steps, row)]
+        found[row] += [
+            _difference(steps, row, curves[quantity])
+            for quantity in ("dloss", "dgrad")
+            if quantity in curves
+        ]
+    return found
+
+
+def _losses(steps: pd.DataFrame, row: Row) -> Figure:
+    def draw(axes: Axes) -> None:
+        for _, seed in steps.groupby("seed", sort=True):
+            axes.plot(seed["step"], seed["loss_reference"], color=_REFERENCE, lw=3.2, alpha=0.45)
+            axes.plot(seed["step"], seed["loss_subject"], color=_SUBJECT, lw=1)
+        axes.set_ylim(bottom=0)
+
+    n = steps["seed"].nunique()
+    each = f"one line a seed, {n} seeds" if n > 1 else "one seed"
+    caption = f"Loss: subject ({row.subject}) thin on reference ({row.reference}) broad; {each}"
+    return Figure(caption, _svg(draw, f"{row} loss"))
+
+
+def _difference(steps: pd.DataFrame, row: Row, curve: Curve) -> Figure:
+    name = curve.quantity
+    values = steps[name].abs()
+    if not (values > 0).any():
+        said = "0 at every step of every seed" if values.notna().all() else "not measured"
+        return Figure(f"{name}: {said}", "")
+
+    def draw(axes: Axes) -> None:
+        for _, seed in steps.groupby("seed", sort=True):
+            d = seed[name].abs()
+            alone = "." if (d > 0).sum() < 2 else ""  # a single point makes no line
+            axes.plot(seed["step"], d.where(d > 0), color=_SUBJECT, lw=1, marker=alone)
+        axes.set_yscale("log")
+        axes.set_xlim(axes.get_xlim()[0], float(steps["step"].max()) + 0.5)
+        if curve.first_step is not None:
+            axes.axvline(curve.first_step, color=_BAD, lw=1, ls="--")
+
+    over = f"; over the tolerance from step {curve.first_step}" if curve.first_step else ""
+    return Figure(
+        f"|{name}| a step, subject − reference, log scale{over}", _svg(draw, f"{row} {name}")
+    )
+
+
+def _svg(draw: Callable[[Axes], None], salt: str) -> str:
+    """One figure, the same bytes for the same data."""
+    from io import StringIO
+
+    import matplotlib
+    from matplotlib.figure import Figure as Canvas
+    from matplotlib.ticker import MaxNLocator
+
+    style: dict[Any, Any] = {"svg.hashsalt": salt, "svg.fonttype": "none", "font.size": 9}
+    style |= dict.fromkeys(
+        ("xtick.color", "ytick.color", "axes.edgecolor", "axes.labelcolor"), _INK
+    )
+    text = StringIO()
+    with matplotlib.rc_context(style):
+        canvas = Canvas(figsize=SIZE, layout="constrained")
+        axes = canvas.add_subplot()
+        axes.spines[["top", "right"]].set_visible(False)
+        draw(axes)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("step")
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        canvas.savefig(text, format="svg", transparent=True, metadata=metadata)
+    return _inline(text.getvalue())
+
+
+def _inline(svg: str) -> str:
+    """Only the element, scaling with the page, without ids that would occur twice in it."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # figure_1, axes_1, matplotlib.axis_1
+    svg = re.sub(r" font-family: [^;]*;", "", svg)
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, variable)
+    return re.sub(r"\n\s*", "\n", svg).strip()

@@ -1,0 +1,176 @@
+"""The report in a terminal: readable in 80 columns, without colour and in plain ASCII."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from parity.aggregate import Aggregate, Row, state
+from parity.record import Metric, Record, Verdict, worst
+from parity.report import markdown as words
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+    from rich.text import Text
+
+SHOWN = 3  # failures printed in full
+STYLES = {
+    "identical": "green",
+    "agree": "green",
+    "diverge": "bold red",
+    "inconclusive": "yellow",
+    "error": "bold magenta",
+    "skip": "dim",
+    "missing": "bold yellow",
+}
+ASCII = {"≈": "~", "✗": "x", "–": "-", "·": "."}
+
+
+def console() -> Console:
+    """Standard output; colour only where it is a terminal and NO_COLOR is not set."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def render(result: Aggregate, console: Console) -> None:
+    """Grid, steps, what differs as shipped, failures, and last the line that decides."""
+    for model in dict.fromkeys(row.model for row in result.cells):
+        _grid(result, model, console)
+    if result.cells:
+        console.print(_legend(console))
+    _curves(result, console)
+    for passes in result.passes:
+        head = f"Decode after {passes.prompt!r}, {passes.row.pair}:"
+        _say(console, head, [passes.comparison.summary])
+    for kind, title in (("shipped", "As shipped, the stacks differ:"), ("hint", "Hints:")):
+        for pair, texts in words.notes_by_pair(result, kind).items():
+            _say(console, f"{title} {pair}", texts)
+    for title, lines in words.gaps(result).items():
+        _say(console, f"{title}:", lines)
+    failures = result.failures()
+    for record in failures[:SHOWN]:
+        console.print()
+        console.print(record.message(), markup=False, soft_wrap=True)
+    if len(failures) > SHOWN:
+        console.print(f"\nand {len(failures) - SHOWN} more, all of them in report.html")
+    _conclusion(result, console)
+
+
+def render_metrics(metrics: Sequence[Metric], console: Console) -> Verdict:
+    """A table of metrics and the line that decides; returns the verdict."""
+    from rich.text import Text
+
+    table = _table("metric", "verdict", "greatest |Δ|", "allowed", "differ", "where")
+    for m in metrics:
+        values = words.number(m.value), words.number(m.tolerance), f"{m.mismatched:,} / {m.total:,}"
+        word = Text(m.verdict, STYLES[m.verdict])
+        table.add_row(Text(m.name), word, *values, Text(m.note or m.where))
+    console.print(table)
+    verdict = worst([metric.verdict for metric in metrics if metric.gate])
+    console.print(Text(f"PARITY {verdict}", STYLES[verdict]))
+    return verdict
+
+
+def _grid(result: Aggregate, model: str, console: Console) -> None:
+    """One character a cell; tables are set one below the other where pairs do not fit."""
+    from rich.text import Text
+
+    rows = [row for row in result.cells if row.model == model]
+    pairs = [*dict.fromkeys((row.subject, row.reference) for row in rows)]
+    probes = [*dict.fromkeys((row.probe, row.stage) for row in sorted(rows, key=lambda r: r.probe))]
+    room = console.width - max(len(row.title) for row in rows)
+    n = len(result.seeds)
+    spaced = 2 * n - 1 + 2 <= room // min(len(pairs), 2)
+    width = 2 + max(
+        2 * n - 1 if spaced else min(n, room - 2), *(len(" vs ".join(p)) for p in pairs)
+    )
+    at_once = max(1, room // width)
+    console.print(Text(f"\n{model}", "bold") + Text(f" · {_seeds(result.seeds)}"))
+    for start in range(0, len(pairs), at_once):
+        chunk = pairs[start : start + at_once]
+        table = _table("probe", *(" vs ".join(pair) for pair in chunk))
+        for probe in probes:
+            found = [Row(model, *pair, *probe) for pair in chunk]
+            cells = [
+                _cells(result.cells[r].values(), spaced, room - 2, console)
+                if r in result.cells
+                else ""
+                for r in found
+            ]
+            table.add_row(found[0].title, *cells)
+        console.print(table)
+
+
+def _cells(
+    records: Iterable[Record | None], spaced: bool, room: int, console: Console
+) -> RenderableType:
+    from rich.text import Text
+
+    states = [state(record) for record in records]
+    if len(states) > room:  # too many seeds for one character each
+        counted = Counter(states).items()
+        parts = [Text(f"{n}{_symbol(s, console)}", STYLES[s]) for s, n in counted]
+        return Text(" ").join(parts)
+    return Text(" " if spaced else "").join(Text(_symbol(s, console), STYLES[s]) for s in states)
+
+
+def _symbol(name: str, console: Console) -> str:
+    symbol = words.SYMBOLS[name]
+    return ASCII.get(symbol, symbol) if console.options.ascii_only else symbol
+
+
+def _legend(console: Console) -> Text:
+    from rich.text import Text
+
+    parts = [Text(f"{_symbol(s, console)} {s}", STYLES[s]) for s in words.SYMBOLS]
+    return Text("  ").join(parts)
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    if len(seeds) > 20:
+        return f"{len(seeds)} seeds from {seeds[0]} to {seeds[-1]}"
+    return f"seed{'s, left to right' if len(seeds) > 1 else ''}: {' '.join(map(str, seeds))}"
+
+
+def _curves(result: Aggregate, console: Console) -> None:
+    pairs = dict.fromkeys(curve.row.pair for curve in result.curves)
+    for pair in pairs:
+        console.print(f"\nStep for step, {pair}", markup=False, style="bold")
+        table = _table("", "greatest", "median", "allowed", "over", "subject over seeds")
+        for curve in result.curves:
+            if curve.row.pair == pair:
+                table.add_row(*words.curve_cells(curve))
+        console.print(table)
+
+
+def _say(console: Console, head: str, lines: Sequence[str]) -> None:
+    """A heading and wrapped lines below it."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console.print(Text(f"\n{head}", "bold"))
+    for line in lines:
+        console.print(Padding(Text(line), (0, 0, 0, 2), expand=False))
+
+
+def _table(*heads: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
+    for head in heads:
+        table.add_column(head)
+    return table
+
+
+def _conclusion(result: Aggregate, console: Console) -> None:
+    from rich.text import Text
+
+    console.print()
+    for first in result.first:
+        where = f"{first.state} first at {words.first_said(first, len(result.seeds))}"
+        console.print(Text(where, STYLES[first.state]) + Text(f"\n  {first.reason}"))
+    line = f"PARITY {result.verdict} · {result.reason} · exit code {result.exit_code}"
+    console.print(Text(line, STYLES[result.verdict]))
