@@ -126,6 +126,8 @@ class First(NamedTuple):
     record: Record | None
     later: tuple[Row, ...]
     """Rows after it that are not green either."""
+    hints: tuple[str, ...]
+    """Of any row of the pair."""
 
 
 class Passes(NamedTuple):
@@ -139,11 +141,15 @@ class Passes(NamedTuple):
 
 
 class Gap(NamedTuple):
-    """Cells of a row without a verdict, and why."""
+    """Cells of a row in which nothing was compared, and why."""
 
     row: Row
     seeds: tuple[int, ...]
     reason: str
+
+
+Cells = Mapping[Row, Mapping[int, Record | None]]
+"""Row to seed to its record, None where it is missing."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +163,7 @@ class Aggregate:
     reason: str
     counts: dict[str, int]
     seeds: tuple[int, ...]
-    cells: dict[Row, dict[int, Record | None]]
-    """Row to seed to its record, None where it is missing."""
+    cells: Cells
     summary: pd.DataFrame
     """Per row: number of cells in each state, pass rate = green / decided, Wilson interval."""
     grid: pd.DataFrame
@@ -169,8 +174,8 @@ class Aggregate:
     passes: tuple[Passes, ...]
     first: tuple[First, ...]
     notes: tuple[Note, ...]
-    skipped: tuple[Gap, ...]
-    missing: tuple[Gap, ...]
+    gaps: dict[str, tuple[Gap, ...]]
+    """Cells by `error`, `missing` and `skip`."""
     problems: tuple[str, ...]
     """What keeps numbers from being taken at face value."""
 
@@ -234,12 +239,7 @@ def aggregate(records: Iterable[Record], expected: Plan | None = None) -> Aggreg
         passes=_passes(present),
         first=tuple(_first(cells)),
         notes=_notes(present),
-        skipped=tuple(_gaps(present)),
-        missing=tuple(
-            Gap(row, gone, "no record")
-            for row, by_seed in cells.items()
-            if (gone := tuple(s for s, r in by_seed.items() if r is None))
-        ),
+        gaps={name: tuple(_gaps(cells, name)) for name in ("error", MISSING, "skip")},
         problems=tuple(problems),
     )
 
@@ -271,7 +271,7 @@ def conclude(counts: Mapping[str, int]) -> tuple[str, int, str]:
     listed = ", ".join(said.values())
     for code, states in ((3, ("error", MISSING)), (1, ("diverge", "inconclusive"))):
         if bad := [name for name in states if name in said]:
-            return bad[0], code, f"of {total} cells: {listed}"
+            return bad[0], code, f"{total} cells: {listed}"
     if not any(name in said for name in GREEN):
         return "inconclusive", 1, "nothing was compared" + (f": {listed}" if listed else "")
     verdict = "agree" if "agree" in said else "identical"
@@ -284,7 +284,7 @@ def _table(rows: Iterable[Mapping[str, Any]], columns: list[str]) -> pd.DataFram
     return pd.DataFrame([*rows], columns=columns)
 
 
-def _summary(cells: Mapping[Row, Mapping[int, Record | None]]) -> pd.DataFrame:
+def _summary(cells: Cells) -> pd.DataFrame:
     rows = []
     for row, by_seed in cells.items():
         counts = Counter(map(state, by_seed.values()))
@@ -319,7 +319,7 @@ def _passes(rows: Mapping[Row, Sequence[Record]]) -> tuple[Passes, ...]:
     return tuple(Passes(*key, c, corrected[str(key)].adjusted_p) for key, c in found.items())
 
 
-def _first(cells: Mapping[Row, Mapping[int, Record | None]]) -> Iterator[First]:
+def _first(cells: Cells) -> Iterator[First]:
     pairs: dict[str, list[Row]] = defaultdict(list)
     for row, by_seed in cells.items():
         if any(state(r) not in (*GREEN, "skip") for r in by_seed.values()):
@@ -336,7 +336,9 @@ def _first(cells: Mapping[Row, Mapping[int, Record | None]]) -> Iterator[First]:
         record = cells[row][seeds[0]]
         reason = record.reason if record else "no record came"
         later = tuple(other for other in rows if other.probe > row.probe)
-        yield First(row, name, seeds, reason, record, later)
+        every = [r for other in rows for r in cells[other].values() if r]
+        hints = tuple(dict.fromkeys(hint for r in every for hint in r.hints))
+        yield First(row, name, seeds, reason, record, later, hints)
 
 
 def _notes(rows: Mapping[Row, Sequence[Record]]) -> tuple[Note, ...]:
@@ -355,12 +357,12 @@ def _notes(rows: Mapping[Row, Sequence[Record]]) -> tuple[Note, ...]:
     )
 
 
-def _gaps(rows: Mapping[Row, Sequence[Record]]) -> Iterator[Gap]:
-    for row, records in rows.items():
+def _gaps(cells: Cells, name: str) -> Iterator[Gap]:
+    for row, by_seed in cells.items():
         reasons: dict[str, list[int]] = defaultdict(list)
-        for record in records:
-            if record.verdict is Verdict.SKIP:
-                reasons[record.reason].append(record.seed)
+        for seed, record in by_seed.items():
+            if state(record) == name:
+                reasons[record.reason if record else "no record"].append(seed)
         yield from (Gap(row, tuple(seeds), reason) for reason, seeds in reasons.items())
 
 
@@ -379,10 +381,7 @@ def to_json(result: Aggregate) -> str:
         return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     names = ("verdict", "exit_code", "reason", "counts", "seeds", "first", "curves", "passes")
-    data = {
-        name: plain(getattr(result, name))
-        for name in (*names, "notes", "skipped", "missing", "problems")
-    }
+    data = {name: plain(getattr(result, name)) for name in (*names, "notes", "gaps", "problems")}
     tables = {name: getattr(result, name).to_dict("records") for name in ("summary", "grid")}
     return dumps({"schema_version": SCHEMA, **data, **tables}, indent=1)
 

@@ -277,7 +277,7 @@ def compare_series(name: str, subject: Array, reference: Array, noise: Noise) ->
     return Metric(
         name=name,
         verdict=verdict,
-        value=float(difference.max()),
+        value=float(difference[place]),
         tolerance=float(tolerances[place]),
         minimum_required_tolerance=float(difference.max()),
         floor=float(floors[place]),

@@ -1,4 +1,4 @@
-"""What the torch paths share: float64 throughout, canonical names, supervision, live read-back."""
+"""What the torch paths share: float64 throughout, rows, names, supervision, live read-back."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from parity.errors import Unsupported, UnmatchedNames
-from parity.paths._mlx import single  # NumPy only, like row_digests
+from parity.errors import UnmatchedNames, Unsupported, UsageError
+from parity.paths._mlx import single  # NumPy only
 from parity.recipe import Recipe
-from parity.trace import Array, canonical, layer_of
+from parity.trace import Array, Trace, canonical, each, layer_of
+
+Batch = tuple[Array, Array]
+"""Ids (B, W) and lengths (B, 2), both int32."""
 
 IGNORED = -100
 """The label that torch's cross-entropy leaves out."""
 
-# The process ---------------------------------------------------------------------------------------
+# The process -------------------------------------------------------------------------------------
 
 
 def device() -> Any:
-    """The torch device: `PARITY_TORCH_DEVICE` or the CPU (on hosted Macs MPS runs out of memory)."""
+    """`PARITY_TORCH_DEVICE`, or the CPU: on hosted Macs MPS runs out of memory."""
     import torch
 
     return torch.device(os.environ.get("PARITY_TORCH_DEVICE", "cpu"))
@@ -98,7 +101,70 @@ def ids_tensor(ids: Array) -> Any:
     return torch.as_tensor(np.asarray(ids, np.int64), device=device())
 
 
-# The adapter ---------------------------------------------------------------------------------------
+# Rows and batches --------------------------------------------------------------------------------
+
+
+def tokenized(row: Mapping[str, Any], recipe: Recipe, tokenizer: Any) -> tuple[list[int], int]:
+    """Ids of a training row and its first supervised token (0: all).
+
+    Raises:
+        Unsupported: A prompt is to be masked in a row that has none.
+        UsageError: A row of another kind.
+    """
+    if "text" in row:
+        if recipe.mask.prompt:
+            raise Unsupported("rows of plain text have no prompt to mask (mask.prompt)")
+        ids = list(tokenizer(row["text"])["input_ids"])
+        end = [tokenizer.eos_token_id]
+        return ids + end if recipe.data.append_eos and ids[-1:] != end else ids, 0
+    if "messages" in row:
+        messages = row["messages"]
+    elif "prompt" in row and "completion" in row:
+        turns = {"user": row["prompt"], "assistant": row["completion"]}
+        messages = [{"role": role, "content": content} for role, content in turns.items()]
+    else:
+        raise UsageError(f"a row needs text, messages or prompt and completion, not {sorted(row)}")
+
+    def templated(part: list[Any], **options: Any) -> list[int]:
+        tools = row.get("tools")
+        return list(tokenizer.apply_chat_template(part, tools=tools, return_dict=False, **options))
+
+    if not recipe.mask.prompt:
+        return templated(messages), 0
+    answered = messages[-1]["role"] == "assistant"
+    return templated(messages), len(templated(messages[:-1], add_generation_prompt=answered))
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The tokenizer's padding id; 0, as mlx-lm has it, where there is none."""
+    return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+
+
+def padded(rows: list[tuple[list[int], int]], recipe: Recipe, padding: int) -> Batch:
+    """A batch at the recipe's width, padded on the right."""
+    multiple, longest = recipe.data.pad_multiple, max(len(ids) for ids, _ in rows)
+    width = recipe.data.pad_extra + -(-longest // multiple) * multiple
+    batch = np.full((len(rows), min(width, recipe.data.max_length)), padding, np.int32)
+    for line, (ids, _) in zip(batch, rows, strict=True):
+        line[: len(ids)] = ids
+    return batch, np.array([(offset, len(ids)) for ids, offset in rows], np.int32)
+
+
+def given(inputs: Trace) -> Iterator[Batch] | None:
+    """Batches that were handed over, or None."""
+    ids, lengths = (list(each(inputs.arrays, f"batches/{stem}")) for stem in ("ids", "lengths"))
+    return zip(ids, lengths, strict=True) if ids else None
+
+
+def recorded(trace: Trace, batches: Iterator[Batch], prefix: str = "batches/") -> Iterator[Batch]:
+    """Writes batches into a trace as they are drawn."""
+    for index, (ids, lengths) in enumerate(batches):
+        trace.arrays[f"{prefix}ids.{index}"] = ids
+        trace.arrays[f"{prefix}lengths.{index}"] = lengths
+        yield ids, lengths
+
+
+# The adapter -------------------------------------------------------------------------------------
 
 
 def adapter_parameters(model: Any) -> dict[str, Any]:
@@ -162,7 +228,7 @@ def unload(model: Any, base: Any, trainable: Mapping[str, bool]) -> None:
         parameter.requires_grad_(trainable[name])
 
 
-# Supervision ---------------------------------------------------------------------------------------
+# Supervision -------------------------------------------------------------------------------------
 
 
 def labels(recipe: Recipe, ids: Array, lengths: Array) -> Array:
@@ -205,7 +271,7 @@ def probed_loss(loss_function: Callable[..., Any], logits: Any, targets: Array) 
     }
 
 
-# Optimizer -----------------------------------------------------------------------------------------
+# Optimizer ---------------------------------------------------------------------------------------
 
 
 def make_optimizer(recipe: Recipe, parameters: Iterable[Any]) -> tuple[Any, Any]:
@@ -228,7 +294,7 @@ def make_optimizer(recipe: Recipe, parameters: Iterable[Any]) -> tuple[Any, Any]
         if not o.bias_correction:
             raise Unsupported("torch's Adam always corrects bias (optim.bias_correction=false)")
     if o.name == "adam" and o.weight_decay:
-        raise Unsupported(f"Adam has no decoupled weight decay (optim.weight_decay={o.weight_decay})")
+        raise Unsupported(f"Adam has no weight decay (optim.weight_decay={o.weight_decay})")
     optimizer = kind(list(parameters), lr=o.lr, weight_decay=o.weight_decay, **options)
     schedule = get_scheduler(
         "constant_with_warmup" if o.schedule == "constant" else o.schedule,
@@ -261,12 +327,12 @@ def update(recipe: Recipe, parameters: list[Any], optimizer: Any, schedule: Any)
     optimizer.zero_grad()
 
 
-# Read-back -----------------------------------------------------------------------------------------
+# Read-back ---------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def module_outputs(model: Any) -> Iterator[dict[str, Any]]:
-    """Collects canonical name → output of every module, in the order in which they return."""
+def module_outputs(model: Any, wanted: bool) -> Iterator[dict[str, Any]]:
+    """Collects canonical name → output of every module, if wanted, in the order of returns."""
     import torch
 
     seen: dict[str, Any] = {}
@@ -286,7 +352,7 @@ def module_outputs(model: Any) -> Iterator[dict[str, Any]]:
     handles = [
         module.register_forward_hook(keep(canonical(name)))
         for name, module in model.named_modules()
-        if name and same_elsewhere(module)
+        if wanted and name and same_elsewhere(module)
     ]
     try:
         yield seen

@@ -20,14 +20,11 @@ import numpy as np
 from parity import resources
 from parity.errors import Unsupported, UsageError
 from parity.paths import _torch
-from parity.paths._mlx import row_digests
-from parity.paths._torch import IGNORED, to_numpy
+from parity.paths._mlx import row_digests, single  # NumPy only
+from parity.paths._torch import IGNORED, Batch, to_numpy
 from parity.paths.base import Path, describe_process
 from parity.recipe import Recipe
 from parity.trace import Array, Trace, each
-
-Batch = tuple[Array, Array]
-"""Ids (B, W) and lengths (B, 2), both int32."""
 
 KEPT = 2
 """Base models kept in memory: the float32 run and its float64 referee take turns."""
@@ -161,13 +158,13 @@ class HfPath(Path):
 
         lora, layers = recipe.lora, base.config.get_text_config().num_hidden_layers
         if lora.num_layers > layers:
-            raise Unsupported(f"lora.num_layers={lora.num_layers}, but the model has {layers} layers")
+            raise Unsupported(f"lora.num_layers={lora.num_layers}, the model has {layers} layers")
         present = {name.rpartition(".")[2] for name, _ in base.named_modules()}
         if missing := sorted(set(lora.target_modules) - present):
             raise Unsupported(f"the model has no modules {missing} (lora.target_modules)")
         if recipe.train.gradient_checkpointing:
             # Before PEFT, which sees it and makes the frozen embedding's output require a gradient.
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            base.gradient_checkpointing_enable({"use_reentrant": False})
         last = list(range(layers - lora.num_layers, layers))
         config = LoraConfig(
             task_type="CAUSAL_LM",
@@ -183,7 +180,9 @@ class HfPath(Path):
         """Ids and first supervised token of each training row, cut at the greatest length."""
         file = resources.data_dir(recipe.data.source) / "train.jsonl"
         lines = file.read_text(encoding="utf-8").splitlines()
-        rows = [tokenized(json.loads(line), recipe, tokenizer) for line in lines if line.strip()]
+        rows = [
+            _torch.tokenized(json.loads(line), recipe, tokenizer) for line in lines if line.strip()
+        ]
         return [(ids[: recipe.data.max_length], offset) for ids, offset in rows]
 
     def iterate(self, recipe: Recipe, tokenizer: Any) -> Iterator[Batch]:
@@ -202,11 +201,9 @@ class HfPath(Path):
             order = torch.randperm(len(rows), generator=generator).tolist()
             for start in range(0, len(rows) - size + 1, size):
                 chosen = [rows[index] for index in order[start : start + size]]
-                yield padded(chosen, recipe, padding_id(tokenizer))
+                yield _torch.padded(chosen, recipe, _torch.padding_id(tokenizer))
 
-    def loop(
-        self, recipe: Recipe, model: Any, batches: Iterator[Batch]
-    ) -> dict[str, list[float]]:
+    def loop(self, recipe: Recipe, model: Any, batches: Iterator[Batch]) -> dict[str, list[float]]:
         """Trains; returns loss, gradient norm and supervised tokens of each optimizer step."""
         parameters = list(_torch.adapter_parameters(model).values())
         optimizer, schedule = _torch.make_optimizer(recipe, parameters)
@@ -243,7 +240,7 @@ class HfPath(Path):
             "decoded": [tokenizer.decode(ids, skip_special_tokens=True) for ids in texts],
             "bos": tokenizer.bos_token_id,
             "eos": tokenizer.eos_token_id,
-            "pad": padding_id(tokenizer),
+            "pad": _torch.padding_id(tokenizer),
             "vocab_size": len(tokenizer),
         }
         return trace
@@ -253,7 +250,7 @@ class HfPath(Path):
         count = recipe.train.steps * recipe.train.accumulation
         drawn = itertools.islice(self.iterate(recipe, self.tokenizer(recipe)), count)
         trace = Trace()
-        for _ in recorded(trace, drawn, prefix=""):
+        for _ in _torch.recorded(trace, drawn, prefix=""):
             pass
         return trace
 
@@ -264,9 +261,7 @@ class HfPath(Path):
         trace = Trace(scalars={"dtype": recipe.model.dtype})
         with self.pristine(recipe) as model, torch.no_grad():
             for index, ids in enumerate(each(inputs.arrays, "ids")):
-                observe = inputs.scalars.get("modules", False)
-                watched = _torch.module_outputs(model) if observe else contextlib.nullcontext({})
-                with watched as seen:
+                with _torch.module_outputs(model, inputs.scalars.get("modules", False)) as seen:
                     logits = model(input_ids=_torch.ids_tensor(ids), use_cache=False).logits
                 trace.scalars["dtype"] = _torch.dtype_name(logits.dtype)
                 trace.arrays[f"logits.{index}"] = to_numpy(logits.float())
@@ -282,9 +277,7 @@ class HfPath(Path):
 
         targets = _torch.labels(recipe, inputs.arrays["ids"], inputs.arrays["lengths"])
         with self.pristine(recipe) as model:
-            logits = torch.tensor(
-                inputs.arrays["logits"], dtype=getattr(torch, recipe.model.dtype), device=model.device
-            )
+            logits = torch.tensor(inputs.arrays["logits"], device=model.device).to(model.dtype)
             arrays = _torch.probed_loss(model.loss_function, logits, targets)
         return Trace(arrays, {"tokens": int((targets != IGNORED).sum())})
 
@@ -296,7 +289,7 @@ class HfPath(Path):
             scalars = {
                 **_torch.lora_facts(model),
                 "trainable": sorted(parameters),
-                "dtype": _torch.single(set(dtypes)),
+                "dtype": single(set(dtypes)),
             }
             return Trace(scalars=scalars).with_group("adapter", _torch.oriented(parameters))
 
@@ -337,10 +330,10 @@ class HfPath(Path):
 
     def train(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `Path.train`."""
-        batches = given(inputs) or self.iterate(recipe, self.tokenizer(recipe))
+        batches = _torch.given(inputs) or self.iterate(recipe, self.tokenizer(recipe))
         trace = Trace()
         with self.adapted(recipe, inputs.group("adapter") or None) as model:
-            result = self.loop(recipe, model, recorded(trace, batches))
+            result = self.loop(recipe, model, _torch.recorded(trace, batches))
             adapter = _torch.oriented(_torch.adapter_parameters(model))
         trace.arrays.update({name: np.asarray(values) for name, values in result.items()})
         return trace.with_group("adapter", adapter)
@@ -371,6 +364,7 @@ class HfPath(Path):
 
         tokenizer = self.tokenizer(recipe)
         count = min(SHOWN, recipe.train.steps * recipe.train.accumulation)
+        size = recipe.train.batch_size
         drawn = list(itertools.islice(self.iterate(recipe, tokenizer), count))
         with self.adapted(recipe) as model:
             parameters = _torch.adapter_parameters(model)
@@ -389,9 +383,9 @@ class HfPath(Path):
                 "clip.mode": recipe.optim.clip,
                 "clip.value": None if recipe.optim.clip == "none" else recipe.optim.clip_value,
                 "batch.shapes": [list(ids.shape) for ids, _ in drawn],
-                "batch.pad_id": padding_id(tokenizer),
+                "batch.pad_id": _torch.padding_id(tokenizer),
                 "batch.rows": [row_digests(*batch) for batch in drawn],
-                "mask.supervised": np.bincount(supervised[:, 0], minlength=len(drawn[0][0])).tolist(),
+                "mask.supervised": [int((supervised[:, 0] == row).sum()) for row in range(size)],
                 "loss.denominator": "supervised tokens",
                 "accumulation.steps": recipe.train.accumulation,
                 "accumulation.weighting": recipe.train.accumulation_weighting,
@@ -399,69 +393,6 @@ class HfPath(Path):
                 "seed.placement": recipe.seed.placement,
             }
         return Trace({"supervised": supervised}, scalars)
-
-
-# Rows and batches --------------------------------------------------------------------------------
-
-
-def tokenized(row: Mapping[str, Any], recipe: Recipe, tokenizer: Any) -> tuple[list[int], int]:
-    """Ids of a training row and its first supervised token (0: all).
-
-    Raises:
-        Unsupported: A prompt is to be masked in a row that has none.
-        UsageError: A row of another kind.
-    """
-    if "text" in row:
-        if recipe.mask.prompt:
-            raise Unsupported("rows of plain text have no prompt to mask (mask.prompt)")
-        ids = list(tokenizer(row["text"])["input_ids"])
-        end = [tokenizer.eos_token_id]
-        return ids + end if recipe.data.append_eos and ids[-1:] != end else ids, 0
-    if "messages" in row:
-        messages = row["messages"]
-    elif "prompt" in row and "completion" in row:
-        turns = {"user": row["prompt"], "assistant": row["completion"]}
-        messages = [{"role": role, "content": content} for role, content in turns.items()]
-    else:
-        raise UsageError(f"a row needs text, messages or prompt and completion, not {sorted(row)}")
-
-    def templated(part: list[Any], **options: Any) -> list[int]:
-        tools = row.get("tools")
-        return list(tokenizer.apply_chat_template(part, tools=tools, return_dict=False, **options))
-
-    if not recipe.mask.prompt:
-        return templated(messages), 0
-    answered = messages[-1]["role"] == "assistant"
-    return templated(messages), len(templated(messages[:-1], add_generation_prompt=answered))
-
-
-def padding_id(tokenizer: Any) -> int:
-    """The tokenizer's padding id; 0, as mlx-lm has it, where there is none."""
-    return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
-
-
-def padded(rows: list[tuple[list[int], int]], recipe: Recipe, padding: int) -> Batch:
-    """A batch at the recipe's width, padded on the right."""
-    multiple, longest = recipe.data.pad_multiple, max(len(ids) for ids, _ in rows)
-    width = recipe.data.pad_extra + -(-longest // multiple) * multiple
-    batch = np.full((len(rows), min(width, recipe.data.max_length)), padding, np.int32)
-    for line, (ids, _) in zip(batch, rows, strict=True):
-        line[: len(ids)] = ids
-    return batch, np.array([(offset, len(ids)) for ids, offset in rows], np.int32)
-
-
-def given(inputs: Trace) -> Iterator[Batch] | None:
-    """Batches that were handed over, or None."""
-    ids, lengths = (list(each(inputs.arrays, f"batches/{stem}")) for stem in ("ids", "lengths"))
-    return zip(ids, lengths, strict=True) if ids else None
-
-
-def recorded(trace: Trace, batches: Iterator[Batch], prefix: str = "batches/") -> Iterator[Batch]:
-    """Writes batches into a trace as they are drawn."""
-    for index, (ids, lengths) in enumerate(batches):
-        trace.arrays[f"{prefix}ids.{index}"] = ids
-        trace.arrays[f"{prefix}lengths.{index}"] = lengths
-        yield ids, lengths
 
 
 # The model at work -------------------------------------------------------------------------------
@@ -520,7 +451,7 @@ def greedy(recipe: Recipe, model: Any, prompt: list[int], tokenizer: Any) -> lis
         repetition_penalty=1.0,
         max_new_tokens=recipe.decode.max_tokens,
         eos_token_id=tokenizer.eos_token_id if own is None else own,
-        pad_token_id=padding_id(tokenizer),
+        pad_token_id=_torch.padding_id(tokenizer),
     )
     whole = model.generate(
         input_ids=ids, attention_mask=ids.new_ones(ids.shape), generation_config=config

@@ -53,9 +53,17 @@ def seeds_said(seeds: Sequence[int], of: int) -> str:
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
-def first_said(first: First, of: int) -> str:
-    """`probe 06 optimizer step · mlx vs mlx-lm · tiny-gemma3 · all 3 seeds`."""
-    return f"probe {first.row.title} · {first.row.pair} · {seeds_said(first.seeds, of)}"
+def firsts(result: Aggregate) -> dict[tuple[str, str, str], list[First]]:
+    """(state, title of the probe, reason) to the pairs that go wrong there first."""
+    found: dict[tuple[str, str, str], list[First]] = {}
+    for first in result.first:
+        found.setdefault((first.state, first.row.title, first.reason), []).append(first)
+    return found
+
+
+def pairs_said(firsts: Sequence[First], of: int) -> str:
+    """`mlx vs mlx-lm · tiny-gemma3 (all 3 seeds), ...`."""
+    return ", ".join(f"{f.row.pair} ({seeds_said(f.seeds, of)})" for f in firsts)
 
 
 def sign_said(curve: Curve) -> str:
@@ -81,6 +89,17 @@ def rates(passes: Passes) -> tuple[str, str]:
     """Pass rate of subject and reference with their intervals."""
     c = passes.comparison
     return tuple(_rate(n, len(c.seeds)) for n in (c.a + c.b, c.a + c.c))  # type: ignore[return-value]
+
+
+def pass_rates(result: Aggregate) -> dict[Row, str]:
+    """Row to its green share of the decided seeds, with the Wilson interval."""
+    rows = result.summary.to_dict("records")
+    return {
+        Row(*(row[name] for name in Row._fields)): _rate(
+            row["identical"] + row["agree"], row["decided"]
+        )
+        for row in rows
+    }
 
 
 def _rate(passed: int, n: int) -> str:
@@ -110,17 +129,17 @@ def _parts(result: Aggregate) -> Iterator[str]:
     of = len(result.seeds)
     yield f"## Parity: {SYMBOLS[result.verdict]} {result.verdict}\n"
     yield f"{result.reason[:1].upper()}{result.reason[1:]}.\n"
-    for first in result.first:
-        where = _plain(first_said(first, of))
-        yield f"- **{first.state}** first at {where}: {_plain(first.reason)}"
-        if first.later:
-            yield f"  then also {', '.join(row.title for row in first.later)}"
+    for (name, title, reason), which in firsts(result).items():
+        yield f"- **{name}** first at probe {title}: **{_plain(reason)}**  "
+        yield f"  {_plain(pairs_said(which, of))}"
+        for hint in dict.fromkeys(hint for first in which for hint in first.hints):
+            yield f"  <br>Hint: {_plain(hint)}"
     yield ""
+    green = pass_rates(result)
+    head = ["probe", *map(str, result.seeds), "green of decided"]
     for pair, rows in grids(result).items():
         yield f"### {_plain(pair)}\n"
-        yield _table(
-            ["probe", *map(str, result.seeds)], [[row.title, *cells] for row, cells in rows]
-        )
+        yield _table(head, [[row.title, *cells, green[row]] for row, cells in rows])
     if result.cells:
         yield "<sub>" + ", ".join(f"{s} {name}" for name, s in SYMBOLS.items()) + "</sub>\n"
     yield from _tables(result)
@@ -150,11 +169,12 @@ def grids(result: Aggregate) -> dict[str, list[tuple[Row, list[str]]]]:
 def gaps(result: Aggregate) -> dict[str, list[str]]:
     """Heading to lines of what was not compared or not to be taken at face value."""
     of = len(result.seeds)
+    titles = {"error": "In error", "missing": "Missing", "skip": "Skipped"}
     found = {
-        title: [
+        titles[name]: [
             f"{g.row.title}, {g.row.pair}, {seeds_said(g.seeds, of)}: {g.reason}" for g in which
         ]
-        for title, which in (("Missing", result.missing), ("Skipped", result.skipped))
+        for name, which in result.gaps.items()
     }
     found["Mind"] = [*result.problems]
     return {title: lines for title, lines in found.items() if lines}

@@ -169,8 +169,8 @@ def _conclusion(result: Aggregate, console: Console) -> None:
     from rich.text import Text
 
     console.print()
-    for first in result.first:
-        where = f"{first.state} first at {words.first_said(first, len(result.seeds))}"
-        console.print(Text(where, STYLES[first.state]) + Text(f"\n  {first.reason}"))
+    for (name, title, reason), which in words.firsts(result).items():
+        console.print(Text(f"{name} first at probe {title}: {reason}", STYLES[name]))
+        console.print(Text(f"  {words.pairs_said(which, len(result.seeds))}"))
     line = f"PARITY {result.verdict} · {result.reason} · exit code {result.exit_code}"
     console.print(Text(line, STYLES[result.verdict]))

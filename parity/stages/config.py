@@ -77,6 +77,17 @@ def _rates(a: list[float], b: list[float]) -> str:
     )
 
 
+def _shapes(a: list[list[int]], b: list[list[int]]) -> str:
+    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+    if at is None:
+        return f"{len(a)} micro-batches in the subject, {len(b)} in the reference"
+    (rows, width), (their_rows, their_width) = a[at], b[at]
+    return (
+        f"batch {at + 1} is {rows} rows of {width} in the subject, "
+        f"{their_rows} of {their_width} in the reference"
+    )
+
+
 # Ranked by what most likely matters. Names of tensors and digests of rows are compared elsewhere or
 # only counted.
 VOCABULARY: dict[str, Say] = {
@@ -104,7 +115,7 @@ VOCABULARY: dict[str, Say] = {
     "seed.value": _plain("seed"),
     "seed.placement": _plain("the seed is set"),
     "batch.pad_id": _plain("padding id"),
-    "batch.shapes": _plain("batch shapes"),
+    "batch.shapes": _shapes,
     "batch.rows": lambda a, b: "the rows come in another order or are other rows",
 }
 _BATCHING = ("batch.shapes", "batch.rows", "batch.pad_id")
@@ -192,6 +203,8 @@ def _same(a: Any, b: Any) -> bool:
         return bool(np.isclose(a, b, rtol=RELATIVE, atol=0, equal_nan=True))
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys()  # a census of dtypes: which ones, not how much of each
     return bool(a == b)
 
 

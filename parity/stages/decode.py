@@ -49,7 +49,7 @@ class Decode:
             inputs = decode_inputs(context, trained.group("adapter"))
             own = context.capture(side, "decode", context.recipes[side], inputs)
             passes = {
-                prompt: decode.expected.strip() in text
+                prompt: decode.expected.strip() in prompt + text
                 for prompt, text in zip(decode.prompts, own.scalars["text"], strict=True)
             }
             loss = float(own.arrays["completion_loss"][0])

@@ -1,0 +1,137 @@
+"""The report as one HTML file that loads nothing: failures first, a filter box, both themes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+from parity.aggregate import GREEN, Aggregate, First, Row, row_of
+from parity.record import Metric, Record
+from parity.report import markdown as words
+from parity.report.figures import figures
+from parity.report.text import headline
+
+OPEN = 3  # failures shown unfolded
+SIDES = ("subject", "reference")
+TEMPLATE = "report.html.j2"
+_VOLATILE = ("pid", "seconds")  # differ between any two processes
+
+
+def render(result: Aggregate) -> str:
+    """The page."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": words.number, "tolerance": tolerance, "excess": excess}
+    environment.globals |= {"words": words, "headline": headline, "environment": environment_of}
+    environment.globals |= {
+        "differing": differing,
+        "row_of": row_of,
+        "off": off_said,
+        "off_in": off_in,
+    }
+    failures = result.failures()
+    bad = {record.name for record in failures}
+    rest = [record for record in result.records if record.name not in bad]
+    return environment.get_template(TEMPLATE).render(
+        result=result,
+        grids=_by_pair(result),
+        failures=failures,
+        rest=rest,
+        figures=figures(result),
+        symbols=words.SYMBOLS,
+        green=GREEN,
+        open=OPEN,
+        about=_about(result),
+    )
+
+
+def tolerance(metric: Metric) -> str:
+    """What was allowed: `equal` where nothing was, `not gated` where nobody asked."""
+    if not metric.gate or isnan(metric.tolerance):
+        return "not gated"
+    return words.number(metric.tolerance) if metric.tolerance else "equal"
+
+
+def excess(metric: Metric) -> str:
+    """How often the tolerance goes into the value, where it is exceeded."""
+    if not metric.gate or not metric.tolerance > 0 or metric.value <= metric.tolerance:
+        return ""
+    return f"{metric.value / metric.tolerance:,.3g}×"
+
+
+def off_said(record: Record) -> str:
+    """Which side is off by the first metric that says so, and how far from float64 both are."""
+    for metric in record.metrics:
+        if metric.off and not metric.verdict.green:
+            errors = (metric.error_subject, metric.error_reference)
+            said = (
+                f"{side} {words.number(e)}"
+                for side, e in zip(SIDES, errors, strict=True)
+                if e is not None
+            )
+            return f"{metric.off} (distance from float64: {', '.join(said)}; {metric.name})"
+    return ""
+
+
+def off_in(result: Aggregate, first: First) -> str:
+    """The same for a pair: the first record of it that knows."""
+    rows = (first.row, *first.later)
+    records = (r for row in rows for r in result.cells[row].values() if r)
+    return next((said for record in records if (said := off_said(record))), "")
+
+
+def environment_of(record: Record) -> list[tuple[str, str, str, bool]]:
+    """Key, subject's value, reference's value, whether they differ: differing ones first."""
+    sides = [_flat(side.environment) for side in (record.subject, record.reference)]
+    keys = sorted({*sides[0], *sides[1]})
+    rows = [(k, sides[0].get(k, "–"), sides[1].get(k, "–")) for k in keys]
+    return sorted(((*row, row[1] != row[2]) for row in rows), key=lambda row: not row[3])
+
+
+def differing(record: Record) -> list[tuple[str, Any, Any]]:
+    """Factors in which the sides' recipes differ."""
+    ours, theirs = record.subject.recipe, record.reference.recipe
+    keys = sorted({*ours, *theirs})
+    return [(k, ours.get(k), theirs.get(k)) for k in keys if ours.get(k) != theirs.get(k)]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif f"{prefix}{key}" not in _VOLATILE:
+            flat[prefix + key] = (
+                ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            )
+    return flat
+
+
+def _by_pair(result: Aggregate) -> dict[str, dict[Row, Mapping[int, Record | None]]]:
+    found: dict[str, dict[Row, Mapping[int, Record | None]]] = {}
+    for row, by_seed in result.cells.items():
+        found.setdefault(row.pair, {})[row] = by_seed
+    return found
+
+
+def _about(result: Aggregate) -> str:
+    """Who made the records, each once."""
+    tools = dict.fromkeys(
+        f"mlx-parity {r.tool}" + f" at {r.git}" * bool(r.git) for r in result.records
+    )
+    platforms = dict.fromkeys(
+        str(value)
+        for record in result.records
+        for side in (record.subject, record.reference)
+        if (value := side.environment.get("platform"))
+    )
+    return " · ".join([*tools, *platforms, f"{len(result.records)} records"])

@@ -1,0 +1,328 @@
+"""Records of many cells end in the right verdict, and every report says all of it."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from parity.aggregate import Plan, Row, aggregate, read_plan, to_json, write, write_plan
+from parity.errors import UsageError
+from parity.record import Metric, Record, Side, Verdict
+from parity.report import html, markdown, terminal
+from parity.trace import loads
+
+STAGES = ("config", "tokenization", "logits", "cross_entropy", "lora_init", "gradient",
+          "optimizer_step", "loss_curve", "greedy_decode")  # fmt: skip
+SEEDS = (3407, 0, 1)
+REFERENCES = ("mlx-lm", "hf")
+
+
+def record(
+    probe: int, seed: int, verdict: str = "identical", reference: str = "mlx-lm", **fields: Any
+) -> Record:
+    sides = {
+        side: Side(path=path, recipe={"train.steps": 4}, digest="0", environment={"python": side})
+        for side, path in (("subject", "mlx"), ("reference", reference))
+    }
+    said = {"reason": f"because of probe {probe}", "reproduce": f"parity run --seeds {seed}"} | fields
+    return Record(
+        tool="0",
+        probe=probe,
+        stage=STAGES[probe],
+        model="tiny",
+        seed=seed,
+        verdict=Verdict(verdict),
+        **{**sides, **said},
+    )
+
+
+def matrix(seeds: Iterable[int] = SEEDS, **changed: Record) -> list[Record]:
+    return [record(p, seed, reference=r) for p in range(9) for seed in seeds for r in REFERENCES]
+
+
+def put(records: list[Record], *others: Record) -> list[Record]:
+    """The records with some of them replaced."""
+    by_name = {r.name: r for r in [*records, *others]}
+    return list(by_name.values())
+
+
+def curve(seed: int, dloss: list[float], step: int | None = None, **fields: Any) -> Record:
+    reference = [4.0, 3.0, 2.0, 1.0][: len(dloss)]
+    metric = Metric(
+        name="loss per step",
+        verdict=Verdict.DIVERGE if step else Verdict.AGREE,
+        value=max(map(abs, dloss)),
+        tolerance=1e-3,
+        minimum_required_tolerance=max(map(abs, dloss)),
+        step=step,
+    )
+    series = {
+        "loss subject": [r + d for r, d in zip(reference, dloss, strict=True)],
+        "loss reference": reference,
+        "dloss": dloss,
+        "gradient_norm subject": reference,
+        "gradient_norm reference": reference,
+        "dgrad": [0.0] * len(dloss),
+    }
+    verdict = "diverge" if step else "agree"
+    return record(7, seed, verdict, metrics=[metric], series=series, **fields)
+
+
+def screen(records: list[Record], width: int = 80, encoding: str = "utf-8") -> str:
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding=encoding)
+    terminal.render(aggregate(records), Console(file=file, width=width, highlight=False))
+    file.flush()
+    return raw.getvalue().decode(encoding)
+
+
+# Verdict and exit code
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "verdict", "code"),
+    [
+        (["identical"], "identical", 0),
+        (["identical", "agree"], "agree", 0),
+        (["identical", "skip"], "identical", 0),
+        (["identical", "inconclusive"], "inconclusive", 1),
+        (["identical", "inconclusive", "diverge"], "diverge", 1),
+        (["diverge", "error"], "error", 3),
+        (["skip", "skip"], "inconclusive", 1),
+        ([], "inconclusive", 1),
+    ],
+)
+def test_the_worst_cell_decides(verdicts: list[str], verdict: str, code: int) -> None:
+    found = aggregate([record(p, 0, v) for p, v in enumerate(verdicts)])
+    assert (found.verdict, found.exit_code) == (verdict, code)
+
+
+@pytest.mark.parametrize("records", [[], [record(4, 0, "skip"), record(5, 0, "skip")]])
+def test_where_nothing_was_compared_nothing_is_green(records: list[Record]) -> None:
+    found = aggregate(records)
+    assert found.exit_code == 1
+    assert "nothing was compared" in found.reason
+    assert "nothing was compared" in markdown.render(found)
+    assert "nothing was compared" in screen(records)
+
+
+def test_a_skip_is_listed_with_its_reason() -> None:
+    found = aggregate(put(matrix(), record(4, 0, "skip", reason="no such <thing>")))
+    assert found.exit_code == 0
+    (gap,) = found.gaps["skip"]
+    assert (gap.row.probe, gap.seeds, gap.reason) == (4, (0,), "no such <thing>")
+    assert "no such &lt;thing&gt;" in html.render(found)
+
+
+def test_a_cell_absent_from_the_seed_matrix_is_missing_and_named() -> None:
+    gone = record(5, 1, reference="hf")
+    found = aggregate([r for r in matrix() if r.name != gone.name])
+    assert (found.verdict, found.exit_code) == ("missing", 3)
+    (gap,) = found.gaps["missing"]
+    assert gap[:2] == (Row("tiny", "mlx", "hf", 5, "gradient"), (1,))
+    assert found.grid.set_index(["reference", "probe"]).loc[("hf", 5), "1"] == "missing"
+    for text in (markdown.render(found), html.render(found)):
+        assert re.search(r"05 gradient, mlx vs hf · tiny, seed 1: no record", text)
+
+
+def test_a_planned_row_and_seed_that_never_came_are_missing() -> None:
+    plan = Plan((0, 1), (("mlx", "mlx-lm"), ("mlx", "hf")), ("tiny",), (0, 1))
+    found = aggregate([record(0, 0), record(1, 0)], plan)
+    assert found.exit_code == 3
+    assert found.counts == {"identical": 2, "missing": 6}
+    assert aggregate([], plan).counts == {"missing": 8}
+    assert aggregate([record(0, 0), record(1, 0)]).exit_code == 0
+
+
+def test_two_records_of_one_cell_count_as_the_worse_and_are_named() -> None:
+    pair = [record(0, 0), record(0, 0, "diverge")]
+    for records in (pair, pair[::-1]):
+        found = aggregate(records)
+        assert (found.exit_code, len(found.records)) == (1, 1)
+        assert "2 records for one cell" in found.problems[0]
+
+
+# Plan
+
+
+def test_a_plan_round_trips_and_shards_are_put_together(tmp_path: Path) -> None:
+    plan = Plan((0, 1), (("mlx", "hf"),), ("tiny",), (0,))
+    assert read_plan(tmp_path) is None
+    write_plan(plan, tmp_path / "a")
+    assert read_plan(tmp_path) == plan
+    write_plan(Plan((0, 1), (("mlx", "hf"),), ("tiny",), (7,)), tmp_path / "b")
+    assert read_plan(tmp_path) == Plan((0, 1), (("mlx", "hf"),), ("tiny",), (0, 7))
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"schema_version": 2}', '{"schema_version": 1}'])
+def test_what_is_no_plan_is_refused_with_its_name(tmp_path: Path, text: str) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(UsageError, match=r"plan\.json: not a plan"):
+        read_plan(tmp_path)
+
+
+# Tables
+
+
+def test_pass_rate_is_green_over_decided() -> None:
+    verdicts = ["identical", "agree", "diverge", "inconclusive", "skip"]
+    table = aggregate([record(3, s, v) for s, v in enumerate(verdicts)]).summary
+    row = table.iloc[0]
+    assert (row["seeds"], row["decided"], row["pass_rate"]) == (5, 3, pytest.approx(2 / 3))
+    # Wilson for 2 of 3 at 95 %, by hand: (p + z²/2n ± z sqrt(pq/n + z²/4n²)) / (1 + z²/n)
+    assert (row["low"], row["high"]) == (pytest.approx(0.2077, abs=1e-4), pytest.approx(0.9385, abs=1e-4))
+    undecided = aggregate([record(3, 0, "skip")]).summary.iloc[0]
+    assert undecided["decided"] == 0 and math.isnan(undecided["pass_rate"])
+
+
+def test_step_differences_over_seeds() -> None:
+    records = [curve(s, [0.0, 0.1 * s, 0.0, 0.01], step=2) for s in range(1, 7)]
+    dloss, dgrad = aggregate(records).curves
+    assert (dloss.quantity, dloss.largest, dloss.median) == ("dloss", 0.6, pytest.approx(0.35))
+    assert (dloss.first_step, dloss.over) == (2, (1, 2, 3, 4, 5, 6))
+    assert dloss.systematic and (dloss.higher, dloss.lower) == (6, 0)
+    assert (dgrad.largest, dgrad.first_step, dgrad.systematic) == (0, None, False)
+    assert dloss.problems == dgrad.problems == ()
+
+
+def test_a_series_cut_short_is_named_and_its_steps_are_kept() -> None:
+    short = curve(1, [0.0, 0.0])
+    lost = curve(2, [0.0] * 4)
+    del lost.series["dloss"]
+    found = aggregate([curve(0, [0.0] * 4), short, lost])
+    assert any("dloss" in p and "seed 1: truncated, 2 of 4" in p for p in found.problems)
+    assert any("dloss" in p and "seed 2: truncated, 0 of 4" in p for p in found.problems)
+    steps = found.steps.set_index(["seed", "step"])
+    assert len(steps) == 10
+    assert steps.loc[(2, 4), "loss_reference"] == 1.0 and math.isnan(steps.loc[(2, 4), "dloss"])
+
+
+def test_decoding_is_compared_seed_by_seed() -> None:
+    records = [
+        record(8, s, "agree", passes={"subject": {"hi": s > 5}, "reference": {"hi": True}})
+        for s in range(8)
+    ]
+    (found,) = aggregate(records).passes
+    assert (found.comparison.a, found.comparison.b, found.comparison.c) == (2, 0, 6)
+    assert found.comparison.verdict == "diverge"
+    assert "less often" in markdown.render(aggregate(records))
+
+
+def test_findings_are_told_once_with_their_seeds() -> None:
+    records = [
+        record(0, s, findings=["as shipped: rank 8 in the subject", f"as shipped: off by {s}.5e-3"])
+        for s in range(4)
+    ]
+    same, varying = aggregate(records).notes
+    assert (same.kind, same.seeds, same.varies) == ("shipped", (0, 1, 2, 3), False)
+    assert (varying.text, varying.varies) == ("as shipped: off by 0.5e-3", True)
+
+
+def test_the_first_divergence_of_a_pair_is_named_in_the_order_of_the_stages() -> None:
+    wrong = [record(p, s, "diverge", hints=[f"hint {p}"]) for p in (7, 6) for s in (0, 1)]
+    found = aggregate(put(matrix(), *wrong, record(2, 0, "error")))
+    (first,) = found.first
+    assert (first.row.probe, first.state, first.seeds) == (6, "diverge", (0, 1))
+    assert [row.probe for row in first.later] == [7]
+    assert first.hints == ("hint 6", "hint 7")
+    assert [r.probe for r in found.failures()] == [2, 6, 7, 6, 7]  # a row each, then again
+
+
+# Reports
+
+
+def test_nan_and_infinity_survive_in_json() -> None:
+    nan = curve(0, [0.0, float("nan"), 0.0, 0.0], step=2)
+    found = aggregate([nan, record(4, 0, "skip")])
+    data = loads(to_json(found))
+    assert math.isnan(data["curves"][0]["largest"])
+    skipped = next(row for row in data["summary"] if row["probe"] == 4)
+    assert math.isnan(skipped["pass_rate"])
+
+
+def test_order_of_records_does_not_matter(tmp_path: Path) -> None:
+    wrong = [record(6, s, "diverge", findings=[f"found {s}"]) for s in SEEDS]
+    records = put(matrix(), *wrong, *(curve(s, [0.0, 1e-4 * s, 0.0, 0.0]) for s in SEEDS))
+    files = write(aggregate(records), tmp_path / "a")
+    again = write(aggregate(records[::-1]), tmp_path / "b")
+    names = ["aggregate.json", "summary.csv", "grid.csv", "steps.csv", "report.md", "report.html"]
+    assert [f.name for f in files] == names
+    for one, other in zip(files, again, strict=True):
+        assert one.read_bytes() == other.read_bytes(), one.name
+    assert len(pd.read_csv(files[1])) == 18
+
+
+def test_the_page_holds_each_record_and_loads_nothing() -> None:
+    text = '<script src="https://example.org/x.js"></script>'
+    wrong = record(6, 0, "diverge", findings=[text], detail=text, hints=[text])
+    found = aggregate(put(matrix(), wrong, curve(1, [0.0, 0.2, 0.0, 0.0], step=2)))
+    page = html.render(found)
+    for r in found.records:
+        assert f'id="{r.name}"' in page and f'href="#{r.name}"' in page
+    assert text not in page
+    outside = r"""(?:src|href|srcset|action|data)\s*=\s*["']?\s*(?!#)\S|url\((?!#)|@import|<link|<iframe"""
+    assert not re.search(outside, re.sub(r"(?:data|value)-\w+=", "", _unquoted(page)))
+    ids = re.findall(r'\sid="(?!m\w|p\w)([^"]+)"', page)  # but for what figures share
+    assert len(ids) == len(set(ids))
+    assert page.index(f'id="{wrong.name}"') < page.index(f'id="{record(0, 0).name}"')
+
+
+def _unquoted(page: str) -> str:
+    """The page without texts, in which anything may be named."""
+    return re.sub(r">[^<]*<", "><", re.sub(r"(?s)<(script|style)>.*?</\1>", "", page))
+
+
+def test_the_job_summary_stays_below_a_mebibyte() -> None:
+    noise = [f"finding {'x' * 900} {i}" for i in range(10)]
+    records = [
+        record(p, s, "diverge", reference=r, findings=noise, reason="off " * 50)
+        for p in range(8)
+        for s in range(15)
+        for r in REFERENCES
+    ]
+    found = aggregate(records)
+    text = markdown.render(found)
+    assert 500_000 < len(text.encode()) < 2**20
+    told = text.count("<details>")
+    assert 0 < told < 240
+    assert f"and {240 - told} more" in text
+
+
+def test_markdown_cells_cannot_be_broken() -> None:
+    passes = {side: {"a|b\n<c>": True} for side in ("subject", "reference")}
+    text = markdown.render(aggregate([record(8, 0, passes=passes)]))
+    assert "a\\|b &lt;c&gt;" in text
+
+
+def test_the_terminal_fits_80_columns_and_plain_ascii() -> None:
+    wrong = [record(6, s, "diverge", reason="the subject is off") for s in range(15)]
+    records = put(matrix(range(15)), *wrong, record(8, 14, "agree"))
+    text = screen(records)
+    grid = text[: text.index("identical")].splitlines()
+    assert max(map(len, grid)) <= 80
+    assert re.search(r"06 optimizer step +(= ){14}= +(✗ ){14}✗", text)
+    assert "and 12 more" in text
+    assert "PARITY diverge" in text.splitlines()[-1]
+    plain = screen(records, encoding="ascii")
+    assert re.search(r"06 optimizer step +(= ){14}= +(x ){14}x", plain)
+
+
+def test_more_seeds_than_columns_are_counted() -> None:
+    records = [record(0, s, "diverge" if s == 3 else "identical") for s in range(200)]
+    assert re.search(r"00 config +199= 1✗", screen(records))
+
+
+def test_metrics_of_a_comparison_are_shown_with_their_verdict() -> None:
+    metrics = curve(0, [0.0, 0.5], step=2).metrics
+    file = io.StringIO()
+    assert terminal.render_metrics(metrics, Console(file=file, width=100)) is Verdict.DIVERGE
+    assert "PARITY diverge" in file.getvalue()
+    assert terminal.render_metrics([], Console(file=file)) is Verdict.INCONCLUSIVE
