@@ -65,18 +65,45 @@ def _recipe_options(command: Any) -> Any:
 
 
 @main.command()
-@click.option("--subject", default="mlx", show_default=True, metavar="PATH", help="The path under question.")
+@click.option(
+    "--subject", default="mlx", show_default=True, metavar="PATH", help="The path under question."
+)
 @click.option("--reference", "references", multiple=True, metavar="PATH",
               help="What it is held against; may be repeated.  [default: mlx-lm, hf]")  # fmt: skip
 @click.option("--seeds", default="3", show_default=True, metavar="N|LIST",
               help="How many seeds (up to 15), or the seeds themselves: 3407,0,1.")  # fmt: skip
-@click.option("--probes", multiple=True, metavar="LIST", help="Numbers or names, e.g. 02,05.  [default: all]")
+@click.option(
+    "--probes", multiple=True, metavar="LIST", help="Numbers or names, e.g. 02,05.  [default: all]"
+)
 @_recipe_options
-@click.option("--set-subject", multiple=True, metavar="FACTOR=VALUE", help="Change a factor on one side only.")
-@click.option("--set-reference", multiple=True, metavar="FACTOR=VALUE", help="Change a factor on one side only.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder of the run.  [default: reports/run-…]")
-@click.option("--jobs", default=2, show_default=True, type=click.IntRange(1, 64), help="Cells under way at once.")
-@click.option("--timeout", default=600.0, show_default=True, type=click.FloatRange(1), help="Seconds a capture may take.")
+@click.option(
+    "--set-subject", multiple=True, metavar="FACTOR=VALUE", help="Change a factor on one side only."
+)
+@click.option(
+    "--set-reference",
+    multiple=True,
+    metavar="FACTOR=VALUE",
+    help="Change a factor on one side only.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of the run.  [default: reports/run-…]",
+)
+@click.option(
+    "--jobs",
+    default=2,
+    show_default=True,
+    type=click.IntRange(1, 64),
+    help="Cells under way at once.",
+)
+@click.option(
+    "--timeout",
+    default=600.0,
+    show_default=True,
+    type=click.FloatRange(1),
+    help="Seconds a capture may take.",
+)
 def run(
     subject: str,
     references: tuple[str, ...],
@@ -101,7 +128,9 @@ def run(
     from parity.report import progress, terminal
 
     shared = recipes.load(recipe, settings)
-    changes = runs.sides([*(("subject", t) for t in set_subject), *(("reference", t) for t in set_reference)])
+    changes = runs.sides(
+        [*(("subject", t) for t in set_subject), *(("reference", t) for t in set_reference)]
+    )
     for side in changes:
         shared.override(changes[side])
     matrix = runs.Matrix(
@@ -112,9 +141,11 @@ def run(
     folder = out or runs.default_folder()
     plan = Plan.of(matrix.cells())
     write_plan(plan, folder)
-    with progress.shown(len(matrix.cells())) as (done, notice):
-        with engines.Engine(timeout=timeout, log_dir=folder / "logs", notice=notice) as engine:
-            records = runs.run(matrix, engine, folder, jobs, done)
+    with (
+        progress.shown(len(matrix.cells())) as (done, notice),
+        engines.Engine(timeout=timeout, log_dir=folder / "logs", notice=notice) as engine,
+    ):
+        records = runs.run(matrix, engine, folder, jobs, done)
     result = aggregate(records, plan)
     files = write(result, folder)
     terminal.render(result, terminal.console())
@@ -143,10 +174,21 @@ def report(folder: Path) -> None:
 @_recipe_options
 @click.option("--inputs", type=click.Path(path_type=Path, exists=True, dir_okay=False),
               help="A trace that holds what the method is handed.")  # fmt: skip
-@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="File of the trace.")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File of the trace.",
+)
 @click.option("--timeout", default=600.0, type=click.FloatRange(1), help="Seconds it may take.")
 def capture(
-    path: str, method: str, recipe: str, settings: tuple[str, ...], inputs: Path | None, out: Path, timeout: float
+    path: str,
+    method: str,
+    recipe: str,
+    settings: tuple[str, ...],
+    inputs: Path | None,
+    out: Path,
+    timeout: float,
 ) -> None:
     """Run one METHOD of one PATH and keep its trace.
 
@@ -157,7 +199,7 @@ def capture(
       parity capture mlx train --out mac.safetensors
       parity capture hf train --out linux.safetensors
       parity compare mac.safetensors linux.safetensors
-    """
+    """  # noqa: D301
     from parity import engine as engines
     from parity import recipe as recipes
     from parity.paths.base import METHODS

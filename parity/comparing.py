@@ -33,13 +33,15 @@ def compare_traces(
             {name: value for name, value in trace.arrays.items() if _group(name) == group}
             for trace in (subject, reference)
         )
-        if ours.keys() == theirs.keys() and not all(_floating(v) for v in [*ours.values(), *theirs.values()]):
+        if ours.keys() == theirs.keys() and not all(
+            _floating(v) for v in [*ours.values(), *theirs.values()]
+        ):
             metrics += [compare_exact(name, ours[name], theirs[name]) for name in sorted(theirs)]
         else:
             metrics.append(compare_group(group, ours, theirs, noise))
     for name in sorted(subject.scalars.keys() | reference.scalars.keys()):
-        values = (str(trace.scalars.get(name, "absent")) for trace in (subject, reference))
-        metrics.append(compare_exact(name, *(np.array([value]) for value in values)))
+        a, b = (np.array([str(t.scalars.get(name, "absent"))]) for t in (subject, reference))
+        metrics.append(compare_exact(name, a, b))
     return metrics
 
 

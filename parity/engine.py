@@ -188,7 +188,9 @@ class Engine:
             except CaptureError as error:
                 verdict, reason, detail = Verdict.ERROR, str(error), error.detail
             except KeyError as error:
-                reason = f"a trace lacks {error}: does the path emit what parity/paths/base.py says?"
+                reason = (
+                    f"a trace lacks {error}: does the path emit what parity/paths/base.py says?"
+                )
                 verdict, detail = Verdict.ERROR, traceback.format_exc()
             except Exception as error:  # one broken cell must not end the run
                 reason = f"{type(error).__name__} while comparing: {error}"
@@ -203,7 +205,7 @@ class Engine:
             )
             for side in recipes
         }
-        record = Record(
+        return Record(
             tool=__version__,
             probe=cell.stage.number,
             stage=cell.stage.name,
@@ -224,7 +226,6 @@ class Engine:
             reproduce=reproduce(cell),
             **sides,
         )
-        return record
 
     def _context(
         self, cell: Cell, recipes: Mapping[str, Recipe], seen: dict[str, dict[str, Any]]
@@ -261,10 +262,10 @@ class _Shipped(dict[str, Recipe]):
 
     def __init__(self, engine: Engine, specs: Mapping[str, str], recipe: Recipe) -> None:
         super().__init__()
-        self._make = lambda side: engine.shipped(specs[side], recipe)
+        self._engine, self._specs, self._recipe = engine, specs, recipe
 
     def __missing__(self, side: str) -> Recipe:
-        self[side] = self._make(side)
+        self[side] = self._engine.shipped(self._specs[side], self._recipe)
         return self[side]
 
 
@@ -281,7 +282,10 @@ def conclude(metrics: list[Metric]) -> tuple[Verdict, str]:
         top = max(bad, key=lambda m: m.value / m.tolerance if m.tolerance > 0 else 0.0)
         if top.tolerance > 0:
             share = f"{top.value:.3g} of {top.tolerance:.3g} allowed"
-            return verdict, f"all {len(gates)} metrics within their floors; closest: {top.name}, {share}"
+            return (
+                verdict,
+                f"all {len(gates)} metrics within their floors; closest: {top.name}, {share}",
+            )
         return verdict, f"all {len(gates)} metrics agree"
     first = bad[0]
     where = f" at {first.where}" if first.where and first.where != first.name else ""
@@ -307,7 +311,9 @@ def reproduce(cell: Cell) -> str:
         f"--reference {cell.reference} --seeds {cell.recipe.seed.value},",
     ]
     default = Default().factors()
-    shared = {k: v for k, v in cell.recipe.factors().items() if v != default[k] and k != "seed.value"}
+    shared = {
+        k: v for k, v in cell.recipe.factors().items() if v != default[k] and k != "seed.value"
+    }
     words += [f"--set {_setting(k, v)}" for k, v in shared.items()]
     for side, changes in cell.changes.items():
         words += [f"--set-{side} {_setting(k, v)}" for k, v in changes.items()]
@@ -339,7 +345,11 @@ def fingerprint(spec: str) -> str:
             versions.append(f"{package}=none")
     module = sys.modules[kind.__module__].__file__
     own = Path(module).read_bytes() if module else b""
-    variables = {k: v for k, v in os.environ.items() if k.startswith(("MLX_", "PARITY_TORCH", "OMP_", "OPENBLAS_"))}
+    variables = {
+        k: v
+        for k, v in os.environ.items()
+        if k.startswith(("MLX_", "PARITY_TORCH", "OMP_", "OPENBLAS_"))
+    }
     parts = [spec, sys.version, *versions, str(openblas()), json.dumps(variables, sort_keys=True)]
     code = _package_code() + hashlib.sha256(own).hexdigest()
     return hashlib.sha256("\n".join([*parts, code]).encode()).hexdigest()[:16]
@@ -349,7 +359,12 @@ def fingerprint(spec: str) -> str:
 def _package_code() -> str:
     """Hash of the code that runs inside workers."""
     root = Path(__file__).parent
-    files = [*sorted((root / "paths").glob("*.py")), root / "recipe.py", root / "worker.py", root / "trace.py"]
+    files = [
+        *sorted((root / "paths").glob("*.py")),
+        root / "recipe.py",
+        root / "worker.py",
+        root / "trace.py",
+    ]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

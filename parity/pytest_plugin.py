@@ -26,9 +26,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--seeds", default="3", help="how many seeds, or the seeds: 3407,0,1 (3)")
     group.addoption("--recipe", default="default", help="recipe of the fixtures or TOML file")
-    group.addoption("--factor", action="append", default=[], help="FACTOR=VALUE, like parity run --set")
     group.addoption(
-        "--subject-factor", action="append", default=[], help="FACTOR=VALUE on the subject's side only"
+        "--factor", action="append", default=[], help="FACTOR=VALUE, like parity run --set"
+    )
+    group.addoption(
+        "--subject-factor",
+        action="append",
+        default=[],
+        help="FACTOR=VALUE on the subject's side only",
     )
     group.addoption("--parity-out", default=None, help="folder that takes the records")
 
@@ -76,7 +81,9 @@ def parity_engine() -> Iterator[Engine]:
 
 @pytest.fixture
 def probe(
-    parity_engine: Engine, pytestconfig: pytest.Config, record_property: Callable[[str, object], None]
+    parity_engine: Engine,
+    pytestconfig: pytest.Config,
+    record_property: Callable[[str, object], None],
 ) -> Callable[[Cell], Record]:
     """Runs a cell and writes its record; anything but green ends the test with the record's text."""
     from parity.record import Verdict

@@ -261,7 +261,9 @@ def parse_setting(text: str) -> tuple[str, Any]:
     name, equals, raw = text.partition("=")
     name, raw = name.strip(), raw.strip()
     if not equals or not name or not raw:
-        raise UsageError(f"cannot read setting {text!r}: write FACTOR=VALUE, e.g. lora.num_layers=16")
+        raise UsageError(
+            f"cannot read setting {text!r}: write FACTOR=VALUE, e.g. lora.num_layers=16"
+        )
     try:
         return name, tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:

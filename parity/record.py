@@ -126,8 +126,10 @@ class Record(BaseModel):
     def name(self) -> str:
         """File name without ending."""
         parts = (f"{self.probe:02d}", self.stage, self.model, self.subject.path, "vs")
-        return "-".join([*parts, self.reference.path, f"seed{self.seed}"]).replace("/", "_").replace(
-            ":", "_"
+        return (
+            "-".join([*parts, self.reference.path, f"seed{self.seed}"])
+            .replace("/", "_")
+            .replace(":", "_")
         )
 
     def save(self, folder: Path) -> Path:

@@ -113,7 +113,9 @@ def fingerprint(folder: str | Path) -> str:
     root = Path(folder)
     h = hashlib.sha256(str(folder).encode())
     if root.is_dir():
-        for file in sorted(p for p in root.rglob("*") if p.is_file() and "__pycache__" not in p.parts):
+        for file in sorted(
+            p for p in root.rglob("*") if p.is_file() and "__pycache__" not in p.parts
+        ):
             stat = file.stat()
             h.update(f"{file.relative_to(root)}{stat.st_size}{stat.st_mtime_ns}".encode())
     return h.hexdigest()[:16]

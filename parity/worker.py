@@ -122,9 +122,9 @@ class Worker:
                 f"worker of path {self.spec!r} died ({_describe(code)}) in {method}",
                 self.tail() or str(error),
             ) from None
-        for status, error in _RAISED.items():
+        for status, kind in _RAISED.items():
             if answer["status"] == status:
-                raise error(answer["message"])
+                raise kind(answer["message"])
         if answer["status"] != "ok":
             raise CaptureError(f"path {self.spec!r}: {answer['message']}", answer["detail"])
 

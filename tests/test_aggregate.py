@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from markupsafe import escape
 from rich.console import Console
 
 from parity.aggregate import Plan, Row, aggregate, read_plan, to_json, write, write_plan
@@ -32,7 +33,7 @@ def record(
         side: Side(path=path, recipe={"train.steps": 4}, digest="0", environment={"python": side})
         for side, path in (("subject", "mlx"), ("reference", reference))
     }
-    said = {"reason": f"because of probe {probe}", "reproduce": f"parity run --seeds {seed}"} | fields
+    said = {"reason": f"because of probe {probe}", "reproduce": f"run --seeds {seed}"} | fields
     return Record(
         tool="0",
         probe=probe,
@@ -78,7 +79,7 @@ def curve(seed: int, dloss: list[float], step: int | None = None, **fields: Any)
 
 def screen(records: list[Record], width: int = 80, encoding: str = "utf-8") -> str:
     raw = io.BytesIO()
-    file = io.TextIOWrapper(raw, encoding=encoding)
+    file = io.TextIOWrapper(raw, encoding=encoding, errors="replace")
     terminal.render(aggregate(records), Console(file=file, width=width, highlight=False))
     file.flush()
     return raw.getvalue().decode(encoding)
@@ -109,9 +110,8 @@ def test_the_worst_cell_decides(verdicts: list[str], verdict: str, code: int) ->
 def test_where_nothing_was_compared_nothing_is_green(records: list[Record]) -> None:
     found = aggregate(records)
     assert found.exit_code == 1
-    assert "nothing was compared" in found.reason
-    assert "nothing was compared" in markdown.render(found)
-    assert "nothing was compared" in screen(records)
+    for text in (found.reason, markdown.render(found), html.render(found), screen(records)):
+        assert "nothing was compared" in text.lower()
 
 
 def test_a_skip_is_listed_with_its_reason() -> None:
@@ -178,7 +178,7 @@ def test_pass_rate_is_green_over_decided() -> None:
     row = table.iloc[0]
     assert (row["seeds"], row["decided"], row["pass_rate"]) == (5, 3, pytest.approx(2 / 3))
     # Wilson for 2 of 3 at 95 %, by hand: (p + z²/2n ± z sqrt(pq/n + z²/4n²)) / (1 + z²/n)
-    assert (row["low"], row["high"]) == (pytest.approx(0.2077, abs=1e-4), pytest.approx(0.9385, abs=1e-4))
+    assert [row["low"], row["high"]] == pytest.approx([0.2077, 0.9385], abs=1e-4)
     undecided = aggregate([record(3, 0, "skip")]).summary.iloc[0]
     assert undecided["decided"] == 0 and math.isnan(undecided["pass_rate"])
 
@@ -186,7 +186,8 @@ def test_pass_rate_is_green_over_decided() -> None:
 def test_step_differences_over_seeds() -> None:
     records = [curve(s, [0.0, 0.1 * s, 0.0, 0.01], step=2) for s in range(1, 7)]
     dloss, dgrad = aggregate(records).curves
-    assert (dloss.quantity, dloss.largest, dloss.median) == ("dloss", 0.6, pytest.approx(0.35))
+    assert (dloss.quantity, dgrad.quantity) == ("dloss", "dgrad")
+    assert [dloss.largest, dloss.median] == pytest.approx([0.6, 0.35])
     assert (dloss.first_step, dloss.over) == (2, (1, 2, 3, 4, 5, 6))
     assert dloss.systematic and (dloss.higher, dloss.lower) == (6, 0)
     assert (dgrad.largest, dgrad.first_step, dgrad.systematic) == (0, None, False)
@@ -268,16 +269,11 @@ def test_the_page_holds_each_record_and_loads_nothing() -> None:
     for r in found.records:
         assert f'id="{r.name}"' in page and f'href="#{r.name}"' in page
     assert text not in page
-    outside = r"""(?:src|href|srcset|action|data)\s*=\s*["']?\s*(?!#)\S|url\((?!#)|@import|<link|<iframe"""
-    assert not re.search(outside, re.sub(r"(?:data|value)-\w+=", "", _unquoted(page)))
+    outside = r"""\b(src|srcset|href|action|poster)\s*=\s*["']?(?!["'#])|url\((?!#)|@import|<link"""
+    assert not re.search(outside, page.replace(str(escape(text)), ""))
     ids = re.findall(r'\sid="(?!m\w|p\w)([^"]+)"', page)  # but for what figures share
     assert len(ids) == len(set(ids))
     assert page.index(f'id="{wrong.name}"') < page.index(f'id="{record(0, 0).name}"')
-
-
-def _unquoted(page: str) -> str:
-    """The page without texts, in which anything may be named."""
-    return re.sub(r">[^<]*<", "><", re.sub(r"(?s)<(script|style)>.*?</\1>", "", page))
 
 
 def test_the_job_summary_stays_below_a_mebibyte() -> None:

@@ -41,6 +41,14 @@ def to_numpy(array: Any) -> Array:
     return np.array(array)
 
 
+def load_arrays(file: Any) -> dict[str, Any]:
+    """The tensors of a safetensors file as mx.arrays."""
+    import mlx.core as mx
+
+    arrays: Any = mx.load(str(file))
+    return dict(arrays)
+
+
 def flat(tree: Any) -> dict[str, Any]:
     """A parameter tree as live name → mx.array."""
     from mlx.utils import tree_flatten
@@ -118,12 +126,12 @@ def module_outputs(model: Any) -> Iterator[list[tuple[str, Any]]]:
         if kind not in originals and "__call__" in vars(kind):
             originals[kind] = kind.__call__
     for kind, original in originals.items():
-        kind.__call__ = patched(original)  # type: ignore[operator]
+        kind.__call__ = patched(original)
     try:
         yield seen
     finally:
         for kind, original in originals.items():
-            kind.__call__ = original  # type: ignore[operator]
+            kind.__call__ = original
 
 
 @contextlib.contextmanager
@@ -210,7 +218,9 @@ def rope_thetas(model: Any) -> list[float]:
 def lora_modules(model: Any) -> dict[str, Any]:
     """Canonical name → live LoRA module."""
     return {
-        canonical(name): module for name, module in model.named_modules() if hasattr(module, "lora_a")
+        canonical(name): module
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_a")
     }
 
 
@@ -238,7 +248,7 @@ def optimizer_facts(optimizer: Any, steps: int) -> dict[str, Any]:
 
     schedule = optimizer._schedulers.get("learning_rate")
     if schedule:
-        rates = [float(mx.array(schedule(mx.array(step))).item()) for step in range(steps)]
+        rates = [float(to_numpy(mx.array(schedule(mx.array(step))))) for step in range(steps)]
     else:
         rates = [float(optimizer.learning_rate.item())] * steps
     return {

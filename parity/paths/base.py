@@ -30,8 +30,8 @@ train                   optional `adapter/<name>` to start from (else the path's
                         `batches/ids.N`, `batches/lengths.N` → `loss` (steps,), `gradient_norm`
                         (steps,) before any clip, `tokens` (steps,), `adapter/<name>` at the end,
                         `batches/...` as trained on
-decode                  `adapter/<name>`; scalars `prompts` [str], `expected` str → `ids.N` generated,
-                        `margin.N` top-1 minus top-2 logit at each of them, `completion_loss` (P,)
+decode                  `adapter/<name>`; scalars `prompts` [str], `expected` str → `ids.N`
+                        generated, `margin.N` top-1 minus top-2 logit at each of them, `completion_loss` (P,)
                         teacher-forced on `expected`; scalars `text` [str]
 config                  → scalars in the vocabulary of probe 00 (see `stages/config.py`)
 ======================  ============================================================================
@@ -140,12 +140,14 @@ class Path:
 
 
 # Variables that change what the frameworks compute or where.
-_VARIABLES = ("MLX_", "OMP_NUM", "OPENBLAS_", "VECLIB_", "PARITY_TORCH", "HF_HUB_OFFLINE", "PYTORCH_")
+_VARIABLES = (
+    "MLX_", "OMP_NUM", "OPENBLAS_", "VECLIB_", "PARITY_TORCH", "HF_HUB_OFFLINE", "PYTORCH_",
+)  # fmt: skip
 
 
 def describe_process(packages: tuple[str, ...]) -> dict[str, Any]:
     """Versions, platform, BLAS libraries mapped and relevant variables of this process."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in packages:
         try:
             versions[package] = version(package)

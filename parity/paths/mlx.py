@@ -21,6 +21,16 @@ from parity import resources
 from parity.errors import Unsupported
 from parity.paths import _mlx
 from parity.paths._mlx import Batch, Loss, Setup, to_numpy
+from parity.paths._mlx_settings import lora_parameters, lr_schedule, optimizer_config, pad
+from parity.paths._mlx_traces import (
+    config_trace,
+    cross_entropy_trace,
+    decode_trace,
+    given,
+    lora_init_trace,
+    optimizer_trace,
+    recorded,
+)
 from parity.paths.base import Path, describe_process
 from parity.recipe import Recipe
 from parity.trace import Array, Trace, canonical, each
@@ -208,7 +218,9 @@ class MlxPath(Path):
         model, tokenizer = self._loaded[key]
         return remove_lora_layers(model).eval(), tokenizer
 
-    def loop(self, recipe: Recipe, setup: Setup, batches: Iterator[Batch]) -> dict[str, list[float]]:
+    def loop(
+        self, recipe: Recipe, setup: Setup, batches: Iterator[Batch]
+    ) -> dict[str, list[float]]:
         """Trains; returns loss, gradient norm and supervised tokens of each optimizer step."""
         import mlx.core as mx
         import mlx.nn as nn
@@ -294,7 +306,7 @@ class MlxPath(Path):
         setup = self.setup(recipe)
         count = recipe.train.steps * recipe.train.accumulation
         trace = Trace()
-        _record(trace, itertools.islice(setup.iterate(), count), prefix="")
+        recorded(trace, itertools.islice(setup.iterate(), count), prefix="")
         return trace
 
     def logits(self, recipe: Recipe, inputs: Trace) -> Trace:
@@ -348,7 +360,7 @@ class MlxPath(Path):
         """See `Path.train`."""
         setup = self.setup(recipe, inputs.group("adapter"))
         trace = Trace()
-        batches = _record(trace, given(inputs) or setup.iterate(), lazy=True)
+        batches = recorded(trace, given(inputs) or setup.iterate(), lazy=True)
         with _mlx.compiled(recipe.train.compile), _mlx.restored_layer_class(setup.model):
             result = self.loop(recipe, setup, batches)
         trace.arrays.update({name: np.asarray(values) for name, values in result.items()})
@@ -376,235 +388,3 @@ class MlxPath(Path):
     def config(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `Path.config`."""
         return config_trace(recipe, self.setup(recipe))
-
-
-# Settings in mlx-lm's own words ------------------------------------------------------------------
-
-
-def lora_parameters(recipe: Recipe, model: Any) -> dict[str, Any]:
-    """mlx-lm's `lora_parameters`, its keys being the names of the modules inside a layer."""
-    wanted = set(recipe.lora.target_modules)
-    keys = {
-        name
-        for layer in model.layers
-        for name, _ in layer.named_modules()
-        if name.rpartition(".")[2] in wanted
-    }
-    if missing := wanted - {key.rpartition(".")[2] for key in keys}:
-        raise Unsupported(f"the model has no modules {sorted(missing)} (lora.target_modules)")
-    return {
-        "rank": recipe.lora.rank,
-        "scale": recipe.lora.scale,
-        "dropout": recipe.lora.dropout,
-        "keys": sorted(keys),
-    }
-
-
-def optimizer_config(recipe: Recipe) -> dict[str, Any]:
-    """Keyword arguments of the optimizer's class."""
-    o = recipe.optim
-    if o.name == "sgd":
-        return {"weight_decay": o.weight_decay}
-    config: dict[str, Any] = {
-        "betas": list(o.betas),
-        "eps": o.eps,
-        "bias_correction": o.bias_correction,
-    }
-    if o.name == "adamw":
-        config["weight_decay"] = o.weight_decay
-    elif o.weight_decay:
-        raise Unsupported(f"Adam has no weight decay (optim.weight_decay={o.weight_decay})")
-    return config
-
-
-def lr_schedule(recipe: Recipe) -> dict[str, Any] | None:
-    """mlx-lm's `lr_schedule`, or None for a constant rate."""
-    o, steps = recipe.optim, recipe.train.steps
-    decay = steps - o.warmup_steps
-    if o.schedule == "constant" and not o.warmup_steps:
-        return None
-    name, arguments = {
-        "constant": ("linear_schedule", [o.lr, o.lr, decay]),
-        "linear": ("linear_schedule", [o.lr, 0.0, decay]),
-        "cosine": ("cosine_decay", [o.lr, decay]),
-    }[o.schedule]
-    return {"name": name, "arguments": arguments, "warmup": o.warmup_steps}
-
-
-def pad(ids: Any, lengths: Any, recipe: Recipe) -> Any:
-    """A batch of mlx-lm's at the width the recipe asks for."""
-    import mlx.core as mx
-
-    multiple, extra = recipe.data.pad_multiple, recipe.data.pad_extra
-    if (multiple, extra) == (32, 1):
-        return ids
-    longest = int(lengths[:, 1].max())
-    width = min(extra + -(-longest // multiple) * multiple, recipe.data.max_length)
-    cut = ids[:, :width]
-    return mx.pad(cut, [(0, 0), (0, width - cut.shape[1])])
-
-
-# Traces of live objects --------------------------------------------------------------------------
-
-
-def given(inputs: Trace) -> Iterator[Batch] | None:
-    """Batches that were handed over, or None."""
-    import mlx.core as mx
-
-    ids = [mx.array(value) for value in each(inputs.arrays, "batches/ids")]
-    lengths = [mx.array(value) for value in each(inputs.arrays, "batches/lengths")]
-    return zip(ids, lengths, strict=True) if ids else None
-
-
-def _record(
-    trace: Trace, batches: Iterator[Batch], prefix: str = "batches/", lazy: bool = False
-) -> Iterator[Batch]:
-    """Writes batches into a trace as they are drawn."""
-
-    def draw() -> Iterator[Batch]:
-        for index, (ids, lengths) in enumerate(batches):
-            trace.arrays[f"{prefix}ids.{index}"] = to_numpy(ids)
-            trace.arrays[f"{prefix}lengths.{index}"] = to_numpy(lengths)
-            yield ids, lengths
-
-    return draw() if lazy else iter(list(draw()))
-
-
-def lora_init_trace(model: Any) -> Trace:
-    """The adapter and what the live modules say of it."""
-    adapter = _mlx.adapter(model)
-    facts = _mlx.lora_facts(model)
-    census = _mlx.dtype_census(model.trainable_parameters())
-    scalars = {**facts, "trainable": sorted(adapter), "dtype": _mlx.single(set(census))}
-    return Trace(scalars=scalars).with_group("adapter", adapter)
-
-
-def cross_entropy_trace(loss_function: Loss, recipe: Recipe, inputs: Trace) -> Trace:
-    """A loss of signature (model, batch, lengths), probed from outside.
-
-    A position is supervised where the loss depends on its logits; its target is where the
-    gradient (softmax minus one-hot) is negative.
-    """
-    import mlx.core as mx
-    from mlx_lm.tuner.trainer import default_loss
-
-    logits = mx.array(inputs.arrays["logits"]).astype(getattr(mx, recipe.model.dtype))
-    ids, lengths = mx.array(inputs.arrays["ids"]), mx.array(inputs.arrays["lengths"])
-
-    def loss_of(values: Any) -> Any:
-        return loss_function(lambda _: values, ids, lengths)
-
-    loss, tokens = loss_of(logits)
-    slope = to_numpy(mx.grad(lambda values: loss_of(values)[0])(logits).astype(mx.float32))
-    supervised = np.abs(slope).max(axis=-1) > 0
-    token_loss = np.zeros(supervised.shape, np.float32)
-    for row, position in np.ndindex(*supervised.shape):
-        only = mx.array([[position + 1, position + 1]])
-        one = default_loss(lambda _, row=row: logits[row : row + 1], ids[row : row + 1], only)[0]
-        token_loss[row, position] = one.item()
-    arrays = {
-        "loss": to_numpy(loss),
-        "supervised": supervised,
-        "targets": np.where(supervised, slope.argmin(axis=-1), -1).astype(np.int32),
-        "token_loss": token_loss,
-    }
-    return Trace(arrays, {"tokens": int(tokens.item())})
-
-
-def optimizer_trace(optimizer: Any, clip: Callable[[Any], Any] | None, inputs: Trace) -> Trace:
-    """Hand-fed gradients through the live clip and optimizer."""
-    import mlx.core as mx
-
-    weights = {name: mx.array(value) for name, value in inputs.group("weight").items()}
-    trace, step = Trace(), 0
-    while fed := inputs.group(f"gradient.{step}"):
-        gradient = {name: mx.array(value) for name, value in fed.items()}
-        weights = optimizer.apply_gradients(clip(gradient) if clip else gradient, weights)
-        mx.eval(weights, optimizer.state)
-        trace = trace.with_group(f"weight.{step}", {k: to_numpy(v) for k, v in weights.items()})
-        step += 1
-    return trace
-
-
-def decode_trace(
-    model: Any,
-    tokenizer: Any,
-    generate: Callable[[str], Iterator[tuple[int, Any]]],
-    inputs: Trace,
-) -> Trace:
-    """Greedy ids with their margins, and the loss on the expected completion."""
-    import mlx.core as mx
-    import mlx.nn as nn
-
-    trace, texts, losses = Trace(), [], []
-    for index, prompt in enumerate(inputs.scalars["prompts"]):
-        ids, margins = [], []
-        for token, logprobs in generate(prompt):
-            top = mx.sort(logprobs.astype(mx.float32))[-2:]
-            ids.append(token)
-            margins.append(float((top[1] - top[0]).item()))
-        trace.arrays[f"ids.{index}"] = np.asarray(ids, np.int32)
-        trace.arrays[f"margin.{index}"] = np.asarray(margins, np.float32)
-        texts.append(tokenizer.decode(ids))
-        start = tokenizer.encode(prompt)
-        whole = tokenizer.encode(prompt + inputs.scalars["expected"])
-        common = sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1], zip(start, whole, strict=False)))
-        logits = model(mx.array([whole[:-1]]))[0, common - 1 :].astype(mx.float32)
-        loss = nn.losses.cross_entropy(logits, mx.array(whole[common:]), reduction="mean")
-        losses.append(loss.item())
-    trace.arrays["completion_loss"] = np.asarray(losses, np.float32)
-    trace.scalars["text"] = texts
-    return trace
-
-
-def config_trace(recipe: Recipe, setup: Setup) -> Trace:
-    """What is really in effect, from the live objects of one run."""
-    model = setup.model
-    trainable = _mlx.flat(model.trainable_parameters())
-    frozen = {k: v for k, v in _mlx.flat(model.parameters()).items() if k not in trainable}
-    facts = _mlx.lora_facts(model)
-    optimizer = _mlx.optimizer_facts(setup.optimizer, recipe.train.steps)
-    drawn = Trace()
-    batches = list(_record(drawn, itertools.islice(setup.iterate(), 8)))
-    ids, lengths = (to_numpy(part) for part in batches[0])
-    supervised = supervised_positions(setup.loss, ids, lengths)
-    shapes = [list(to_numpy(batch).shape) for batch, _ in batches]
-    scalars = {
-        "dtype.parameters": _mlx.dtype_census(frozen),
-        "dtype.adapter": _mlx.dtype_census(trainable),
-        "rope.theta": _mlx.rope_thetas(model),
-        "lora.trainable": len(trainable),
-        "lora.parameters": sum(int(v.size) for v in trainable.values()),
-        "lora.names": sorted(canonical(name) for name in trainable),
-        **{f"lora.{key}": value for key, value in facts.items()},
-        **optimizer,
-        "clip.mode": recipe.optim.clip if setup.clip else "none",
-        "clip.value": recipe.optim.clip_value if setup.clip else None,
-        "batch.shapes": shapes,
-        "batch.pad_id": 0,
-        "batch.rows": [_mlx.row_digests(to_numpy(a), to_numpy(b)) for a, b in batches],
-        "mask.supervised": [int((supervised[:, 0] == row).sum()) for row in range(len(ids))],
-        "loss.denominator": "supervised tokens",
-        "accumulation.steps": recipe.train.accumulation,
-        "accumulation.weighting": recipe.train.accumulation_weighting,
-        "seed.value": recipe.seed.value,
-        "seed.placement": recipe.seed.placement,
-        **setup.facts,
-    }
-    return Trace({"supervised": supervised}, scalars)
-
-
-def supervised_positions(loss_function: Loss, ids: Array, lengths: Array) -> Array:
-    """Rows (row, position, target id) of what a loss supervises in a batch; (K, 3) int64.
-
-    Found from the gradient of the loss with respect to flat logits over a vocabulary just large
-    enough for the ids.
-    """
-    recipe = Recipe()
-    vocabulary = int(ids.max()) + 1
-    flat_logits = np.zeros((*ids[:, 1:].shape, vocabulary), np.float32)
-    inputs = Trace({"logits": flat_logits, "ids": ids, "lengths": lengths})
-    trace = cross_entropy_trace(loss_function, recipe, inputs)
-    where = np.argwhere(trace.arrays["supervised"])
-    targets = trace.arrays["targets"][where[:, 0], where[:, 1]]
-    return np.column_stack([where, targets]).astype(np.int64)

@@ -24,18 +24,11 @@ from parity import resources
 from parity.errors import Unsupported
 from parity.paths import _mlx
 from parity.paths._mlx import Batch, Setup, to_numpy
-from parity.paths.mlx import (
-    MlxPath,
-    _record,
-    config_trace,
-    decode_trace,
-    given,
-    lora_parameters,
-    lr_schedule,
-    optimizer_config,
-)
+from parity.paths._mlx_settings import lora_parameters, lr_schedule, optimizer_config
+from parity.paths._mlx_traces import config_trace, decode_trace, given, recorded
+from parity.paths.mlx import MlxPath
 from parity.recipe import Recipe
-from parity.trace import Array, Trace
+from parity.trace import Array, Trace, canonical
 
 # Factors the CLI has no option for, with the one value it always has.
 FIXED: dict[str, Any] = {
@@ -111,7 +104,8 @@ class MlxLmPath(MlxPath):
 
     def train(self, recipe: Recipe, inputs: Trace) -> Trace:
         """The CLI's training, from `main()` to the adapter file it saves."""
-        trace, norms, tokens = Trace(), [], [0]
+        trace = Trace()
+        norms: list[float] = []
         reports, _, adapter = self._train(
             recipe, inputs.group("adapter"), given(inputs), False, trace, norms
         )
@@ -173,7 +167,9 @@ class MlxLmPath(MlxPath):
         wanted = getattr(mx, recipe.model.dtype)
         files = sorted(FilePath(source).glob("*.safetensors"))
         if not files or all(
-            value.dtype in (wanted, mx.uint32) for file in files for value in mx.load(str(file)).values()
+            value.dtype in (wanted, mx.uint32)
+            for file in files
+            for value in _mlx.load_arrays(file).values()
         ):
             return source
         key = f"{resources.fingerprint(source)}-{recipe.model.dtype}"
@@ -182,7 +178,7 @@ class MlxLmPath(MlxPath):
             copy.mkdir(parents=True, exist_ok=True)
             for file in FilePath(source).iterdir():
                 if file.suffix == ".safetensors":
-                    tensors = {k: v.astype(wanted) for k, v in mx.load(str(file)).items()}
+                    tensors = {k: v.astype(wanted) for k, v in _mlx.load_arrays(file).items()}
                     mx.save_safetensors(str(copy / file.name), tensors)
                 elif file.is_file():
                     (copy / file.name).write_bytes(file.read_bytes())
@@ -263,7 +259,6 @@ class MlxLmPath(MlxPath):
         norms: list[float] | None = None,
     ) -> tuple[list[dict[str, Any]], Any, dict[str, Array]]:
         """Trains for real; returns the CLI's own reports, the observer and the saved adapter."""
-        import mlx.core as mx
         from mlx_lm.tuner.callbacks import TrainingCallback
         from mlx_lm.tuner.trainer import iterate_batches, train
 
@@ -278,20 +273,18 @@ class MlxLmPath(MlxPath):
                 if norms is not None:
                     norms.append(observers[0].norm() if update else float("nan"))
 
-        def recorded(**arguments: Any) -> Iterator[Batch]:
-            drawn = batches if batches is not None else iterate_batches(**arguments)
+        def drawn(**arguments: Any) -> Iterator[Batch]:
+            rows = batches if batches is not None else iterate_batches(**arguments)
             if trace is None:
-                return drawn
-            return _record(trace, itertools.islice(drawn, count), lazy=True)
+                return rows
+            return recorded(trace, itertools.islice(rows, count), lazy=True)
 
         def at_train(**handed: Any) -> None:
             observers.append(_mlx.Observer(handed["optimizer"], gradients))
             handed["training_callback"] = Report()
             with _mlx.restored_layer_class(handed["model"]):
-                train(**handed, iterate_batches=recorded)
+                train(**handed, iterate_batches=drawn)
 
         with self._main(recipe, adapter, at_train) as folder:
-            saved = mx.load(str(folder / "adapters.safetensors"))
-        from parity.trace import canonical
-
+            saved = _mlx.load_arrays(folder / "adapters.safetensors")
         return reports, observers[0], {canonical(k): to_numpy(v) for k, v in saved.items()}

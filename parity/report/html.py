@@ -72,21 +72,19 @@ def off_said(record: Record) -> str:
     """Which side is off by the first metric that says so, and how far from float64 both are."""
     for metric in record.metrics:
         if metric.off and not metric.verdict.green:
-            errors = (metric.error_subject, metric.error_reference)
-            said = (
-                f"{side} {words.number(e)}"
-                for side, e in zip(SIDES, errors, strict=True)
-                if e is not None
-            )
-            return f"{metric.off} (distance from float64: {', '.join(said)}; {metric.name})"
+            errors = zip(SIDES, (metric.error_subject, metric.error_reference), strict=True)
+            far = (f"{side} {words.number(e)}" for side, e in errors if e is not None)
+            return f"{metric.off}, by {metric.name} (distance from float64: {', '.join(far)})"
     return ""
 
 
 def off_in(result: Aggregate, first: First) -> str:
-    """The same for a pair: the first record of it that knows."""
-    rows = (first.row, *first.later)
-    records = (r for row in rows for r in result.cells[row].values() if r)
-    return next((said for record in records if (said := off_said(record))), "")
+    """The same for a pair, by the first probe that knows."""
+    for row in (first.row, *first.later):
+        for record in result.cells[row].values():
+            if record and (said := off_said(record)):
+                return said if row == first.row else f"{said} in probe {row.title}"
+    return ""
 
 
 def environment_of(record: Record) -> list[tuple[str, str, str, bool]]:

@@ -45,9 +45,9 @@ def number(value: float) -> str:
 
 
 def seeds_said(seeds: Sequence[int], of: int) -> str:
-    """`seed 3407`, `seeds 0, 1`, `all 15 seeds` or `4 of 15 seeds`."""
+    """`seed 3407`, `seeds 0, 1`, `both seeds`, `all 15 seeds` or `4 of 15 seeds`."""
     if len(seeds) == of > 1:
-        return f"all {of} seeds"
+        return "both seeds" if of == 2 else f"all {of} seeds"
     if len(seeds) > 3:
         return f"{len(seeds)} of {of} seeds"
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
@@ -82,13 +82,22 @@ def over_said(curve: Curve) -> str:
         return "not gated"
     if curve.first_step is None:
         return "none"
-    return f"step {curve.first_step}, in {len(curve.over)} of {len(curve.seeds)} seeds"
+    return f"step {curve.first_step} ({len(curve.over)} of {len(curve.seeds)})"
 
 
 def rates(passes: Passes) -> tuple[str, str]:
     """Pass rate of subject and reference with their intervals."""
     c = passes.comparison
     return tuple(_rate(n, len(c.seeds)) for n in (c.a + c.b, c.a + c.c))  # type: ignore[return-value]
+
+
+def power_said(passes: Passes) -> str:
+    """What so many seeds could have shown, and how many could show more."""
+    c = passes.comparison
+    if c.discordance_upper is not None:
+        return f"up to {100 * c.discordance_upper:.0f} % may differ"
+    needed = c.seeds_needed or "over 10000"
+    return f"{100 * c.power:.0f} % power; 80 % at {needed} seeds"
 
 
 def pass_rates(result: Aggregate) -> dict[Row, str]:

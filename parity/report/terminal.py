@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
 from parity.aggregate import Aggregate, Row, state
@@ -32,6 +34,8 @@ def console() -> Console:
     """Standard output; colour only where it is a terminal and NO_COLOR is not set."""
     from rich.console import Console
 
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # names and numbers matter more than a `·`
     return Console(highlight=False)
 
 
@@ -42,9 +46,7 @@ def render(result: Aggregate, console: Console) -> None:
     if result.cells:
         console.print(_legend(console))
     _curves(result, console)
-    for passes in result.passes:
-        head = f"Decode after {passes.prompt!r}, {passes.row.pair}:"
-        _say(console, head, [passes.comparison.summary])
+    _passes(result, console)
     for kind, title in (("shipped", "As shipped, the stacks differ:"), ("hint", "Hints:")):
         for pair, texts in words.notes_by_pair(result, kind).items():
             _say(console, f"{title} {pair}", texts)
@@ -139,10 +141,24 @@ def _curves(result: Aggregate, console: Console) -> None:
     pairs = dict.fromkeys(curve.row.pair for curve in result.curves)
     for pair in pairs:
         console.print(f"\nStep for step, {pair}", markup=False, style="bold")
-        table = _table("", "greatest", "median", "allowed", "over", "subject over seeds")
+        table = _table("", "greatest", "median", "allowed", "over (seeds)", "subject (seeds)")
         for curve in result.curves:
             if curve.row.pair == pair:
                 table.add_row(*words.curve_cells(curve))
+        console.print(table)
+
+
+def _passes(result: Aggregate, console: Console) -> None:
+    """Pass rates with Wilson intervals; p is the exact paired one, corrected for all prompts."""
+    from rich.text import Text
+
+    for pair in dict.fromkeys(passes.row.pair for passes in result.passes):
+        console.print(Text(f"\nGreedy decode, {pair}", "bold"))
+        table = _table("after", "subject", "reference", "p", "what the seeds can show")
+        for p in result.passes:
+            if p.row.pair == pair:
+                cells = (*words.rates(p), words.number(p.holm_p), words.power_said(p))
+                table.add_row(Text(p.prompt), *cells)
         console.print(table)
 
 

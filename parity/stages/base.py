@@ -121,9 +121,7 @@ class Context:
         """What both sides are to be handed: emitted by the reference under the shared recipe."""
         return self.capture("reference", method, self.recipe, inputs or Trace())
 
-    def pair(
-        self, method: str, inputs: Trace, changes: Mapping[str, Any] | None = None
-    ) -> Pair:
+    def pair(self, method: str, inputs: Trace, changes: Mapping[str, Any] | None = None) -> Pair:
         """Runs a method on both sides with equal inputs."""
         recipes = {side: recipe.override(changes or {}) for side, recipe in self.recipes.items()}
         subject, reference = self.both(method, recipes, inputs)
@@ -137,7 +135,9 @@ class Context:
             rng = np.random.default_rng(self.seed)
             moved = {name: perturb(value, rng) for name, value in inputs.arrays.items()}
             recipe = nudged(recipes["reference"]) if method in _OPTIMIZES else recipes["reference"]
-            if recipe is recipes["reference"] and all(moved[n] is v for n, v in inputs.arrays.items()):
+            if recipe is recipes["reference"] and all(
+                moved[n] is v for n, v in inputs.arrays.items()
+            ):
                 return None
             return self._optional("reference", method, recipe, Trace(moved, inputs.scalars))
 

@@ -72,9 +72,7 @@ def _supervised(a: list[int], b: list[int]) -> str:
 
 def _rates(a: list[float], b: list[float]) -> str:
     step = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if not _same(x, y)), 0)
-    return (
-        f"learning rate at step {step + 1}: {a[step]:.6g} in the subject, {b[step]:.6g} in the reference"
-    )
+    return f"learning rate at step {step + 1}: {a[step]:.6g} in the subject, {b[step]:.6g} in the reference"
 
 
 def _shapes(a: list[list[int]], b: list[list[int]]) -> str:
@@ -154,7 +152,9 @@ class Config:
             for factor, key in _REQUESTED.items():
                 asked, real = factors[factor], trace.scalars.get(key)
                 if real is not None and not _same(asked, real):
-                    found.append(f"{side}: {factor}={_short(asked)} was asked for, {_short(real)} is in effect")
+                    found.append(
+                        f"{side}: {factor}={_short(asked)} was asked for, {_short(real)} is in effect"
+                    )
         return found
 
     def _shipped(self, context: Context) -> list[str]:
@@ -210,7 +210,9 @@ def _same(a: Any, b: Any) -> bool:
 
 def _short(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{k} ({v:,})" if isinstance(v, int) else f"{k} {v}" for k, v in value.items())
+        return ", ".join(
+            f"{k} ({v:,})" if isinstance(v, int) else f"{k} {v}" for k, v in value.items()
+        )
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, (list, tuple)):

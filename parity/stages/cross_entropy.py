@@ -66,6 +66,8 @@ def describe_mask(subject: np.ndarray, reference: np.ndarray, lengths: list[int]
         position = int(np.argwhere(extra)[0][1])
         row = int(np.argwhere(extra)[0][0])
         real = lengths[row] - 1
-        place = "past the end of the row (a padding position)" if position >= real else "inside the row"
+        place = (
+            "past the end of the row (a padding position)" if position >= real else "inside the row"
+        )
         parts.append(f"{each}, e.g. target {position + 1} of row {row}, {place}")
     return "the subject supervises " + "; ".join(parts)

@@ -59,11 +59,11 @@ class Decode:
 
 def _ids(index: int, prompt: str, pair: Pair) -> Metric:
     name = f"ids after {prompt!r}"
-    ids = [t.arrays[f"ids.{index}"] for t in (pair.subject, pair.reference)]
-    metric = compare_exact(name, *ids)
+    ours, theirs = (t.arrays[f"ids.{index}"] for t in (pair.subject, pair.reference))
+    metric = compare_exact(name, ours, theirs)
     if metric.verdict is not Verdict.DIVERGE:
         return metric
-    at = first_difference(*ids)
+    at = first_difference(ours, theirs)
     margin = _margin(pair.reference, index, at)
     near = not pair.exact and margin <= NEAR_TIE
     return metric.model_copy(

@@ -47,7 +47,9 @@ class Gradient:
 def filled(init: dict[str, Array], rng: np.random.Generator) -> dict[str, Array]:
     """An adapter whose B is no longer zero, as after some training."""
     return {
-        name: rng.normal(0, 0.02, value.shape).astype(value.dtype) if name.endswith("_b") else value
+        name: np.asarray(rng.normal(0, 0.02, value.shape), value.dtype)
+        if name.endswith("_b")
+        else value
         for name, value in init.items()
     }
 

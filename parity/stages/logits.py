@@ -27,11 +27,13 @@ class Logits:
         inputs = self.inputs(context)
         pair = context.pair("logits", inputs)
         result = Comparison()
-        dtypes = [np.array([str(t.scalars["dtype"])]) for t in (pair.subject, pair.reference)]
-        result.metrics.append(compare_exact("logits dtype", *dtypes, note=str(dtypes[0][0])))
+        ours, theirs = (np.array([str(t.scalars["dtype"])]) for t in (pair.subject, pair.reference))
+        result.metrics.append(compare_exact("logits dtype", ours, theirs, note=str(ours[0])))
         for index, what in enumerate(("training text", "random ids at long positions")):
             name = f"logits.{index}"
-            metric = compare(name, pair.subject.arrays[name], pair.reference.arrays[name], pair.noise)
+            metric = compare(
+                name, pair.subject.arrays[name], pair.reference.arrays[name], pair.noise
+            )
             result.metrics.append(metric.model_copy(update={"name": f"logits, {what}"}))
         if any(m.verdict is Verdict.DIVERGE for m in result.metrics[1:]):
             result.findings += first_bad_module(context, inputs, result)
@@ -50,7 +52,9 @@ class Logits:
 def top_tokens(pair: Pair) -> list[str]:
     """Says at how many positions the two sides would choose different tokens."""
     differ = total = 0
-    for a, b in zip(each(pair.subject.arrays, "logits"), each(pair.reference.arrays, "logits"), strict=True):
+    for a, b in zip(
+        each(pair.subject.arrays, "logits"), each(pair.reference.arrays, "logits"), strict=True
+    ):
         if a.shape == b.shape:
             differ += int((a.argmax(-1) != b.argmax(-1)).sum())
             total += int(np.prod(a.shape[:-1]))
@@ -75,7 +79,9 @@ def first_bad_module(context: Context, inputs: Trace, result: Comparison) -> lis
                 f"first bad module: {name}, greatest |Δ| {metric.value:.3g} where rounding explains "
                 f"{metric.floor:.2g}" + _growth(a[name], b[name])
             ]
-    return [f"none of {len(order)} common modules differs beyond its floor: the difference is after them"]
+    return [
+        f"none of {len(order)} common modules differs beyond its floor: the difference is after them"
+    ]
 
 
 def _growth(a: np.ndarray, b: np.ndarray) -> str:

@@ -27,13 +27,14 @@ class LoraInit:
         pair = context.pair("lora_init", Trace())
         a, b = pair.subject, pair.reference
         result = Comparison()
-        result.metrics.append(_sets("trainable tensors", a.scalars["trainable"], b.scalars["trainable"]))
+        result.metrics.append(
+            _sets("trainable tensors", a.scalars["trainable"], b.scalars["trainable"])
+        )
         for key in ("rank", "scale", "dropout", "layers", "dtype"):
             ours, theirs = a.scalars[key], b.scalars[key]
             shown = f"{ours}" if key != "layers" else f"{len(ours)} layers"
-            values = (np.array([str(v)]) for v in (ours, theirs))
-            metric = compare_exact(f"LoRA {key}", *values, note=shown)
-            result.metrics.append(metric)
+            a_value, b_value = np.array([str(ours)]), np.array([str(theirs)])
+            result.metrics.append(compare_exact(f"LoRA {key}", a_value, b_value, note=shown))
         ours, theirs = a.group("adapter"), b.group("adapter")
         for side, tensors in (("subject", ours), ("reference", theirs)):
             result.metrics.append(_zero_b(side, tensors))

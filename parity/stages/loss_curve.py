@@ -95,7 +95,9 @@ def aligned_training(context: Context) -> Pair:
     inputs = Trace().with_group("adapter", context.given("lora_init").group("adapter"))
     if not context.exact:
         # MLX's batching orders the batches of both; the other path is handed them.
-        side = next((s for s in ("reference", "subject") if context.frameworks[s] == "mlx"), "reference")
+        side = next(
+            (s for s in ("reference", "subject") if context.frameworks[s] == "mlx"), "reference"
+        )
         batches = context.capture(side, "batches", context.recipe, Trace())
         inputs = inputs.with_group("batches", batches.arrays)
     return context.pair("train", inputs)
@@ -108,7 +110,10 @@ def _batches(a: Trace, b: Trace) -> Metric:
         return nothing("batches")
     if len(ours) != len(theirs):
         return compare_exact("batches", np.array([len(ours)]), np.array([len(theirs)]))
-    metrics = [compare_exact(f"batch {i + 1}", x, y) for i, (x, y) in enumerate(zip(ours, theirs, strict=True))]
+    metrics = [
+        compare_exact(f"batch {i + 1}", x, y)
+        for i, (x, y) in enumerate(zip(ours, theirs, strict=True))
+    ]
     bad = [m for m in metrics if m.verdict is Verdict.DIVERGE]
     top = bad[0] if bad else metrics[0]
     return top.model_copy(

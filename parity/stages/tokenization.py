@@ -12,9 +12,10 @@ from parity.stages.base import Comparison, Context
 from parity.trace import Trace, each
 
 _PIECES = (
-    "naïve café", "日本語のテキスト", "🤖🔥👩‍👩‍👧", "\t\ttabs", "   three spaces", "line\n\n\nbreaks", "\u200bzero width",
-    "<bos>", "<s>", "</s>", "<|endoftext|>", "<|im_start|>user", "<start_of_turn>", "[INST]", "1234567890",
-    "3.14159e-10", "ALL CAPS", "camelCase", "Ω≈ç√∫", "e\u0301", "\u00e9", "مرحبا", "a" * 40, "...", "-->", " ", "\u00a0",
+    "naïve café", "日本語のテキスト", "🤖🔥👩‍👩‍👧", "\t\ttabs", "   three spaces", "line\n\n\nbreaks",
+    "\u200bzero width", "<bos>", "<s>", "</s>", "<|endoftext|>", "<|im_start|>user",
+    "<start_of_turn>", "[INST]", "1234567890", "3.14159e-10", "ALL CAPS", "camelCase", "Ω≈ç√∫",
+    "e\u0301", "\u00e9", "مرحبا", "a" * 40, "...", "-->", " ", "\u00a0",
 )  # fmt: skip
 _CONVERSATIONS = [
     [{"role": "user", "content": "What is your name?"}],
@@ -40,7 +41,11 @@ class Tokenization:
         pair = context.pair("tokenization", inputs)
         a, b = pair.subject, pair.reference
         result = Comparison()
-        for stem, what in (("row", "training rows"), ("text", "fuzz text"), ("chat", "chat template")):
+        for stem, what in (
+            ("row", "training rows"),
+            ("text", "fuzz text"),
+            ("chat", "chat template"),
+        ):
             result.metrics.append(_rows(what, stem, a, b))
         result.metrics.append(_rows("prompt offsets", "offset", a, b))
         special = {k: (a.scalars[k], b.scalars[k]) for k in ("bos", "eos", "vocab_size")}
@@ -52,8 +57,8 @@ class Tokenization:
                 note=", ".join(f"{k} {v[0]}" for k, v in special.items()),
             )
         )
-        decoded = [np.array(t.scalars["decoded"], dtype=object) for t in (a, b)]
-        result.metrics.append(compare_exact("decode round trip", *decoded))
+        ours, theirs = (np.array(t.scalars["decoded"], dtype=object) for t in (a, b))
+        result.metrics.append(compare_exact("decode round trip", ours, theirs))
         for side, trace in (("subject", a), ("reference", b)):
             result.findings += _observations(side, trace, texts)
         return result
@@ -78,7 +83,9 @@ def _rows(what: str, stem: str, a: Trace, b: Trace) -> Metric:
         )
     if not rows[0]:
         return nothing(what)
-    metrics = [compare_exact(f"{what} {i}", x, y) for i, (x, y) in enumerate(zip(*rows, strict=True))]
+    metrics = [
+        compare_exact(f"{what} {i}", x, y) for i, (x, y) in enumerate(zip(*rows, strict=True))
+    ]
     bad = [metric for metric in metrics if metric.verdict is Verdict.DIVERGE]
     top = bad[0] if bad else metrics[0]
     total = sum(metric.total for metric in metrics)
