@@ -57,7 +57,9 @@ def timed(arguments: list[str], cache: Path, out: Path) -> float:
 def matrix(seeds: int, fresh_seeds: int, scratch: Path) -> None:
     probes = ",".join(f"{probe:02d}" for probe in PROBES)
     together = timed(
-        ["--probes", probes, "--seeds", str(seeds)], cache_with_kernels(scratch / "kept"), scratch / "a"
+        ["--probes", probes, "--seeds", str(seeds)],
+        cache_with_kernels(scratch / "kept"),
+        scratch / "a",
     )
     print(f"kept workers, shared captures: {seeds} seeds in {together:.0f} s", flush=True)
     alone = 0.0
@@ -66,13 +68,25 @@ def matrix(seeds: int, fresh_seeds: int, scratch: Path) -> None:
             for reference in REFERENCES:
                 name = f"{probe}-{reference}-{seed}"
                 cache = cache_with_kernels(scratch / name)
-                words = ["--probes", f"{probe:02d}", "--reference", reference, "--seeds", f"{seed},"]
+                words = [
+                    "--probes",
+                    f"{probe:02d}",
+                    "--reference",
+                    reference,
+                    "--seeds",
+                    f"{seed},",
+                ]
                 took = timed(words, cache, scratch / "b" / name)
                 shutil.rmtree(cache)
                 alone += took
-                print(f"  fresh: probe {probe:02d} against {reference}, seed {seed}: {took:.1f} s", flush=True)
+                print(
+                    f"  fresh: probe {probe:02d} against {reference}, seed {seed}: {took:.1f} s",
+                    flush=True,
+                )
     scaled = alone * seeds / fresh_seeds
-    print(f"a fresh process each: {alone:.0f} s for {fresh_seeds} seeds, {scaled:.0f} s for {seeds}")
+    print(
+        f"a fresh process each: {alone:.0f} s for {fresh_seeds} seeds, {scaled:.0f} s for {seeds}"
+    )
     print(f"ratio: {scaled / together:.1f}")
 
 
@@ -143,7 +157,9 @@ def loop(steps: int, rounds: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=15)
     parser.add_argument("--fresh-seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=30, help="of the loop benchmark")

@@ -5,21 +5,19 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from itertools import product, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from parity.errors import UsageError
+from parity.plan import Plan, Row, row_of
 from parity.record import Record, Verdict, worst
 from parity.series import STEP_COLUMNS, Curve, curves, steps
 from parity.stats import PairedComparison, holm, paired, wilson
-from parity.trace import dumps, loads, write_atomically
+from parity.trace import dumps, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from parity.engine import Cell
 
 SCHEMA = 1
 MISSING = "missing"
@@ -27,80 +25,6 @@ STATES = (*(str(verdict) for verdict in Verdict), MISSING)
 """What a cell of the grid can hold: a verdict, or `missing` where there is no record."""
 GREEN = ("identical", "agree")
 GRAVEST_FIRST = ("error", MISSING, "diverge", "inconclusive", "skip", "agree", "identical")
-
-
-class Row(NamedTuple):
-    """One probe for one pair and model: a row of the grid."""
-
-    model: str
-    subject: str
-    reference: str
-    probe: int
-    stage: str
-
-    @property
-    def pair(self) -> str:
-        """`mlx vs mlx-lm · tiny-gemma3`."""
-        return f"{self.subject} vs {self.reference} · {self.model}"
-
-    @property
-    def title(self) -> str:
-        """`06 optimizer step`."""
-        return f"{self.probe:02d} {self.stage.replace('_', ' ')}"
-
-
-def row_of(record: Record) -> Row:
-    """The row that a record belongs to."""
-    sides = record.subject.path, record.reference.path
-    return Row(record.model, *sides, record.probe, record.stage)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The cells that a run is to fill: the product of all four."""
-
-    probes: tuple[int, ...]
-    pairs: tuple[tuple[str, str], ...]
-    models: tuple[str, ...]
-    seeds: tuple[int, ...]
-
-    @classmethod
-    def of(cls, cells: Iterable[Cell]) -> Plan:
-        """The plan of the cells of a run."""
-        cells = list(cells)
-        return cls(
-            tuple(sorted({cell.stage.number for cell in cells})),
-            tuple(sorted({(cell.subject, cell.reference) for cell in cells})),
-            tuple(sorted({cell.model for cell in cells})),
-            tuple(sorted({cell.recipe.seed.value for cell in cells})),
-        )
-
-
-def write_plan(plan: Plan, folder: Path) -> Path:
-    """Writes `plan.json` before the run, so that what never came can be named."""
-    data = {"schema_version": SCHEMA, **vars(plan)}
-    write_atomically(folder / "plan.json", dumps(data, indent=1).encode())
-    return folder / "plan.json"
-
-
-def read_plan(folder: Path) -> Plan | None:
-    """Every `plan.json` below a folder (shards have one each) as one plan; None without any.
-
-    Raises:
-        UsageError: One is no plan.
-    """
-    sets: dict[str, set[Any]] = {field.name: set() for field in fields(Plan)}
-    files = sorted(folder.rglob("plan.json"))
-    for file in files:
-        try:
-            data = loads(file.read_text(encoding="utf-8"))
-            if data["schema_version"] != SCHEMA:
-                raise ValueError(f"schema {data['schema_version']}, this tool writes {SCHEMA}")
-            for name, found in sets.items():
-                found.update(tuple(v) if isinstance(v, list) else v for v in data[name])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{file}: not a plan: {error!r}; delete it or run again") from None
-    return Plan(**{name: tuple(sorted(found)) for name, found in sets.items()}) if files else None
 
 
 class Note(NamedTuple):
@@ -240,7 +164,7 @@ def aggregate(records: Iterable[Record], expected: Plan | None = None) -> Aggreg
         first=tuple(_first(cells)),
         notes=_notes(present),
         gaps={name: tuple(_gaps(cells, name)) for name in ("error", MISSING, "skip")},
-        problems=tuple(problems),
+        problems=tuple(sorted(problems)),
     )
 
 
@@ -271,7 +195,7 @@ def conclude(counts: Mapping[str, int]) -> tuple[str, int, str]:
     listed = ", ".join(said.values())
     for code, states in ((3, ("error", MISSING)), (1, ("diverge", "inconclusive"))):
         if bad := [name for name in states if name in said]:
-            return bad[0], code, f"{total} cells: {listed}"
+            return bad[0], code, f"{total} cell{'s' * (total != 1)}: {listed}"
     if not any(name in said for name in GREEN):
         return "inconclusive", 1, "nothing was compared" + (f": {listed}" if listed else "")
     verdict = "agree" if "agree" in said else "identical"

@@ -124,7 +124,8 @@ def run(
     from parity import engine as engines
     from parity import recipe as recipes
     from parity import run as runs
-    from parity.aggregate import Plan, aggregate, write, write_plan
+    from parity.aggregate import aggregate, write
+    from parity.plan import Plan, write_plan
     from parity.report import progress, terminal
 
     shared = recipes.load(recipe, settings)
@@ -158,7 +159,8 @@ def run(
 def report(folder: Path) -> None:
     """Aggregate a folder of records: table, JSON, CSV, Markdown, HTML."""
     from parity import record
-    from parity.aggregate import aggregate, read_plan, write
+    from parity.aggregate import aggregate, write
+    from parity.plan import read_plan
     from parity.report import terminal
 
     result = aggregate(record.load_all(folder), read_plan(folder))

@@ -288,11 +288,10 @@ def conclude(metrics: list[Metric]) -> tuple[Verdict, str]:
             )
         return verdict, f"all {len(gates)} metrics agree"
     first = bad[0]
-    where = f" at {first.where}" if first.where and first.where != first.name else ""
-    note = f" ({first.note})" if first.note else ""
-    if first.note and first.name in first.where:
+    if first.note and first.where == first.name:  # a sentence of its own, as of the config
         return verdict, first.note
-    return verdict, f"{first.name}{where}{note}"
+    where = f" at {first.where}" if first.where and not first.where.startswith(first.name) else ""
+    return verdict, f"{first.name}{where}" + (f": {first.note}" if first.note else "")
 
 
 def _first(metrics: list[Metric]) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from parity.record import Record
 from parity.stats import PairedTest, check_count, check_fraction, mcnemar
 
 if TYPE_CHECKING:
-    from parity.aggregate import Row
+    from parity.plan import Row
 
 StepTolerance = float | Sequence[float]
 
@@ -136,6 +136,8 @@ class Curve(NamedTuple):
     """Greatest |d| of any seed and step."""
     median: float
     """Median over the complete seeds of the greatest |d|."""
+    nearest: float
+    """The difference that came nearest to its tolerance or went farthest beyond."""
     tolerance: float
     """What was allowed where a seed came nearest to it or went farthest beyond; NaN: not gated."""
     first_step: int | None
@@ -182,6 +184,7 @@ def _curve(row: Row, quantity: str, stem: str, metric: str, records: Sequence[Re
         found.steps,
         float(np.max([*found.max_abs.values()])),
         found.quartiles[1] if found.quartiles else float("nan"),
+        top.value if top else float("nan"),
         top.tolerance if top else float("nan"),
         min(over.values(), default=None),
         tuple(over),

@@ -49,7 +49,7 @@ class Trace:
         """Content hash (hex, 16 digits) of arrays and scalars; the environment does not count."""
         h = hashlib.sha256(dumps(self.scalars, sort_keys=True).encode())
         for name in sorted(self.arrays):
-            value = np.ascontiguousarray(self.arrays[name])
+            value = np.require(self.arrays[name], requirements="C")
             h.update(f"{name}{value.dtype}{value.shape}".encode())
             h.update(value.tobytes())
         return h.hexdigest()[:16]
@@ -63,7 +63,7 @@ class Trace:
             "scalars": dumps(self.scalars),
             "environment": dumps(self.environment),
         }
-        arrays = {name: np.ascontiguousarray(value) for name, value in self.arrays.items()}
+        arrays = {name: np.require(value, requirements="C") for name, value in self.arrays.items()}
         write_atomically(file, save(arrays, metadata=header))
 
     @classmethod

@@ -34,7 +34,9 @@ def test_the_tolerance_is_the_multiple_of_the_floor_and_is_published():
         metric = compare("x", moved, REFERENCE, NOISE)
         assert metric.verdict is verdict
         assert metric.tolerance == pytest.approx(HEADROOM * floor)
-        assert metric.minimum_required_tolerance == pytest.approx(factor * HEADROOM * floor, rel=1e-6)
+        assert metric.minimum_required_tolerance == pytest.approx(
+            factor * HEADROOM * floor, rel=1e-6
+        )
         assert metric.where == "x at (3, 5)"
     assert metric.off == "subject"
     assert metric.mismatched == 1
@@ -90,7 +92,9 @@ def test_series_name_their_first_divergent_step():
     loss = np.linspace(5, 1, 20)
     subject = loss.copy()
     subject[12:] += 1e-2
-    metric = compare_series("loss", subject, loss, Noise(exact=False, referee={"loss": loss + 1e-5}))
+    metric = compare_series(
+        "loss", subject, loss, Noise(exact=False, referee={"loss": loss + 1e-5})
+    )
     assert (metric.verdict, metric.step) == (Verdict.DIVERGE, 13)
     assert compare_series("loss", loss, loss, NOISE).verdict is Verdict.IDENTICAL
     assert compare_series("loss", loss[:9], loss, NOISE).verdict is Verdict.DIVERGE

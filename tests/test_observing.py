@@ -34,7 +34,12 @@ def bare_cli(tmp_path_factory, small, engine):
         "learning_rate": small.optim.lr,
         "optimizer": "adamw",
         "optimizer_config": {
-            "adamw": {"bias_correction": True, "weight_decay": 0.0, "betas": [0.9, 0.999], "eps": 1e-8}
+            "adamw": {
+                "bias_correction": True,
+                "weight_decay": 0.0,
+                "betas": [0.9, 0.999],
+                "eps": 1e-8,
+            }
         },
         "adapter_path": str(folder),
         "steps_per_report": 1,
@@ -78,7 +83,9 @@ def test_the_cli_as_a_black_box_agrees_with_what_is_read_at_its_door(engine, sma
     assert all(np.array_equal(init[name], assert_same[name]) for name in init)
     moved = engine.capture("mlx-lm", "train", once, Trace())
     batch = moved.group("batches")
-    inputs = Trace({"ids": batch["ids.0"], "lengths": batch["lengths.0"]}).with_group("adapter", init)
+    inputs = Trace({"ids": batch["ids.0"], "lengths": batch["lengths.0"]}).with_group(
+        "adapter", init
+    )
     gradient = engine.capture("mlx-lm", "gradient", small, inputs).group("gradient")
     for name, value in moved.group("adapter").items():
         np.testing.assert_array_equal(value, init[name] - gradient[name], err_msg=name)
@@ -91,6 +98,8 @@ def test_a_worker_gives_the_same_bits_again_and_after_other_work(engine, small):
     first = engine.capture("mlx", "train", small, Trace())
     with Engine(cache=engine.cache / "fresh" / str(os.getpid())) as other:
         other.capture("mlx", "train", small.override({"seed.value": 1}), Trace())
-        other.capture("mlx", "train", small.override({"train.gradient_checkpointing": True}), Trace())
+        other.capture(
+            "mlx", "train", small.override({"train.gradient_checkpointing": True}), Trace()
+        )
         again = other.capture("mlx", "train", small, Trace())
     assert first.digest() == again.digest()

@@ -25,7 +25,9 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
-@pytest.mark.parametrize(("changes", "expected"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS])
+@pytest.mark.parametrize(
+    ("changes", "expected"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS]
+)
 def test_the_earliest_right_probe_diverges(changes, expected, reference, engine, small):
     if "seed.placement" in changes and reference == "hf":
         # Across frameworks generators differ: an init is judged by its distribution alone.
@@ -41,7 +43,9 @@ def test_the_earliest_right_probe_diverges(changes, expected, reference, engine,
     assert expected is None
 
 
-@pytest.mark.parametrize(("changes", "expected"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS])
+@pytest.mark.parametrize(
+    ("changes", "expected"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS]
+)
 def test_the_effective_config_says_it_in_words(changes, expected, engine, small):
     record = engine.run(Cell(STAGES[0], "mlx", "mlx-lm", small, {"subject": changes}))
     if list(changes) == ["mask.start_shift"]:

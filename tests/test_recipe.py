@@ -68,7 +68,7 @@ def test_settings_are_toml_or_bare_words():
 
 def test_recipes_come_from_files(tmp_path):
     file = tmp_path / "mine.toml"
-    file.write_text('[optim]\nlr = 0.5\n[lora]\nalpha = 8\n')
+    file.write_text("[optim]\nlr = 0.5\n[lora]\nalpha = 8\n")
     recipe = load(file, ["lora.rank=4"])
     assert (recipe.optim.lr, recipe.lora.scale, recipe.lora.rank) == (0.5, 2.0, 4)
     file.write_text("[optim\n")

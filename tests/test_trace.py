@@ -64,10 +64,16 @@ def test_json_keeps_what_json_lacks():
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("base_model.model.model.layers.3.self_attn.q_proj.lora_A.default.weight", "layers.3.self_attn.q_proj.lora_a"),
+        (
+            "base_model.model.model.layers.3.self_attn.q_proj.lora_A.default.weight",
+            "layers.3.self_attn.q_proj.lora_a",
+        ),
         ("model.layers.3.mlp.up_proj.lora_b", "layers.3.mlp.up_proj.lora_b"),
         ("language_model.model.layers.0.input_layernorm", "layers.0.input_layernorm"),
-        ("base_model.model.model.layers.0.mlp.up_proj.base_layer.weight", "layers.0.mlp.up_proj.weight"),
+        (
+            "base_model.model.model.layers.0.mlp.up_proj.base_layer.weight",
+            "layers.0.mlp.up_proj.weight",
+        ),
         ("model.embed_tokens.weight", "embed_tokens.weight"),
         ("lm_head.weight", "lm_head.weight"),
     ],

@@ -6,8 +6,8 @@ import pytest
 
 from parity.engine import Cell, Engine
 from parity.errors import CaptureError, Unsupported
-from parity.record import Verdict
 from parity.recipe import Recipe
+from parity.record import Verdict
 from parity.stages import find
 from parity.trace import Trace
 
@@ -28,7 +28,7 @@ def pid(engine, seed):
 def test_one_process_lives_through_all_seeds_and_is_replaced_when_it_dies(fresh):
     first = pid(fresh, 1)
     assert pid(fresh, 2) == first
-    with pytest.raises(CaptureError, match="died .signal 9. in logits") as caught:
+    with pytest.raises(CaptureError, match=r"died .signal 9. in logits") as caught:
         fresh.capture(FAULTY, "logits", Recipe(), Trace())
     assert "the last words of a dying process" in caught.value.detail
     assert pid(fresh, 3) != first
@@ -36,7 +36,7 @@ def test_one_process_lives_through_all_seeds_and_is_replaced_when_it_dies(fresh)
 
 def test_a_hanging_path_is_ended_at_its_time_limit(fresh):
     fresh.timeout = 3
-    with pytest.raises(CaptureError, match="longer than 3 s in gradient.*--timeout"):
+    with pytest.raises(CaptureError, match=r"longer than 3 s in gradient.*--timeout"):
         fresh.capture(FAULTY, "gradient", Recipe(), Trace())
     fresh.timeout = 60
     assert pid(fresh, 1)

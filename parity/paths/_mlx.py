@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from parity.errors import UnmatchedNames
+from parity.paths.describe import single
 from parity.trace import Array, canonical, layer_of
 
 Batch = tuple[Any, Any]
@@ -224,11 +224,6 @@ def lora_modules(model: Any) -> dict[str, Any]:
     }
 
 
-def single(values: set[Any]) -> Any:
-    """The one value, or the sorted list where modules disagree."""
-    return next(iter(values)) if len(values) == 1 else sorted(values)
-
-
 def lora_facts(model: Any) -> dict[str, Any]:
     """Rank, scale, dropout, layers and modules as the live LoRA modules have them."""
     modules = lora_modules(model)
@@ -259,11 +254,3 @@ def optimizer_facts(optimizer: Any, steps: int) -> dict[str, Any]:
         "optim.bias_correction": getattr(optimizer, "bias_correction", None),
         "optim.lr": rates,
     }
-
-
-def row_digests(ids: Array, lengths: Array) -> list[str]:
-    """A short content key of each unpadded row of a batch."""
-    return [
-        hashlib.sha256(np.asarray(row[:n], np.int64).tobytes()).hexdigest()[:8]
-        for row, (_, n) in zip(ids, lengths, strict=True)
-    ]

@@ -11,6 +11,7 @@ import numpy as np
 from parity.numerics import first_difference
 from parity.paths import _mlx
 from parity.paths._mlx import Batch, Loss, Setup, to_numpy
+from parity.paths.describe import row_digests, single
 from parity.recipe import Recipe
 from parity.trace import Array, Trace, canonical, each
 
@@ -43,7 +44,7 @@ def lora_init_trace(model: Any) -> Trace:
     adapter = _mlx.adapter(model)
     facts = _mlx.lora_facts(model)
     census = _mlx.dtype_census(model.trainable_parameters())
-    scalars = {**facts, "trainable": sorted(adapter), "dtype": _mlx.single(set(census))}
+    scalars = {**facts, "trainable": sorted(adapter), "dtype": single(set(census))}
     return Trace(scalars=scalars).with_group("adapter", adapter)
 
 
@@ -150,7 +151,7 @@ def config_trace(recipe: Recipe, setup: Setup) -> Trace:
         "clip.value": recipe.optim.clip_value if setup.clip else None,
         "batch.shapes": shapes,
         "batch.pad_id": 0,
-        "batch.rows": [_mlx.row_digests(to_numpy(a), to_numpy(b)) for a, b in batches],
+        "batch.rows": [row_digests(to_numpy(a), to_numpy(b)) for a, b in batches],
         "mask.supervised": [int((supervised[:, 0] == row).sum()) for row in range(len(ids))],
         "loss.denominator": "supervised tokens",
         "accumulation.steps": recipe.train.accumulation,

@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 
 from parity.errors import UnmatchedNames, Unsupported, UsageError
-from parity.paths._mlx import single  # NumPy only
+from parity.paths.describe import single
 from parity.recipe import Recipe
 from parity.trace import Array, Trace, canonical, each, layer_of
 
 Batch = tuple[Array, Array]
 """Ids (B, W) and lengths (B, 2), both int32."""
+
+Loss = Callable[..., Any]
+"""transformers' loss: keywords logits, labels, shift_labels and vocab_size."""
 
 IGNORED = -100
 """The label that torch's cross-entropy leaves out."""
@@ -205,10 +208,11 @@ def check_names(ours: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         )
 
 
-def unload(model: Any, base: Any, trainable: Mapping[str, bool]) -> None:
+def unload(recipe: Recipe, model: Any, base: Any, trainable: Mapping[str, bool]) -> None:
     """Takes the adapter out again and checks that the base is what it was.
 
     Args:
+        recipe: What the adapter was put in for.
         model: The PeftModel around `base`.
         base: The model that was wrapped.
         trainable: `requires_grad` of each parameter before it was.
@@ -217,7 +221,7 @@ def unload(model: Any, base: Any, trainable: Mapping[str, bool]) -> None:
         RuntimeError: Something of the adapter stayed behind.
     """
     model.unload()
-    if base.is_gradient_checkpointing:
+    if recipe.train.gradient_checkpointing:
         base.gradient_checkpointing_disable()
         base.disable_input_require_grads()
     base.eval()
@@ -239,8 +243,16 @@ def labels(recipe: Recipe, ids: Array, lengths: Array) -> Array:
     return np.where((steps >= first) & (steps <= last), ids[:, 1:], IGNORED).astype(np.int64)
 
 
-def probed_loss(loss_function: Callable[..., Any], logits: Any, targets: Array) -> dict[str, Array]:
-    """The model's loss on given logits, with what it supervises found from its gradient.
+def loss_of(loss_function: Loss, logits: Any, targets: Array) -> Any:
+    """The model's loss on given logits (B, T, V) and targets (B, T), already shifted."""
+    shifted = ids_tensor(targets)
+    return loss_function(
+        logits=logits, labels=shifted, shift_labels=shifted, vocab_size=logits.shape[-1]
+    )
+
+
+def probed_loss(loss_function: Loss, logits: Any, targets: Array) -> dict[str, Array]:
+    """The loss, with what it supervises found from its gradient.
 
     The gradient (softmax minus one-hot) is zero where a position is left out and negative at the
     target alone. It is taken in float32, which the loss casts to anyway, lest float16 underflows.
@@ -248,27 +260,26 @@ def probed_loss(loss_function: Callable[..., Any], logits: Any, targets: Array) 
     import torch
 
     leaf = logits.float().requires_grad_()
-
-    def loss_of(part: Any, wanted: Array) -> Any:
-        shifted = ids_tensor(wanted)
-        return loss_function(
-            logits=part, labels=shifted, shift_labels=shifted, vocab_size=logits.shape[-1]
-        )
-
-    loss = loss_of(leaf, targets)
+    loss = loss_of(loss_function, leaf, targets)
     (slope,) = torch.autograd.grad(loss, leaf)
     supervised = to_numpy((slope != 0).any(dim=-1))
-    token_loss = np.zeros(targets.shape, to_numpy(loss).dtype)
-    with torch.no_grad():
-        for row, at in np.argwhere(targets != IGNORED):
-            one = slice(row, row + 1), slice(at, at + 1)
-            token_loss[row, at] = loss_of(leaf[one], targets[one]).item()
     return {
         "loss": to_numpy(loss),
         "supervised": supervised,
         "targets": np.where(supervised, to_numpy(slope.argmin(dim=-1)), -1).astype(np.int32),
-        "token_loss": token_loss,
     }
+
+
+def token_losses(loss_function: Loss, logits: Any, ids: Array) -> Array:
+    """The loss (B, T) of each position of a batch (B, T + 1) as the only supervised one."""
+    losses = [
+        [
+            loss_of(loss_function, logits[row : row + 1, at : at + 1], target[None, None]).item()
+            for at, target in enumerate(targets)
+        ]
+        for row, targets in enumerate(ids[:, 1:])
+    ]
+    return np.array(losses)
 
 
 # Optimizer ---------------------------------------------------------------------------------------

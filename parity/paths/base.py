@@ -43,10 +43,8 @@ raises `Unsupported` with the reason, which becomes a `skip`.
 from __future__ import annotations
 
 import importlib
-import os
-import platform
 import sys
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import entry_points
 from pathlib import Path as FilePath
 from typing import Any, ClassVar
 
@@ -137,39 +135,6 @@ class Path:
 
     def _unsupported(self, stage: str) -> Unsupported:
         return Unsupported(f"path {self.name!r} has no {stage}")
-
-
-# Variables that change what the frameworks compute or where.
-_VARIABLES = (
-    "MLX_", "OMP_NUM", "OPENBLAS_", "VECLIB_", "PARITY_TORCH", "HF_HUB_OFFLINE", "PYTORCH_",
-)  # fmt: skip
-
-
-def describe_process(packages: tuple[str, ...]) -> dict[str, Any]:
-    """Versions, platform, BLAS libraries mapped and relevant variables of this process."""
-    versions: dict[str, str | None] = {}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    return {
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "versions": versions,
-        "blas": _blas(),
-        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
-    }
-
-
-def _blas() -> list[str]:
-    """BLAS libraries this process has mapped; another BLAS rounds differently."""
-    if sys.platform == "darwin":
-        return ["Accelerate"]
-    maps = FilePath("/proc/self/maps")
-    text = maps.read_text(encoding="utf-8") if maps.exists() else ""
-    files = {line.rpartition("/")[2] for line in text.splitlines() if "/" in line}
-    return sorted(f for f in files if "blas" in f.lower() or "mkl" in f.lower())
 
 
 def registered() -> dict[str, str]:

@@ -20,9 +20,9 @@ import numpy as np
 from parity import resources
 from parity.errors import Unsupported, UsageError
 from parity.paths import _torch
-from parity.paths._mlx import row_digests, single  # NumPy only
 from parity.paths._torch import IGNORED, Batch, to_numpy
-from parity.paths.base import Path, describe_process
+from parity.paths.base import Path
+from parity.paths.describe import describe_process, row_digests, single
 from parity.recipe import Recipe
 from parity.trace import Array, Trace, each
 
@@ -139,7 +139,7 @@ class HfPath(Path):
                     _torch.transplant(_torch.adapter_parameters(model), adapter)
                 yield model
             finally:
-                _torch.unload(model, base, trainable)
+                _torch.unload(recipe, model, base, trainable)
                 # Only here: a base that did not come back clean is never used again.
                 self._keep(key, base)
 
@@ -279,6 +279,8 @@ class HfPath(Path):
         with self.pristine(recipe) as model:
             logits = torch.tensor(inputs.arrays["logits"], device=model.device).to(model.dtype)
             arrays = _torch.probed_loss(model.loss_function, logits, targets)
+            each_token = _torch.token_losses(model.loss_function, logits, inputs.arrays["ids"])
+            arrays["token_loss"] = each_token.astype(_torch.loss_dtype(recipe))
         return Trace(arrays, {"tokens": int((targets != IGNORED).sum())})
 
     def lora_init(self, recipe: Recipe, inputs: Trace) -> Trace:
@@ -363,9 +365,8 @@ class HfPath(Path):
         import torch
 
         tokenizer = self.tokenizer(recipe)
-        count = min(SHOWN, recipe.train.steps * recipe.train.accumulation)
         size = recipe.train.batch_size
-        drawn = list(itertools.islice(self.iterate(recipe, tokenizer), count))
+        drawn = list(itertools.islice(self.iterate(recipe, tokenizer), SHOWN))
         with self.adapted(recipe) as model:
             parameters = _torch.adapter_parameters(model)
             base = [p for p in model.parameters() if not p.requires_grad]

@@ -31,7 +31,8 @@ from parity.paths._mlx_traces import (
     optimizer_trace,
     recorded,
 )
-from parity.paths.base import Path, describe_process
+from parity.paths.base import Path
+from parity.paths.describe import describe_process
 from parity.recipe import Recipe
 from parity.trace import Array, Trace, canonical, each
 

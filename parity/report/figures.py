@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from parity.aggregate import Aggregate, Row
+from parity.aggregate import Aggregate
+from parity.plan import Row
 from parity.series import Curve
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
-from parity.aggregate import GREEN, Aggregate, First, Row, row_of
+from parity.aggregate import GREEN, Aggregate, First
+from parity.plan import Row, row_of
 from parity.record import Metric, Record
 from parity.report import markdown as words
 from parity.report.figures import figures

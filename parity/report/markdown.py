@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from math import isnan
 
-from parity.aggregate import Aggregate, First, Note, Passes, Row, state
+from parity.aggregate import Aggregate, First, Note, Passes, state
+from parity.plan import Row
 from parity.record import Record
 from parity.series import Curve
 from parity.stats import wilson
@@ -213,7 +214,8 @@ def _tables(result: Aggregate) -> Iterator[str]:
 
 def curve_cells(curve: Curve) -> list[str]:
     """A curve as the cells of a table."""
-    allowed = "–" if isnan(curve.tolerance) else number(curve.tolerance)
+    nearest = f"{number(curve.nearest)} of {number(curve.tolerance)}"
+    allowed = "–" if isnan(curve.tolerance) else nearest
     values = number(curve.largest), number(curve.median), allowed
     return [curve.quantity, *values, over_said(curve), sign_said(curve)]
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
-from parity.aggregate import Aggregate, Row, state
+from parity.aggregate import Aggregate, state
+from parity.plan import Row
 from parity.record import Metric, Record, Verdict, worst
 from parity.report import markdown as words
 

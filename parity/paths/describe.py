@@ -1,0 +1,60 @@
+"""Describing what runs, for all frameworks: the process, and values read back from it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from parity.trace import Array
+
+# Variables that change what the frameworks compute or where.
+_VARIABLES = (
+    "MLX_", "OMP_NUM", "OPENBLAS_", "VECLIB_", "PARITY_TORCH", "HF_HUB_OFFLINE", "PYTORCH_",
+)  # fmt: skip
+
+
+def describe_process(packages: tuple[str, ...]) -> dict[str, Any]:
+    """Versions, platform, BLAS libraries mapped and relevant variables of this process."""
+    versions: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "versions": versions,
+        "blas": _blas(),
+        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
+    }
+
+
+def _blas() -> list[str]:
+    """BLAS libraries this process has mapped; another BLAS rounds differently."""
+    if sys.platform == "darwin":
+        return ["Accelerate"]
+    maps = Path("/proc/self/maps")
+    text = maps.read_text(encoding="utf-8") if maps.exists() else ""
+    files = {line.rpartition("/")[2] for line in text.splitlines() if "/" in line}
+    return sorted(f for f in files if "blas" in f.lower() or "mkl" in f.lower())
+
+
+def single(values: set[Any]) -> Any:
+    """The one value, or the sorted list where modules disagree."""
+    return next(iter(values)) if len(values) == 1 else sorted(values)
+
+
+def row_digests(ids: Array, lengths: Array) -> list[str]:
+    """A short content key of each unpadded row of a batch."""
+    return [
+        hashlib.sha256(np.asarray(row[:n], np.int64).tobytes()).hexdigest()[:8]
+        for row, (_, n) in zip(ids, lengths, strict=True)
+    ]

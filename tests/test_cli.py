@@ -1,0 +1,137 @@
+"""The command as a person uses it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "parity.cli"]
+
+
+def parity(*words, **options):
+    return subprocess.run(
+        [*COMMAND, *words], capture_output=True, text=True, check=False, timeout=900, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["run", "--subject", "nope"], "unknown path 'nope'"),
+        (["run", "--subject", "no.such.module:Class"], "cannot import path 'no.such.module:Class'"),
+        (["run", "--seeds", "x"], "--seeds 'x'"),
+        (["run", "--seeds", "3,3"], "a seed stands twice"),
+        (["run", "--seeds", "-1"], "--seeds '-1'"),
+        (["run", "--probes", "99"], "unknown probe '99'"),
+        (["run", "--set", "lora.num_layers=1.7"], "got 1.7"),
+        (["run", "--set", "lora.numlayers=1"], "did you mean lora.num_layers"),
+        (["run", "--set-subject", "optim.lr=fast"], "got 'fast'"),
+        (["run", "--set", "model.source=nowhere"], "no model 'nowhere'"),
+        (["run", "--set", "data.source=nowhere"], "no data 'nowhere'"),
+        (["run", "--recipe", "nowhere.toml"], "no recipe at 'nowhere.toml'"),
+        (["capture", "mlx", "dance", "--out", "x"], "unknown method 'dance'"),
+        (["compare", "pyproject.toml", "pyproject.toml"], "not a trace"),
+        (["report", "tests"], "no records"),
+    ],
+)
+def test_wrong_use_is_one_line_with_exit_code_2(words, says):
+    done = parity(*words)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not done.stdout
+
+
+def test_help_answers_at_once_and_imports_nothing_heavy():
+    script = "import sys, parity.cli; print([m for m in ('numpy','pandas','torch','mlx','pydantic','rich') if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+    done = parity("run", "--help")
+    assert "--set-subject" in done.stdout
+
+
+def test_list_names_what_there_is():
+    shown = parity("list").stdout
+    for word in ("mlx-lm", "07 loss_curve", "tiny-qwen3", "smollm2-135m", "mixed"):
+        assert word in shown
+
+
+def test_a_run_writes_what_it_says_and_its_folder_reports_again(tmp_path, engine):
+    folder = tmp_path / "run"
+    words = ["--reference", "mlx-lm", "--seeds", "2", "--probes", "1,2", "--out", str(folder)]
+    done = parity("run", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list((folder / "records").glob("*.json"))) == 4
+    assert (folder / "report.html").exists()
+    assert (folder / "report.md").exists()
+    assert parity("report", str(folder)).returncode == 0
+    next((folder / "records").glob("02*.json")).unlink()
+    again = parity("report", str(folder))
+    assert again.returncode == 3
+    assert "missing" in again.stdout
+
+
+def test_a_divergence_ends_with_the_line_that_reproduces_it(tmp_path, engine):
+    words = [
+        "--reference",
+        "mlx-lm",
+        "--seeds",
+        "1",
+        "--probes",
+        "04",
+        "--out",
+        str(tmp_path / "a"),
+    ]
+    done = parity("run", *words, "--set-subject", "lora.scale=4.0")
+    assert done.returncode == 1
+    record = json.loads(next((tmp_path / "a" / "records").glob("*.json")).read_text())
+    assert record["verdict"] == "diverge"
+    assert "LoRA scale" in record["reason"]
+    assert record["subject"]["environment"]["versions"]["mlx"]
+    again = record["reproduce"].split()[1:]
+    assert parity(*again, "--out", str(tmp_path / "b")).returncode == 1
+
+
+def test_traces_captured_apart_compare_together(tmp_path, engine):
+    files = [tmp_path / f"{name}.safetensors" for name in ("mlx", "cli", "other")]
+    short = ["--set", "train.steps=6"]
+    for path, file, more in zip(
+        ("mlx", "mlx-lm", "mlx"), files, ([], [], ["--set", "optim.lr=1e-4"]), strict=True
+    ):
+        done = parity("capture", path, "train", *short, *more, "--out", str(file))
+        assert done.returncode == 0, done.stderr
+    same = parity("compare", "--exact", str(files[0]), str(files[1]))
+    assert same.returncode == 0, same.stdout
+    assert parity("compare", str(files[0]), str(files[2])).returncode == 1
+
+
+def test_kill_9_half_way_and_start_again(tmp_path):
+    """What was finished before the kill is found, not run again."""
+    env = {**os.environ, "PARITY_CACHE": str(tmp_path / "cache")}
+    words = ["--reference", "mlx-lm", "--seeds", "2", "--probes", "01,02,03,04", "--out"]
+    with subprocess.Popen(
+        [*COMMAND, "run", *words, str(tmp_path / "a")],
+        env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    ) as first:  # fmt: skip
+        records = tmp_path / "a" / "records"
+        deadline = time.monotonic() + 300
+        while len(list(records.glob("*.json"))) < 3:
+            assert time.monotonic() < deadline, "the run wrote no records"
+            assert first.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.02)
+        os.killpg(first.pid, signal.SIGKILL)
+    captures = tmp_path / "cache" / "captures"
+    finished = {file: file.stat().st_mtime_ns for file in captures.rglob("*.safetensors")}
+    assert finished
+    assert parity("run", *words, str(tmp_path / "b"), env=env).returncode == 0
+    later = {file: file.stat().st_mtime_ns for file in captures.rglob("*.safetensors")}
+    assert {file: later[file] for file in finished} == finished, "a finished capture was run again"
+    assert len(later) > len(finished), "the kill came too late to prove anything"
