@@ -135,9 +135,14 @@ def run(
     for side in changes:
         shared.override(changes[side])
     matrix = runs.Matrix(
-        runs.parse_probes(probes), subject, references or ("mlx-lm", "hf"), runs.parse_seeds(seeds),
-        shared, changes,
-    )  # fmt: skip
+        runs.parse_probes(probes),
+        subject,
+        references or runs.REFERENCES,
+        runs.parse_seeds(seeds),
+        shared,
+        changes,
+        recipe,
+    )
     engines.check([subject, *matrix.references], shared)
     folder = out or runs.default_folder()
     plan = Plan.of(matrix.cells())

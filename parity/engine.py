@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -23,7 +25,7 @@ from filelock import FileLock
 from parity import __version__, resources
 from parity.errors import CaptureError, UnmatchedNames, Unsupported, UsageError
 from parity.paths.base import resolve
-from parity.recipe import Recipe
+from parity.recipe import DEFAULT, Recipe, load
 from parity.record import Metric, Record, Side, Verdict, worst
 from parity.stages.base import Comparison, Context, Stage
 from parity.trace import Trace
@@ -44,6 +46,7 @@ class Cell:
     Attributes:
         recipe: What both share.
         changes: Factors changed on one side: side to name to value.
+        origin: The name or file that the recipe was read from.
     """
 
     stage: Stage
@@ -51,6 +54,7 @@ class Cell:
     reference: str
     recipe: Recipe
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    origin: str = DEFAULT
 
     @property
     def model(self) -> str:
@@ -303,26 +307,24 @@ def _first(metrics: list[Metric]) -> dict[str, Any] | None:
 
 def reproduce(cell: Cell) -> str:
     """The command line that runs this cell again."""
-    from parity.recipe import Recipe as Default
-
     words = [
         f"parity run --probes {cell.stage.number:02d} --subject {cell.subject}",
         f"--reference {cell.reference} --seeds {cell.recipe.seed.value},",
     ]
-    default = Default().factors()
-    shared = {
-        k: v for k, v in cell.recipe.factors().items() if v != default[k] and k != "seed.value"
-    }
-    words += [f"--set {_setting(k, v)}" for k, v in shared.items()]
+    if cell.origin != DEFAULT:
+        words.append(f"--recipe {cell.origin}")
+    named = load(cell.origin).override({"seed.value": cell.recipe.seed.value})
+    for name, (value, _) in cell.recipe.difference(named).items():
+        words.append(f"--set {_setting(name, value)}")
     for side, changes in cell.changes.items():
-        words += [f"--set-{side} {_setting(k, v)}" for k, v in changes.items()]
+        words += [f"--set-{side} {_setting(name, value)}" for name, value in changes.items()]
     return " ".join(words)
 
 
 def _setting(name: str, value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    plain = all(c.isalnum() or c in "._-/:" for c in text)
-    return f"{name}={text}" if plain else f"'{name}={json.dumps(value)}'"
+    # Bare words are read as strings; everything else is TOML, of which JSON's values are a part.
+    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w./-]*", value)
+    return shlex.quote(f"{name}={value if plain else json.dumps(value, ensure_ascii=False)}")
 
 
 def _content(recipe: Recipe) -> str:

@@ -49,10 +49,11 @@ def _matrix(config: pytest.Config, stage: str) -> Matrix:
         matrix = runs.Matrix(
             (find(stage),),
             config.getoption("--subject"),
-            tuple(config.getoption("--reference") or ("mlx-lm", "hf")),
+            tuple(config.getoption("--reference") or runs.REFERENCES),
             runs.parse_seeds(config.getoption("--seeds")),
             recipes.load(config.getoption("--recipe"), config.getoption("--factor")),
             changes,
+            config.getoption("--recipe"),
         )
         from parity.engine import check
 

@@ -270,6 +270,10 @@ def parse_setting(text: str) -> tuple[str, Any]:
         return name, raw
 
 
+DEFAULT = "default"
+"""The recipe of the fixtures that is run when nothing else is said."""
+
+
 def load(source: str | Path, settings: Iterable[str] = ()) -> Recipe:
     """Reads a recipe from TOML and applies `name=value` settings.
 

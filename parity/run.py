@@ -11,11 +11,12 @@ from typing import Any
 
 from parity.engine import Cell, Engine
 from parity.errors import UsageError
-from parity.recipe import Recipe
+from parity.recipe import DEFAULT, Recipe
 from parity.record import Record
 from parity.stages import STAGES, find
 from parity.stages.base import Stage
 
+REFERENCES = ("mlx-lm", "hf")
 SEEDS = (3407, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13)
 """Fifteen seeds in a fixed order; the first is the one people quote."""
 
@@ -30,6 +31,7 @@ class Matrix:
     seeds: tuple[int, ...]
     recipe: Recipe
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    origin: str = DEFAULT
 
     def cells(self) -> list[Cell]:
         """Seed by seed in the order of the stages, so that early answers come early."""
@@ -40,6 +42,7 @@ class Matrix:
                 reference,
                 self.recipe.override({"seed.value": seed}),
                 self.changes,
+                self.origin,
             )
             for seed in self.seeds
             for stage in self.stages

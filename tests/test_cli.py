@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -96,7 +97,7 @@ def test_a_divergence_ends_with_the_line_that_reproduces_it(tmp_path, engine):
     assert record["verdict"] == "diverge"
     assert "LoRA scale" in record["reason"]
     assert record["subject"]["environment"]["versions"]["mlx"]
-    again = record["reproduce"].split()[1:]
+    again = shlex.split(record["reproduce"])[1:]
     assert parity(*again, "--out", str(tmp_path / "b")).returncode == 1
 
 
