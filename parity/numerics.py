@@ -1,7 +1,8 @@
 """Distances between arrays, and what rounding alone explains of them.
 
-The floor of a tensor is the greatest of three measured things: how far the reference itself is
-from the float64 referee, how far it moves when its input moves by one ulp, and one ulp of the
+The floor of a tensor is the greatest of four measured things: how far the reference itself is
+from the float64 referee, how far it moves when its input moves by one ulp, how much a sum over the
+vocabulary depends on its order (`stages/noise.py`), and one ulp of the
 tensor's own magnitude. The tolerance is `HEADROOM` times the floor.
 """
 
@@ -23,6 +24,9 @@ EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "float16":
 """Distance from 1 to the next number of a dtype."""
 
 
+LOGARITHMS = ("loss", "token_loss", "completion_loss")
+
+
 @dataclass(frozen=True)
 class Noise:
     """What is known of the rounding around a reference.
@@ -31,6 +35,8 @@ class Noise:
         exact: Bits must be equal; the rest then only explains.
         referee: The same quantities in float64, by name; may be empty.
         perturbed: The reference with its input moved by one ulp, by name; may be empty.
+        reduction: How much a sum over the vocabulary depends on its order: absolute for what is a
+            logarithm of it (losses), relative for what is divided by it (gradients).
         dtype: The dtype both sides compute in.
     """
 
@@ -38,11 +44,19 @@ class Noise:
     dtype: str = "float32"
     referee: Mapping[str, Array] = field(default_factory=dict)
     perturbed: Mapping[str, Array] = field(default_factory=dict)
+    reduction: float = 0.0
+
+    def summed(self, name: str, reference: Array) -> Array:
+        """What the order of the sum over the vocabulary explains, elementwise."""
+        if name in LOGARITHMS:
+            return np.full(reference.shape, self.reduction)
+        return self.reduction * np.abs(reference)
 
     def floor(self, name: str, reference: Array) -> float:
         """The noise floor of one tensor."""
         eps = EPS.get(self.dtype, EPS["float32"])
         floor = eps * float(np.max(np.abs(reference), initial=0.0))
+        floor = max(floor, float(np.max(self.summed(name, reference), initial=0.0)))
         for other in (self.referee.get(name), self.perturbed.get(name)):
             if other is not None and other.shape == reference.shape:
                 floor = max(floor, distance(reference, other))
@@ -257,7 +271,7 @@ def compare_series(name: str, subject: Array, reference: Array, noise: Noise) ->
                 }
             )
     difference = np.abs(subject.astype(np.float64) - reference.astype(np.float64))
-    floors = np.full(len(reference), EPS[noise.dtype]) * np.abs(reference)
+    floors = np.maximum(EPS[noise.dtype] * np.abs(reference), noise.summed(name, reference))
     for other in (noise.referee.get(name), noise.perturbed.get(name)):
         if other is not None and len(other) == len(reference):
             floors = np.maximum(floors, np.abs(other.astype(np.float64) - reference))

@@ -12,6 +12,7 @@ import numpy as np
 from parity.numerics import Noise, perturb
 from parity.recipe import Recipe
 from parity.record import Metric
+from parity.stages.noise import OPTIMIZES, REDUCES, nudged, order_noise
 from parity.trace import Array, Trace
 
 
@@ -43,6 +44,7 @@ class Pair:
     dtype: str
     _referee: Callable[[], Trace | None]
     _perturbed: Callable[[], Trace | None]
+    _reduction: Callable[[], float]
 
     @cached_property
     def referee(self) -> Trace | None:
@@ -73,7 +75,8 @@ class Pair:
 
         if self.exact and self._equal(group):
             return Noise(exact=True, dtype=self.dtype)
-        return Noise(self.exact, self.dtype, arrays(self.referee), arrays(self.perturbed))
+        measured = arrays(self.referee), arrays(self.perturbed)
+        return Noise(self.exact, self.dtype, *measured, 0.0 if self.exact else self._reduction())
 
     def _equal(self, group: str) -> bool:
         a, b = (t.group(group) if group else t.arrays for t in (self.subject, self.reference))
@@ -117,6 +120,12 @@ class Context:
         """The generator of a stage's inputs."""
         return np.random.default_rng([self.seed, stage])
 
+    @cached_property
+    def vocabulary(self) -> int:
+        """Size of the reference's vocabulary."""
+        texts = Trace(scalars={"texts": [], "conversations": []})
+        return int(self.given("tokenization", texts).scalars["vocab_size"])
+
     def given(self, method: str, inputs: Trace | None = None) -> Trace:
         """What both sides are to be handed: emitted by the reference under the shared recipe."""
         return self.capture("reference", method, self.recipe, inputs or Trace())
@@ -134,15 +143,18 @@ class Context:
         def perturbed() -> Trace | None:
             rng = np.random.default_rng(self.seed)
             moved = {name: perturb(value, rng) for name, value in inputs.arrays.items()}
-            recipe = nudged(recipes["reference"]) if method in _OPTIMIZES else recipes["reference"]
+            recipe = nudged(recipes["reference"]) if method in OPTIMIZES else recipes["reference"]
             if recipe is recipes["reference"] and all(
                 moved[n] is v for n, v in inputs.arrays.items()
             ):
                 return None
             return self._optional("reference", method, recipe, Trace(moved, inputs.scalars))
 
+        def reduction() -> float:
+            return order_noise(self) if method in REDUCES else 0.0
+
         dtype = recipes["reference"].model.dtype
-        return Pair(subject, reference, self.exact, dtype, referee, perturbed)
+        return Pair(subject, reference, self.exact, dtype, referee, perturbed, reduction)
 
     def _optional(self, side: str, method: str, recipe: Recipe, inputs: Trace) -> Trace | None:
         from parity.errors import CaptureError, Unsupported
@@ -162,35 +174,3 @@ class Stage(Protocol):
 
     def run(self, context: Context) -> Comparison:
         """Captures from both sides and compares."""
-
-
-_OPTIMIZES = ("optimizer_step", "train")
-
-
-def nudged(recipe: Recipe) -> Recipe:
-    """A recipe whose learning rate is moved by as much as float32 leaves open.
-
-    Adam divides by 1 - beta2 ** t. Kept in float32 (MLX) beta2 is off by half an ulp, and the
-    difference of nearly equal numbers by that over 1 - beta2 of itself, 3e-5 for 0.999; the square
-    root halves it. torch computes the same in float64. The learning rate multiplies the update, so
-    moving it stands for this rounding.
-    """
-    o = recipe.optim
-    ulp = float(np.spacing(np.float32(o.lr))) / o.lr if o.lr else 0.0
-    if o.name != "sgd" and o.bias_correction:
-        beta = np.float32(o.betas[1])
-        ulp = max(ulp, float(np.spacing(beta)) / (1 - float(beta)) / 2)
-    return recipe.override({"optim.lr": o.lr * (1 + ulp)})
-
-
-def common_rows(rng: np.random.Generator, vocabulary: int, lengths: list[int], width: int) -> Trace:
-    """Seeded random ids in rows of unequal length, padded with 0.
-
-    Returns:
-        `ids` (B, width) int32 without id 0 inside rows, `lengths` (B, 2) of (0, tokens).
-    """
-    ids = np.zeros((len(lengths), width), np.int32)
-    for row, length in enumerate(lengths):
-        ids[row, :length] = rng.integers(1, vocabulary, length)
-    pairs = np.array([(0, length) for length in lengths], np.int32)
-    return Trace({"ids": ids, "lengths": pairs})

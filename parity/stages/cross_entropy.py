@@ -8,11 +8,8 @@ import numpy as np
 
 from parity.numerics import compare, compare_exact
 from parity.record import Verdict
-from parity.stages.base import Comparison, Context, common_rows
-from parity.trace import Trace
-
-LENGTHS = [7, 19, 24, 12]
-WIDTH = 25
+from parity.stages.base import Comparison, Context
+from parity.stages.noise import LENGTHS, loss_inputs
 
 
 class CrossEntropy:
@@ -24,12 +21,7 @@ class CrossEntropy:
 
     def run(self, context: Context) -> Comparison:
         """Compares the supervised set exactly, losses under the floor."""
-        texts = Trace(scalars={"texts": [], "conversations": []})
-        vocabulary = context.given("tokenization", texts).scalars["vocab_size"]
-        rng = context.rng(self.number)
-        inputs = common_rows(rng, vocabulary, LENGTHS, WIDTH)
-        shape = (len(LENGTHS), WIDTH - 1, vocabulary)
-        inputs.arrays["logits"] = rng.normal(0, 3, shape).astype(np.float32)
+        inputs = loss_inputs(context)
         pair = context.pair("cross_entropy", inputs)
         a, b = pair.subject, pair.reference
         result = Comparison()

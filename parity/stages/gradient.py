@@ -7,8 +7,9 @@ from typing import ClassVar
 import numpy as np
 
 from parity.numerics import compare, compare_exact, compare_group
-from parity.stages.base import Comparison, Context, common_rows
-from parity.trace import Array, Trace
+from parity.stages.base import Comparison, Context
+from parity.stages.noise import common_rows
+from parity.trace import Array
 
 LENGTHS = [9, 21, 30, 14]
 WIDTH = 33
@@ -24,10 +25,8 @@ class Gradient:
     def run(self, context: Context) -> Comparison:
         """Compares before any clip: the clip belongs to the optimizer step."""
         init = context.given("lora_init").group("adapter")
-        texts = Trace(scalars={"texts": [], "conversations": []})
-        vocabulary = context.given("tokenization", texts).scalars["vocab_size"]
         rng = context.rng(self.number)
-        rows = common_rows(rng, vocabulary, LENGTHS, WIDTH)
+        rows = common_rows(rng, context.vocabulary, LENGTHS, WIDTH)
         result = Comparison()
         for what, adapter in (("B = 0", init), ("B ≠ 0", filled(init, rng))):
             pair = context.pair("gradient", rows.with_group("adapter", adapter))
