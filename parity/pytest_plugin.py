@@ -38,6 +38,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--parity-out", default=None, help="folder that takes the records")
 
 
+_OPTIONS = ("--seeds", "--recipe", "--factor", "--subject-factor", "--subject", "--reference")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuses wrong use once, before each probe's module would."""
+    given = config.invocation_params.args
+    if any(str(word).startswith(_OPTIONS) for word in given):
+        _matrix(config, "config")
+
+
 def _matrix(config: pytest.Config, stage: str) -> Matrix:
     from parity import recipe as recipes
     from parity import run as runs

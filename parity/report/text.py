@@ -24,7 +24,8 @@ def describe(record: Record) -> str:
         lines += _metric(metric)
     if len(bad) > SHOWN:
         lines.append(f"  and {len(bad) - SHOWN} more metrics that are not green")
-    lines += [f"  {finding}" for finding in record.findings]
+    # What differs as shipped is no part of this verdict and has a section of its own.
+    lines += [f"  {text}" for text in record.findings if not text.startswith("as shipped")]
     lines += [f"  hint: {hint}" for hint in record.hints]
     if record.verdict is Verdict.ERROR and record.detail:
         lines += [f"  | {line}" for line in record.detail.strip().splitlines()[-12:]]
@@ -35,7 +36,7 @@ def describe(record: Record) -> str:
 
 def _metric(metric: Metric) -> list[str]:
     lines = [f"  {metric.name}: {metric.verdict}" + (f" · {metric.note}" if metric.note else "")]
-    if metric.total:
+    if metric.total > 1:
         share = 100 * metric.mismatched / metric.total
         lines.append(
             f"    {metric.mismatched:,} / {metric.total:,} elements differ ({share:.1f} %)"
