@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import re
-import shlex
-import subprocess
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cache as memoized
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from parity import __version__, resources
+from parity import __version__, content, resources
+from parity.cell import Cell, conclude, first_divergence, reproduce
 from parity.errors import CaptureError, UnmatchedNames, Unsupported, UsageError
 from parity.paths.base import resolve
-from parity.recipe import DEFAULT, Recipe, load
-from parity.record import Metric, Record, Side, Verdict, worst
-from parity.stages.base import Comparison, Context, Stage
+from parity.recipe import Recipe
+from parity.record import Record, Side, Verdict
+from parity.stages.base import Comparison, Context
 from parity.trace import Trace
-from parity.worker import Worker, openblas
+from parity.worker import Worker
 
 TIMEOUT = 600.0  # seconds a capture may take
 REFEREE = "hf"  # the path that runs in float64
@@ -37,35 +30,6 @@ PINNED = (
     "model.", "data.source", "seed.value", "optim.lr", "train.steps", "train.batch_size", "decode.",
 )  # fmt: skip
 """What a user always says; every other factor is left to the path when it runs as shipped."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One probe for one subject, one reference and one seed.
-
-    Attributes:
-        recipe: What both share.
-        changes: Factors changed on one side: side to name to value.
-        origin: The name or file that the recipe was read from.
-    """
-
-    stage: Stage
-    subject: str
-    reference: str
-    recipe: Recipe
-    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    origin: str = DEFAULT
-
-    @property
-    def model(self) -> str:
-        """Short name of the model."""
-        return Path(self.recipe.model.source).name
-
-    @property
-    def id(self) -> str:
-        """What pytest shows and `-k` selects."""
-        seed = self.recipe.seed.value
-        return f"{self.model}-{self.subject}-vs-{self.reference}-seed{seed}"
 
 
 class Engine:
@@ -119,7 +83,9 @@ class Engine:
             CaptureError: It failed.
         """
         key = hashlib.sha256(
-            "\n".join([fingerprint(spec), method, _content(recipe), inputs.digest()]).encode()
+            "\n".join(
+                [content.of_path(spec), method, content.of_recipe(recipe), inputs.digest()]
+            ).encode()
         ).hexdigest()[:24]
         file = self.cache / "captures" / key[:2] / f"{key}.safetensors"
         if not file.exists():
@@ -172,13 +138,8 @@ class Engine:
     def run(self, cell: Cell) -> Record:
         """Runs one cell; whatever goes wrong in it becomes its record."""
         started = time.perf_counter()
-        recipes = {
-            side: cell.recipe.override(cell.changes.get(side, {}))
-            for side in ("subject", "reference")
-        }
-        seen: dict[str, dict[str, Any]] = {"subject": {}, "reference": {}}
         result, verdict, reason, detail = Comparison(), None, "", ""
-        context = self._context(cell, recipes, seen)
+        context = self.context(cell)
         if cell.subject == cell.reference and not cell.changes:
             reason = "the subject is the reference: such a comparison cannot fail"
             verdict = Verdict.INCONCLUSIVE
@@ -203,11 +164,11 @@ class Engine:
         sides = {
             side: Side(
                 path=getattr(cell, side),
-                recipe=recipes[side].factors(),
-                digest=recipes[side].digest(),
-                environment=seen[side],
+                recipe=context.recipes[side].factors(),
+                digest=context.recipes[side].digest(),
+                environment=context.environments.get(side, {}),
             )
-            for side in recipes
+            for side in ("subject", "reference")
         }
         return Record(
             tool=__version__,
@@ -223,24 +184,29 @@ class Engine:
             hints=result.hints,
             series=result.series,
             passes=result.passes,
-            first_divergence=_first(result.metrics) if verdict is Verdict.DIVERGE else None,
+            first_divergence=first_divergence(result.metrics)
+            if verdict is Verdict.DIVERGE
+            else None,
             detail=detail,
             seconds=time.perf_counter() - started,
-            git=_git(),
+            git=content.git_state(),
             reproduce=reproduce(cell),
             **sides,
         )
 
-    def _context(
-        self, cell: Cell, recipes: Mapping[str, Recipe], seen: dict[str, dict[str, Any]]
-    ) -> Context:
+    def context(self, cell: Cell) -> Context:
+        """What the stage of a cell is given."""
+        recipes = {
+            side: cell.recipe.override(cell.changes.get(side, {}))
+            for side in ("subject", "reference")
+        }
+        environments: dict[str, dict[str, Any]] = {}
         specs = {"subject": cell.subject, "reference": cell.reference, "referee": REFEREE}
         frameworks = {side: resolve(specs[side]).framework for side in recipes}
-        double = recipes["reference"].override({"model.dtype": "float64"})
+        double = referee_of(recipes["reference"])
 
         def note(side: str, trace: Trace) -> Trace:
-            if side in seen and not seen[side]:
-                seen[side] = dict(trace.environment)
+            environments.setdefault(side, dict(trace.environment))
             return trace
 
         def capture(side: str, method: str, recipe: Recipe, inputs: Trace) -> Trace:
@@ -255,10 +221,18 @@ class Engine:
             recipes={**recipes, "referee": double},
             shipped=_Shipped(self, specs, cell.recipe),
             frameworks=frameworks,
+            environments=environments,
             has_referee=double != recipes["reference"],
             capture=capture,
             both=both,
         )
+
+
+def referee_of(recipe: Recipe) -> Recipe:
+    """The same in float64, with the weights that a half-precision run computes with."""
+    half = recipe.model.dtype in ("bfloat16", "float16")
+    weights = recipe.model.dtype if half else recipe.model.weights
+    return recipe.override({"model.dtype": "float64", "model.weights": weights})
 
 
 class _Shipped(dict[str, Recipe]):
@@ -271,115 +245,6 @@ class _Shipped(dict[str, Recipe]):
     def __missing__(self, side: str) -> Recipe:
         self[side] = self._engine.shipped(self._specs[side], self._recipe)
         return self[side]
-
-
-def conclude(metrics: list[Metric]) -> tuple[Verdict, str]:
-    """The verdict of a record and its sentence, from the metrics that gate."""
-    gates = [metric for metric in metrics if metric.gate]
-    verdict = worst([metric.verdict for metric in gates])
-    if not gates:
-        return verdict, "nothing was compared"
-    bad = [metric for metric in gates if metric.verdict is verdict]
-    if verdict is Verdict.IDENTICAL:
-        return verdict, f"all {len(gates)} metrics are equal bit for bit"
-    if verdict is Verdict.AGREE:
-        top = max(bad, key=lambda m: m.value / m.tolerance if m.tolerance > 0 else 0.0)
-        if top.tolerance > 0:
-            share = f"{top.value:.3g} of {top.tolerance:.3g} allowed"
-            return (
-                verdict,
-                f"all {len(gates)} metrics within their floors; closest: {top.name}, {share}",
-            )
-        return verdict, f"all {len(gates)} metrics agree"
-    first = bad[0]
-    if first.note and first.where == first.name:  # a sentence of its own, as of the config
-        return verdict, first.note
-    where = f" at {first.where}" if first.where and not first.where.startswith(first.name) else ""
-    return verdict, f"{first.name}{where}" + (f": {first.note}" if first.note else "")
-
-
-def _first(metrics: list[Metric]) -> dict[str, Any] | None:
-    for metric in metrics:
-        if metric.gate and metric.verdict is Verdict.DIVERGE:
-            return {"metric": metric.name, "where": metric.where, "step": metric.step}
-    return None
-
-
-def reproduce(cell: Cell) -> str:
-    """The command line that runs this cell again."""
-    words = [
-        f"parity run --probes {cell.stage.number:02d} --subject {cell.subject}",
-        f"--reference {cell.reference} --seeds {cell.recipe.seed.value},",
-    ]
-    if cell.origin != DEFAULT:
-        words.append(f"--recipe {cell.origin}")
-    named = load(cell.origin).override({"seed.value": cell.recipe.seed.value})
-    for name, (value, _) in cell.recipe.difference(named).items():
-        words.append(f"--set {_setting(name, value)}")
-    for side, changes in cell.changes.items():
-        words += [f"--set-{side} {_setting(name, value)}" for name, value in changes.items()]
-    return " ".join(words)
-
-
-def _setting(name: str, value: Any) -> str:
-    # Bare words are read as strings; everything else is TOML, of which JSON's values are a part.
-    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w./-]*", value)
-    return shlex.quote(f"{name}={value if plain else json.dumps(value, ensure_ascii=False)}")
-
-
-def _content(recipe: Recipe) -> str:
-    """A recipe's factors and the state of the files that it names."""
-    model = resources.fingerprint(resources.model_dir(recipe.model.source))
-    data = resources.fingerprint(resources.data_dir(recipe.data.source))
-    return f"{recipe.digest()} {model} {data}"
-
-
-@memoized
-def fingerprint(spec: str) -> str:
-    """Content key of a path: its code, its packages' versions, what its process is given."""
-    kind = resolve(spec)
-    versions = []
-    for package in kind.packages:
-        try:
-            versions.append(f"{package}={version(package)}")
-        except PackageNotFoundError:
-            versions.append(f"{package}=none")
-    module = sys.modules[kind.__module__].__file__
-    own = Path(module).read_bytes() if module else b""
-    variables = {
-        k: v
-        for k, v in os.environ.items()
-        if k.startswith(("MLX_", "PARITY_TORCH", "OMP_", "OPENBLAS_"))
-    }
-    parts = [spec, sys.version, *versions, str(openblas()), json.dumps(variables, sort_keys=True)]
-    code = _package_code() + hashlib.sha256(own).hexdigest()
-    return hashlib.sha256("\n".join([*parts, code]).encode()).hexdigest()[:16]
-
-
-@memoized
-def _package_code() -> str:
-    """Hash of the code that runs inside workers."""
-    root = Path(__file__).parent
-    files = [
-        *sorted((root / "paths").glob("*.py")),
-        root / "recipe.py",
-        root / "worker.py",
-        root / "trace.py",
-    ]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-@memoized
-def _git() -> str:
-    """Commit of the working directory, marked when it has changes; empty outside a repository."""
-    try:
-        out = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True, text=True, timeout=10, check=False,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return out.stdout.strip()
 
 
 def check(specs: list[str], recipe: Recipe) -> None:

@@ -37,11 +37,9 @@ class Noise:
         perturbed: The reference with its input moved by one ulp, by name; may be empty.
         reduction: How much a sum over the vocabulary depends on its order: absolute for what is a
             logarithm of it (losses), relative for what is divided by it (gradients).
-        dtype: The dtype both sides compute in.
     """
 
     exact: bool
-    dtype: str = "float32"
     referee: Mapping[str, Array] = field(default_factory=dict)
     perturbed: Mapping[str, Array] = field(default_factory=dict)
     reduction: float = 0.0
@@ -54,13 +52,29 @@ class Noise:
 
     def floor(self, name: str, reference: Array) -> float:
         """The noise floor of one tensor."""
-        eps = EPS.get(self.dtype, EPS["float32"])
-        floor = eps * float(np.max(np.abs(reference), initial=0.0))
+        floor = precision(reference) * float(np.max(np.abs(reference), initial=0.0))
         floor = max(floor, float(np.max(self.summed(name, reference), initial=0.0)))
         for other in (self.referee.get(name), self.perturbed.get(name)):
             if other is not None and other.shape == reference.shape:
                 floor = max(floor, distance(reference, other))
         return floor
+
+
+def precision(array: Array) -> float:
+    """Distance from 1 to the next number of the dtype that the values were computed in.
+
+    Half precision travels as float32 (exact), so the values tell: if none uses a digit that bfloat16
+    or float16 lacks, one of these is where they come from.
+    """
+    if array.dtype == np.float16:
+        return EPS["float16"]
+    if array.dtype == np.float32 and array.size > 1:
+        if not (np.ascontiguousarray(array).view(np.uint32) & 0xFFFF).any():
+            return EPS["bfloat16"]
+        with np.errstate(over="ignore"):
+            if np.array_equal(array, array.astype(np.float16)):
+                return EPS["float16"]
+    return EPS["float32"]
 
 
 def distance(a: Array, b: Array) -> float:
@@ -71,12 +85,15 @@ def distance(a: Array, b: Array) -> float:
         return float(np.max(np.abs(a.astype(np.float64) - b.astype(np.float64))))
 
 
-def perturb(array: Array, rng: np.random.Generator) -> Array:
-    """Every element moved by one ulp, up or down at random; integers and bools stay."""
+def perturb(array: Array, rng: np.random.Generator, dtype: str = "float32") -> Array:
+    """Every element moved by one ulp of `dtype`, up or down at random; integers and bools stay."""
     if not np.issubdtype(array.dtype, np.floating):
         return array
-    towards = np.where(rng.random(array.shape) < 0.5, -np.inf, np.inf).astype(array.dtype)
-    return np.where(array == 0, array, np.nextafter(array, towards)).astype(array.dtype)
+    values = array.astype(np.float64)
+    with np.errstate(divide="ignore"):
+        binade = np.where(values == 0, 0.0, 2.0 ** np.floor(np.log2(np.abs(values))))
+    signs = np.where(rng.random(array.shape) < 0.5, -1.0, 1.0)
+    return np.asarray(values + signs * binade * EPS[dtype], array.dtype)
 
 
 def compare_exact(name: str, subject: Array, reference: Array, note: str = "") -> Metric:
@@ -271,23 +288,25 @@ def compare_series(name: str, subject: Array, reference: Array, noise: Noise) ->
                 }
             )
     difference = np.abs(subject.astype(np.float64) - reference.astype(np.float64))
-    floors = np.maximum(EPS[noise.dtype] * np.abs(reference), noise.summed(name, reference))
+    floors = np.maximum(EPS["float32"] * np.abs(reference), noise.summed(name, reference))
     for other in (noise.referee.get(name), noise.perturbed.get(name)):
         if other is not None and len(other) == len(reference):
             floors = np.maximum(floors, np.abs(other.astype(np.float64) - reference))
     floors = np.maximum.accumulate(floors)
     tolerances = np.zeros_like(floors) if noise.exact else HEADROOM * floors
-    over = np.flatnonzero(difference > tolerances)
-    ratio = difference / np.where(floors == 0, np.inf, floors)
-    place = int((difference if noise.exact else ratio).argmax())
+    over = difference > tolerances
     referee = noise.referee.get(name)
     errors: tuple[float | None, float | None] = (None, None)
     if referee is not None and len(referee) == len(reference):
         errors = distance(subject, referee), distance(reference, referee)
+        if not noise.exact:  # a subject that is nearer to float64 than the reference is not off
+            over &= np.abs(subject - referee) > np.abs(reference - referee)
+    steps = np.flatnonzero(over)
+    ratio = difference / np.where(floors == 0, np.inf, floors)
+    place = int((difference if noise.exact else ratio).argmax())
+    verdict = Verdict.DIVERGE if steps.size else Verdict.AGREE
     if not difference.any():
         verdict = Verdict.IDENTICAL
-    else:
-        verdict = Verdict.DIVERGE if over.size else Verdict.AGREE
     return Metric(
         name=name,
         verdict=verdict,
@@ -298,11 +317,11 @@ def compare_series(name: str, subject: Array, reference: Array, noise: Noise) ->
         relative=float((difference / np.maximum(np.abs(reference), 1e-30)).max()),
         mismatched=int(np.count_nonzero(difference)),
         total=len(reference),
-        where=f"{name} step {int(over[0]) + 1}" if over.size else "",
-        step=int(over[0]) + 1 if over.size else None,
+        where=f"{name} step {int(steps[0]) + 1}" if steps.size else "",
+        step=int(steps[0]) + 1 if steps.size else None,
         error_subject=errors[0],
         error_reference=errors[1],
-        off=side_off(*errors, float(floors.max())) if over.size else "",
+        off=side_off(*errors, float(floors.max())) if steps.size else "",
     )
 
 

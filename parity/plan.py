@@ -12,7 +12,7 @@ from parity.record import Record
 from parity.trace import dumps, loads, write_atomically
 
 if TYPE_CHECKING:
-    from parity.engine import Cell
+    from parity.cell import Cell
 
 SCHEMA = 1
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from parity.engine import Cell, Engine
+    from parity.cell import Cell
+    from parity.engine import Engine
     from parity.record import Record
     from parity.run import Matrix
 

@@ -37,6 +37,8 @@ class Model(Section):
     source: Name = "tiny-gemma3"
     """A fixture's name, a local directory or a hub id."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    weights: Literal["stored", "bfloat16", "float16"] = "stored"
+    """What the weights are rounded to before they are computed with in `dtype`."""
 
 
 class Data(Section):

@@ -9,7 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from parity.engine import Cell, Engine
+from parity.cell import Cell
+from parity.engine import Engine
 from parity.errors import UsageError
 from parity.recipe import DEFAULT, Recipe
 from parity.record import Record

@@ -103,3 +103,54 @@ def test_a_worker_gives_the_same_bits_again_and_after_other_work(engine, small):
         )
         again = other.capture("mlx", "train", small, Trace())
     assert first.digest() == again.digest()
+
+
+BARE_TORCH = """
+import sys
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+model_dir, batches, out, lr = sys.argv[1:5]
+torch.set_num_threads(1)
+given = load_file(batches)
+torch.manual_seed(3407)
+base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="eager")
+targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+torch.manual_seed(3407)
+model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=targets))
+model.train()
+trainable = [p for p in model.parameters() if p.requires_grad]
+optimizer = torch.optim.AdamW(trainable, lr=float(lr), weight_decay=0.0)
+for step in range(len(given) // 2):
+    ids = torch.tensor(given[f"ids.{step}"], dtype=torch.long)
+    n = torch.tensor(given[f"lengths.{step}"], dtype=torch.long)[:, 1:]
+    places = torch.arange(1, ids.shape[1])
+    labels = torch.where(places <= n, ids[:, 1:], -100)  # one past the end, as mlx-lm does
+    loss = model(ids[:, :-1], labels=labels, shift_labels=labels).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+save_file({k: p.detach().numpy().T.copy() for k, p in model.named_parameters() if p.requires_grad}, out)
+"""
+
+
+def test_an_instrumented_hf_run_ends_like_a_bare_torch_loop(engine, small, tmp_path):
+    from safetensors.numpy import save_file
+
+    batches = engine.capture("mlx", "batches", small, Trace()).arrays
+    save_file(batches, tmp_path / "batches.safetensors")
+    model = resources.model_dir(small.model.source)
+    files = str(tmp_path / "batches.safetensors"), str(tmp_path / "out.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-c", BARE_TORCH, model, *files, str(small.optim.lr)],
+        env=environment("torch", engine.cache),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    trace = engine.capture("hf", "train", small, Trace().with_group("batches", batches))
+    bare = {canonical(name): value for name, value in load_file(files[1]).items()}
+    assert_same_bytes(trace.group("adapter"), bare)

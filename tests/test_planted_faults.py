@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from parity.engine import Cell
+from parity.cell import Cell
 from parity.record import Verdict
 from parity.stages import STAGES
 

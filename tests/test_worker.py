@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from parity.engine import Cell, Engine
+from parity.cell import Cell
+from parity.engine import Engine
 from parity.errors import CaptureError, Unsupported
 from parity.recipe import Recipe
 from parity.record import Verdict

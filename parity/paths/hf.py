@@ -95,18 +95,21 @@ class HfPath(Path):
         import torch
         from transformers import AutoModelForCausalLM
 
-        device, dtype = _torch.device(), recipe.model.dtype
-        if device.type == "mps" and dtype == "float64":
+        device, dtype = _torch.device(), getattr(torch, recipe.model.dtype)
+        if device.type == "mps" and dtype is torch.float64:
             raise Unsupported("MPS has no float64")
         model, report = AutoModelForCausalLM.from_pretrained(
             resources.model_dir(recipe.model.source),
-            dtype=getattr(torch, dtype),
+            dtype=dtype,
             attn_implementation="eager",
             output_loading_info=True,
         )
         # transformers fills them with random numbers and goes on
         if absent := sorted(report["missing_keys"]):
             raise RuntimeError(f"{len(absent)} weights are not in the checkpoint: {absent[0]}, ...")
+        if recipe.model.weights != "stored":
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(getattr(torch, recipe.model.weights)).to(dtype)
         return model.to(device).eval()
 
     @contextlib.contextmanager
@@ -480,7 +483,7 @@ def completion_loss(model: Any, prompt: list[int], whole: list[int]) -> float:
 
 def _key(recipe: Recipe) -> tuple[str, ...]:
     source = resources.model_dir(recipe.model.source)
-    return source, recipe.model.dtype, resources.fingerprint(source)
+    return source, recipe.model.dtype, recipe.model.weights, resources.fingerprint(source)
 
 
 def _defaults(function: Any) -> dict[str, Any]:

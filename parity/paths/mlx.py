@@ -92,6 +92,8 @@ class MlxPath(Path):
         if recipe.model.dtype == "float64":
             raise Unsupported("MLX has no float64 on the GPU and no fast kernels for it elsewhere")
         model, tokenizer = mlx_lm.load(resources.model_dir(recipe.model.source))[:2]
+        if recipe.model.weights != "stored":
+            model.set_dtype(getattr(mx, recipe.model.weights))
         model.set_dtype(getattr(mx, recipe.model.dtype))
         mx.eval(model.parameters())
         return model, tokenizer
@@ -213,7 +215,7 @@ class MlxPath(Path):
         from mlx_lm.tuner.utils import remove_lora_layers
 
         source = resources.model_dir(recipe.model.source)
-        key = (source, recipe.model.dtype, resources.fingerprint(source))
+        key = (source, recipe.model.dtype, recipe.model.weights, resources.fingerprint(source))
         if key not in self._loaded:
             self._loaded = {key: self.load(recipe)}
         model, tokenizer = self._loaded[key]

@@ -32,6 +32,7 @@ from parity.trace import Array, Trace, canonical
 
 # Factors the CLI has no option for, with the one value it always has.
 FIXED: dict[str, Any] = {
+    "model.weights": "stored",
     "data.pad_multiple": 32,
     "data.pad_extra": 1,
     "data.append_eos": True,

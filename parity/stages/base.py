@@ -12,7 +12,7 @@ import numpy as np
 from parity.numerics import Noise, perturb
 from parity.recipe import Recipe
 from parity.record import Metric
-from parity.stages.noise import OPTIMIZES, REDUCES, nudged, order_noise
+from parity.stages.noise import OPTIMIZES, REDUCES, loss_noise, nudged, order_noise
 from parity.trace import Array, Trace
 
 
@@ -41,7 +41,6 @@ class Pair:
     subject: Trace
     reference: Trace
     exact: bool
-    dtype: str
     _referee: Callable[[], Trace | None]
     _perturbed: Callable[[], Trace | None]
     _reduction: Callable[[], float]
@@ -74,9 +73,9 @@ class Pair:
             return trace.group(group) if group else trace.arrays
 
         if self.exact and self._equal(group):
-            return Noise(exact=True, dtype=self.dtype)
+            return Noise(exact=True)
         measured = arrays(self.referee), arrays(self.perturbed)
-        return Noise(self.exact, self.dtype, *measured, 0.0 if self.exact else self._reduction())
+        return Noise(self.exact, *measured, 0.0 if self.exact else self._reduction())
 
     def _equal(self, group: str) -> bool:
         a, b = (t.group(group) if group else t.arrays for t in (self.subject, self.reference))
@@ -94,6 +93,7 @@ class Context:
         recipes: The recipe of each side (and of the referee), which a search may have changed.
         shipped: Each side's recipe with its own defaults.
         frameworks: The framework of each side.
+        environments: Filled with the environment that each side's traces come from.
         capture: Runs one method of one side.
         both: Runs one method on both sides at once.
     """
@@ -102,6 +102,7 @@ class Context:
     recipes: Mapping[str, Recipe]
     shipped: Mapping[str, Recipe]
     frameworks: Mapping[str, str]
+    environments: dict[str, dict[str, Any]]
     has_referee: bool
     capture: Capture
     both: Callable[..., tuple[Trace, Trace]]
@@ -142,7 +143,9 @@ class Context:
 
         def perturbed() -> Trace | None:
             rng = np.random.default_rng(self.seed)
-            moved = {name: perturb(value, rng) for name, value in inputs.arrays.items()}
+            # Optimizers work on float32 weights whatever the model computes in.
+            dtype = "float32" if method == "optimizer_step" else recipes["reference"].model.dtype
+            moved = {name: perturb(v, rng, dtype) for name, v in inputs.arrays.items()}
             recipe = nudged(recipes["reference"]) if method in OPTIMIZES else recipes["reference"]
             if recipe is recipes["reference"] and all(
                 moved[n] is v for n, v in inputs.arrays.items()
@@ -151,10 +154,11 @@ class Context:
             return self._optional("reference", method, recipe, Trace(moved, inputs.scalars))
 
         def reduction() -> float:
-            return order_noise(self) if method in REDUCES else 0.0
+            if method == "cross_entropy":
+                return order_noise(self)
+            return loss_noise(self) if method in REDUCES else 0.0
 
-        dtype = recipes["reference"].model.dtype
-        return Pair(subject, reference, self.exact, dtype, referee, perturbed, reduction)
+        return Pair(subject, reference, self.exact, referee, perturbed, reduction)
 
     def _optional(self, side: str, method: str, recipe: Recipe, inputs: Trace) -> Trace | None:
         from parity.errors import CaptureError, Unsupported

@@ -6,14 +6,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from parity.numerics import compare, compare_exact, first_difference
+from parity.numerics import HEADROOM, compare, compare_exact, distance, first_difference
 from parity.record import Metric, Verdict
 from parity.stages.base import Comparison, Context, Pair
 from parity.stages.loss_curve import aligned_training, decode_inputs
 from parity.trace import Trace
-
-NEAR_TIE = 1e-3
-"""Margin between the two greatest logits under which rounding decides the token."""
 
 
 class Decode:
@@ -65,7 +62,7 @@ def _ids(index: int, prompt: str, pair: Pair) -> Metric:
         return metric
     at = first_difference(ours, theirs)
     margin = _margin(pair.reference, index, at)
-    near = not pair.exact and margin <= NEAR_TIE
+    near = not pair.exact and margin <= HEADROOM * margin_noise(pair)
     return metric.model_copy(
         update={
             "verdict": Verdict.AGREE if near else Verdict.DIVERGE,
@@ -79,3 +76,18 @@ def _ids(index: int, prompt: str, pair: Pair) -> Metric:
 def _margin(trace: Trace, index: int, at: int) -> float:
     margins = trace.arrays[f"margin.{index}"]
     return float(margins[at]) if at < len(margins) else float(np.inf)
+
+
+def margin_noise(pair: Pair) -> float:
+    """How far the margins of two sides are apart at tokens on which they still agree."""
+    noise = 0.0
+    for other in (pair.subject, pair.referee):
+        if other is None:
+            continue
+        index = 0
+        while (name := f"ids.{index}") in pair.reference.arrays:
+            common = first_difference(other.arrays[name], pair.reference.arrays[name])
+            ours, theirs = (t.arrays[f"margin.{index}"][:common] for t in (other, pair.reference))
+            noise = max(noise, distance(ours, theirs))
+            index += 1
+    return noise

@@ -1,4 +1,4 @@
-"""Inputs of stages, and two measurements of what rounding alone explains."""
+"""Inputs of stages, and measurements of what rounding alone explains."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from parity.errors import CaptureError, Unsupported
+from parity.numerics import compare
 from parity.recipe import Recipe
 from parity.trace import Trace
 
@@ -44,6 +45,25 @@ def loss_inputs(context: Context) -> Trace:
     shape = (len(LENGTHS), WIDTH - 1, context.vocabulary)
     inputs.arrays["logits"] = rng.normal(0, 3, shape).astype(np.float32)
     return inputs
+
+
+def loss_noise(context: Context) -> float:
+    """How much of a loss, or relatively of a gradient, the rounding of the loss itself explains.
+
+    Later stages inherit it from stage 03, measured on its inputs: how much the cross-entropy depends
+    on the order of its sum, and, if 03 finds both sides in agreement, how far a token's loss
+    typically (root mean square) is apart.
+    """
+    noise = order_noise(context)
+    inputs = loss_inputs(context)
+    try:
+        pair = context.pair("cross_entropy", inputs)
+        ours, theirs = (t.arrays["token_loss"] for t in (pair.subject, pair.reference))
+        if compare("token_loss", ours, theirs, pair.noise).verdict.green:
+            noise = max(noise, float(np.sqrt(np.mean((ours - theirs).astype(np.float64) ** 2))))
+    except (Unsupported, CaptureError, KeyError):
+        pass
+    return noise
 
 
 def order_noise(context: Context) -> float:

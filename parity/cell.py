@@ -1,0 +1,99 @@
+"""Cells: one probe for one pair and one seed; their verdict in words and their command line."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from parity.recipe import DEFAULT, Recipe, load
+from parity.record import Metric, Verdict, worst
+from parity.stages.base import Stage
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One probe for one subject, one reference and one seed.
+
+    Attributes:
+        recipe: What both share.
+        changes: Factors changed on one side: side to name to value.
+        origin: The name or file that the recipe was read from.
+    """
+
+    stage: Stage
+    subject: str
+    reference: str
+    recipe: Recipe
+    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    origin: str = DEFAULT
+
+    @property
+    def model(self) -> str:
+        """Short name of the model."""
+        return Path(self.recipe.model.source).name
+
+    @property
+    def id(self) -> str:
+        """What pytest shows and `-k` selects."""
+        seed = self.recipe.seed.value
+        return f"{self.model}-{self.subject}-vs-{self.reference}-seed{seed}"
+
+
+def reproduce(cell: Cell) -> str:
+    """The command line that runs this cell again."""
+    words = [
+        f"parity run --probes {cell.stage.number:02d} --subject {cell.subject}",
+        f"--reference {cell.reference} --seeds {cell.recipe.seed.value},",
+    ]
+    if cell.origin != DEFAULT:
+        words.append(f"--recipe {cell.origin}")
+    named = load(cell.origin).override({"seed.value": cell.recipe.seed.value})
+    for name, (value, _) in cell.recipe.difference(named).items():
+        words.append(f"--set {_setting(name, value)}")
+    for side, changes in cell.changes.items():
+        words += [f"--set-{side} {_setting(name, value)}" for name, value in changes.items()]
+    return " ".join(words)
+
+
+def _setting(name: str, value: Any) -> str:
+    # Bare words are read as strings; everything else is TOML, of which JSON's values are a part.
+    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w./-]*", value)
+    return shlex.quote(f"{name}={value if plain else json.dumps(value, ensure_ascii=False)}")
+
+
+def conclude(metrics: list[Metric]) -> tuple[Verdict, str]:
+    """The verdict of a record and its sentence, from the metrics that gate."""
+    gates = [metric for metric in metrics if metric.gate]
+    verdict = worst([metric.verdict for metric in gates])
+    if not gates:
+        return verdict, "nothing was compared"
+    bad = [metric for metric in gates if metric.verdict is verdict]
+    if verdict is Verdict.IDENTICAL:
+        return verdict, f"all {len(gates)} metrics are equal bit for bit"
+    if verdict is Verdict.AGREE:
+        top = max(bad, key=lambda m: m.value / m.tolerance if m.tolerance > 0 else 0.0)
+        if top.tolerance > 0:
+            share = f"{top.value:.3g} of {top.tolerance:.3g} allowed"
+            return (
+                verdict,
+                f"all {len(gates)} metrics within their floors; closest: {top.name}, {share}",
+            )
+        return verdict, f"all {len(gates)} metrics agree"
+    first = bad[0]
+    if first.note and first.where == first.name:  # a sentence of its own, as of the config
+        return verdict, first.note
+    where = f" at {first.where}" if first.where and not first.where.startswith(first.name) else ""
+    return verdict, f"{first.name}{where}" + (f": {first.note}" if first.note else "")
+
+
+def first_divergence(metrics: list[Metric]) -> dict[str, Any] | None:
+    """Name, place and step of the first gating metric that diverges."""
+    for metric in metrics:
+        if metric.gate and metric.verdict is Verdict.DIVERGE:
+            return {"metric": metric.name, "where": metric.where, "step": metric.step}
+    return None
