@@ -160,6 +160,75 @@ def run(
 
 
 @main.command()
+@click.option(
+    "--subject", default="mlx", show_default=True, metavar="PATH", help="The path under question."
+)
+@click.option(
+    "--reference",
+    default="mlx-lm",
+    show_default=True,
+    metavar="PATH",
+    help="What it is held against.",
+)
+@_recipe_options
+@click.option(
+    "--set-subject",
+    multiple=True,
+    metavar="FACTOR=VALUE",
+    help="Change a factor on the subject's side.",
+)
+@click.option("--shipped", "as_shipped", is_flag=True, help="Let each path use its own defaults.")
+@click.option(
+    "--seed", default=3407, show_default=True, type=click.IntRange(0, 2**32 - 1), help="The seed."
+)
+@click.option(
+    "--repeats",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, 20),
+    help="How often each question is asked; answers that disagree end in `inconclusive`.",
+)
+@click.option(
+    "--out",
+    default=Path("reports/bisect"),
+    show_default=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of the result.",
+)
+@click.option(
+    "--timeout",
+    default=600.0,
+    show_default=True,
+    type=click.FloatRange(1),
+    help="Seconds a capture may take.",
+)
+def bisect(
+    subject: str, reference: str, recipe: str, settings: tuple[str, ...], set_subject: tuple[str, ...],
+    as_shipped: bool, seed: int, repeats: int, out: Path, timeout: float,
+) -> None:  # fmt: skip
+    """Find what makes a subject differ from its reference.
+
+    Stages first, in the order in which data flows; then the factors in which the two recipes differ,
+    every minimal set of them; then, where no factor explains it, the module, tensor or step.
+    The answer goes to stdout, progress to stderr.
+
+    \b
+    Examples:
+      parity bisect --reference hf --shipped
+      parity bisect --set-subject lora.num_layers=16 --set-subject optim.weight_decay=0.01
+      parity bisect --reference hf --recipe smollm2 --set model.source=smollm2-135m-as-saved
+    """  # noqa: D301
+    from parity.bisect.command import causes
+
+    report = causes(
+        subject, reference, recipe, settings, set_subject, as_shipped, seed, repeats, out, timeout
+    )
+    click.echo(report.answer())
+    click.echo(f"wrote {out}/bisect.md", err=True)
+    sys.exit(EXIT_GREEN if report.verdict == "agree" else EXIT_NOT_GREEN)
+
+
+@main.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 def report(folder: Path) -> None:
     """Aggregate a folder of records: table, JSON, CSV, Markdown, HTML."""

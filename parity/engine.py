@@ -17,6 +17,7 @@ from filelock import FileLock
 from parity import __version__, content, resources
 from parity.cell import Cell, conclude, first_divergence, reproduce
 from parity.errors import CaptureError, UnmatchedNames, Unsupported, UsageError
+from parity.hints import hints
 from parity.paths.base import resolve
 from parity.recipe import Recipe
 from parity.record import Record, Side, Verdict
@@ -170,7 +171,7 @@ class Engine:
             )
             for side in ("subject", "reference")
         }
-        return Record(
+        record = Record(
             tool=__version__,
             probe=cell.stage.number,
             stage=cell.stage.name,
@@ -184,6 +185,7 @@ class Engine:
             hints=result.hints,
             series=result.series,
             passes=result.passes,
+            facts=result.facts,
             first_divergence=first_divergence(result.metrics)
             if verdict is Verdict.DIVERGE
             else None,
@@ -193,6 +195,7 @@ class Engine:
             reproduce=reproduce(cell),
             **sides,
         )
+        return record.model_copy(update={"hints": [*record.hints, *hints(record)]})
 
     def context(self, cell: Cell) -> Context:
         """What the stage of a cell is given."""

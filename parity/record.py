@@ -115,6 +115,10 @@ class Record(BaseModel):
     series: dict[str, list[float]] = Field(default_factory=dict)
     passes: dict[str, dict[str, bool]] = Field(default_factory=dict)
     """Side to prompt to whether the expected completion came."""
+    facts: dict[str, float] = Field(default_factory=dict)
+    """Numbers that no verdict depends on; hints are drawn from them."""
+    expected: str = ""
+    """Why a known difference is expected here, with a link: see `parity.expected`."""
     first_divergence: dict[str, Any] | None = None
     detail: str = ""
     seconds: float = 0.0

@@ -99,8 +99,12 @@ def gradient_norm(gradients: Any) -> Any:
 
 
 @contextlib.contextmanager
-def module_outputs(model: Any) -> Iterator[list[tuple[str, Any]]]:
+def module_outputs(
+    model: Any, replace: Mapping[str, Array] | None = None
+) -> Iterator[list[tuple[str, Any]]]:
     """Collects (canonical name, output) of every module in the order of calls.
+
+    Outputs of modules named in `replace` are replaced.
 
     nn.Module has no hooks and `__call__` is looked up on the type: the types are patched for the
     length of the capture and instances told apart by identity.
@@ -116,6 +120,10 @@ def module_outputs(model: Any) -> Iterator[list[tuple[str, Any]]]:
             output = original(self, *args, **kwargs)
             array = output[0] if isinstance(output, tuple) else output
             if isinstance(array, mx.array) and (name := names.get(id(self))):
+                # A module that is called on several shapes is replaced where it fits.
+                if replace and name in replace and array.shape == replace[name].shape:
+                    array = mx.array(replace[name]).astype(array.dtype)
+                    output = (array, *output[1:]) if isinstance(output, tuple) else array
                 seen.append((name, array))
             return output
 

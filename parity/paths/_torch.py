@@ -342,17 +342,27 @@ def update(recipe: Recipe, parameters: list[Any], optimizer: Any, schedule: Any)
 
 
 @contextlib.contextmanager
-def module_outputs(model: Any, wanted: bool) -> Iterator[dict[str, Any]]:
-    """Collects canonical name → output of every module, if wanted, in the order of returns."""
+def module_outputs(
+    model: Any, wanted: bool, replace: Mapping[str, Array] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Collects canonical name → output of every module, if wanted, in the order of returns.
+
+    Outputs of modules named in `replace` are replaced.
+    """
     import torch
 
     seen: dict[str, Any] = {}
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: Any, arguments: Any, output: Any) -> None:
+    def keep(name: str) -> Callable[..., Any]:
+        def hook(module: Any, arguments: Any, output: Any) -> Any:
             first = output[0] if isinstance(output, tuple) else output
-            if isinstance(first, torch.Tensor):
-                seen[name] = first
+            if not isinstance(first, torch.Tensor):
+                return None
+            if replace and name in replace and first.shape == replace[name].shape:
+                first = torch.as_tensor(replace[name]).to(first)
+                output = (first, *output[1:]) if isinstance(output, tuple) else first
+            seen[name] = first
+            return output
 
         return hook
 
@@ -363,7 +373,7 @@ def module_outputs(model: Any, wanted: bool) -> Iterator[dict[str, Any]]:
     handles = [
         module.register_forward_hook(keep(canonical(name)))
         for name, module in model.named_modules()
-        if wanted and name and same_elsewhere(module)
+        if (wanted or replace) and name and same_elsewhere(module)
     ]
     try:
         yield seen

@@ -16,7 +16,8 @@ batches                 → `ids.N` (B, W), `lengths.N` (B, 2) of (offset, token
                         for steps × accumulation micro-batches
 logits                  `ids.N` (B, T); scalar `modules` bool → `logits.N` (B, T, V) float32
                         (float64 from a float64 run); with `modules`, `module.N/<name>` outputs in
-                        the order of calls, scalar `order` [name]; scalar `dtype`
+                        the order of calls, scalar `order` [name]; scalar `dtype`; outputs of
+                        modules named in `replace/<name>` are replaced by these
 cross_entropy           `logits` (B, T, V), `ids` (B, T + 1), `lengths` (B, 2) → `loss` (),
                         `supervised` (B, T) bool, `targets` (B, T) id or -1, `token_loss` (B, T);
                         scalar `tokens`

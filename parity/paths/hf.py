@@ -262,15 +262,16 @@ class HfPath(Path):
         import torch
 
         trace = Trace(scalars={"dtype": recipe.model.dtype})
+        watched = inputs.scalars.get("modules", False)
         with self.pristine(recipe) as model, torch.no_grad():
             for index, ids in enumerate(each(inputs.arrays, "ids")):
-                with _torch.module_outputs(model, inputs.scalars.get("modules", False)) as seen:
+                with _torch.module_outputs(model, watched, inputs.group("replace")) as seen:
                     logits = model(input_ids=_torch.ids_tensor(ids), use_cache=False).logits
                 trace.scalars["dtype"] = _torch.dtype_name(logits.dtype)
                 trace.arrays[f"logits.{index}"] = to_numpy(logits.float())
-                for name, value in seen.items():
+                for name, value in seen.items() if watched else ():
                     trace.arrays[f"module.{index}/{name}"] = to_numpy(value.float())
-                if seen:
+                if watched:
                     trace.scalars["order"] = list(seen)
         return trace
 

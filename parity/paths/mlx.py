@@ -318,16 +318,19 @@ class MlxPath(Path):
 
         model, _ = self.base(recipe)
         trace = Trace(scalars={"dtype": recipe.model.dtype})
-        observe = _mlx.module_outputs(model) if inputs.scalars.get("modules") else None
+        replace = inputs.group("replace")
+        watched = inputs.scalars.get("modules", False)
         for index, ids in enumerate(each(inputs.arrays, "ids")):
-            with observe or contextlib.nullcontext([]) as seen:
+            with contextlib.ExitStack() as stack:
+                seen: list[tuple[str, Any]] = []
+                if watched or replace:
+                    seen = stack.enter_context(_mlx.module_outputs(model, replace))
                 logits = model(mx.array(ids))
-            observe = _mlx.module_outputs(model) if observe else None
             trace.scalars["dtype"] = str(logits.dtype).removeprefix("mlx.core.")
             trace.arrays[f"logits.{index}"] = to_numpy(logits.astype(mx.float32))
-            for name, value in seen:
-                trace.arrays[f"module.{index}/{name}"] = to_numpy(value.astype(mx.float32))
-            if seen:
+            if watched:
+                for name, value in seen:
+                    trace.arrays[f"module.{index}/{name}"] = to_numpy(value.astype(mx.float32))
                 trace.scalars["order"] = list(dict.fromkeys(name for name, _ in seen))
         return trace
 

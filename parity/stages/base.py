@@ -25,6 +25,8 @@ class Comparison:
     hints: list[str] = field(default_factory=list)
     series: dict[str, list[float]] = field(default_factory=dict)
     passes: dict[str, dict[str, bool]] = field(default_factory=dict)
+    facts: dict[str, float] = field(default_factory=dict)
+    """Numbers that no verdict depends on; `parity.hints` reads them."""
 
 
 class Capture(Protocol):

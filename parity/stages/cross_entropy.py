@@ -24,7 +24,7 @@ class CrossEntropy:
         inputs = loss_inputs(context)
         pair = context.pair("cross_entropy", inputs)
         a, b = pair.subject, pair.reference
-        result = Comparison()
+        result = Comparison(facts={"vocabulary": inputs.arrays["logits"].shape[-1]})
         masks = a.arrays["supervised"], b.arrays["supervised"]
         result.metrics.append(compare_exact("supervised positions", *masks))
         counts = np.array([a.scalars["tokens"]]), np.array([b.scalars["tokens"]])
@@ -41,7 +41,26 @@ class CrossEntropy:
         result.metrics.append(metric.model_copy(update={"name": "reduced loss"}))
         if result.metrics[0].verdict is Verdict.DIVERGE:
             result.findings.append(describe_mask(*masks, LENGTHS))
+            result.facts |= mask_facts(*masks, LENGTHS)
         return result
+
+
+def mask_facts(subject: np.ndarray, reference: np.ndarray, lengths: list[int]) -> dict[str, float]:
+    """Positions that the subject supervises more (+) or fewer (-), where all rows agree in it.
+
+    A row's start ends at the first position that both supervise; its end is its last token.
+    """
+    if subject.shape != reference.shape or not (subject & reference).any(axis=1).all():
+        return {}
+    more = subject.astype(int) - reference
+    starts = (subject & reference).argmax(axis=1)
+    ends = np.array(lengths) - 1
+    at = np.arange(more.shape[1])
+    parts = {
+        "positions per row at the start": set((more * (at < starts[:, None])).sum(axis=1).tolist()),
+        "positions per row past the end": set((more * (at >= ends[:, None])).sum(axis=1).tolist()),
+    }
+    return {what: counts.pop() for what, counts in parts.items() if len(counts) == 1}
 
 
 def describe_mask(subject: np.ndarray, reference: np.ndarray, lengths: list[int]) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
 
 from parity.numerics import compare, compare_exact, compare_group
-from parity.stages.base import Comparison, Context
+from parity.stages.base import Comparison, Context, Pair
 from parity.stages.noise import common_rows
 from parity.trace import Array
 
@@ -24,12 +25,8 @@ class Gradient:
 
     def run(self, context: Context) -> Comparison:
         """Compares before any clip: the clip belongs to the optimizer step."""
-        init = context.given("lora_init").group("adapter")
-        rng = context.rng(self.number)
-        rows = common_rows(rng, context.vocabulary, LENGTHS, WIDTH)
-        result = Comparison()
-        for what, adapter in (("B = 0", init), ("B ≠ 0", filled(init, rng))):
-            pair = context.pair("gradient", rows.with_group("adapter", adapter))
+        result = Comparison(facts={"vocabulary": context.vocabulary})
+        for pair, what in self.pairs(context):
             a, b = pair.subject, pair.reference
             for key, name in (("loss", "loss"), ("norm", "global norm")):
                 metric = compare(key, a.arrays[key], b.arrays[key], pair.noise)
@@ -40,7 +37,16 @@ class Gradient:
             noise = pair.noise_of("gradient")
             result.metrics.append(compare_group(f"gradient, {what}", *tensors, noise))
             result.findings += proportional(*tensors, what)
+            result.facts |= scale_facts(*tensors, what)
         return result
+
+    def pairs(self, context: Context) -> Iterator[tuple[Pair, str]]:
+        """Both gradients of one batch, at B = 0 and at B ≠ 0."""
+        init = context.given("lora_init").group("adapter")
+        rng = context.rng(self.number)
+        rows = common_rows(rng, context.vocabulary, LENGTHS, WIDTH)
+        for what, adapter in (("B = 0", init), ("B ≠ 0", filled(init, rng))):
+            yield context.pair("gradient", rows.with_group("adapter", adapter)), what
 
 
 def filled(init: dict[str, Array], rng: np.random.Generator) -> dict[str, Array]:
@@ -55,14 +61,32 @@ def filled(init: dict[str, Array], rng: np.random.Generator) -> dict[str, Array]
 
 def proportional(subject: dict[str, Array], reference: dict[str, Array], what: str) -> list[str]:
     """Says so when one gradient is a multiple of the other: same direction, other scale."""
-    if subject.keys() != reference.keys() or not subject:
+    ratio = scale_facts(subject, reference, what).get(f"gradient ratio, {what}")
+    if ratio is None:
         return []
+    return [f"{what}: the subject's gradient is the reference's times {ratio:.4g}"]
+
+
+def scale_facts(
+    subject: dict[str, Array], reference: dict[str, Array], what: str
+) -> dict[str, float]:
+    """Relative distance, the factor between parallel gradients, the bound of a clipped one (< 0: the reference's)."""
+    if subject.keys() != reference.keys() or not subject:
+        return {}
     a = np.concatenate([subject[k].ravel() for k in reference]).astype(np.float64)
     b = np.concatenate([v.ravel() for v in reference.values()]).astype(np.float64)
     if a.shape != b.shape or not a.any() or not b.any():
-        return []
-    cosine = float(a @ b / np.sqrt((a @ a) * (b @ b)))
-    ratio = float(np.sqrt((a @ a) / (b @ b)))
+        return {}
+    length = float(np.linalg.norm(b))
+    facts = {f"distance of gradient, {what}": float(np.linalg.norm(a - b)) / length}
+    ratio = float(np.linalg.norm(a)) / length
+    cosine = float(a @ b) / (ratio * length**2)
     if cosine > 1 - 1e-6 and abs(ratio - 1) > 1e-3:
-        return [f"{what}: the subject's gradient is the reference's times {ratio:.4g}"]
-    return []
+        return facts | {f"gradient ratio, {what}": ratio}
+    bounds = float(np.abs(a).max()), float(np.abs(b).max())
+    low = min(bounds)
+    if max(bounds) > 1.01 * low and np.abs(np.clip(a, -low, low) - np.clip(b, -low, low)).max() < (
+        1e-4 * low
+    ):
+        facts[f"gradient bound, {what}"] = low if low == bounds[0] else -low
+    return facts

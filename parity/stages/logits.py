@@ -75,6 +75,9 @@ def first_bad_module(context: Context, inputs: Trace, result: Comparison) -> lis
             continue
         metric = compare_group(name, {name: a[name]}, {name: b[name]}, noise)
         if metric.verdict is Verdict.DIVERGE:
+            if a[name].ndim == 3:
+                off = np.abs(a[name] - b[name]).max(axis=(0, 2)) > metric.tolerance
+                result.facts["first position off"] = int(off.argmax())
             return [
                 f"first bad module: {name}, greatest |Δ| {metric.value:.3g} where rounding explains "
                 f"{metric.floor:.2g}" + _growth(a[name], b[name])

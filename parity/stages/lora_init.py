@@ -35,16 +35,33 @@ class LoraInit:
             shown = f"{ours}" if key != "layers" else f"{len(ours)} layers"
             a_value, b_value = np.array([str(ours)]), np.array([str(theirs)])
             result.metrics.append(compare_exact(f"LoRA {key}", a_value, b_value, note=shown))
+        result.facts = setting_facts(a, b)
         ours, theirs = a.group("adapter"), b.group("adapter")
         for side, tensors in (("subject", ours), ("reference", theirs)):
             result.metrics.append(_zero_b(side, tensors))
         if context.exact:
             metric = compare_group("adapter bits", ours, theirs, pair.noise_of("adapter"))
             result.metrics.append(metric)
+            if metric.verdict is Verdict.DIVERGE:
+                drawn = [*distribution("subject", ours), *distribution("reference", theirs)]
+                result.facts["A is uniform on both sides"] = all(m.verdict.green for m in drawn)
         else:
             for side, tensors in (("subject", ours), ("reference", theirs)):
                 result.metrics += distribution(side, tensors)
         return result
+
+
+def setting_facts(subject: Trace, reference: Trace) -> dict[str, float]:
+    """The ratio of the scales, and by how many first layers the subject adapts fewer (+) or more."""
+    facts: dict[str, float] = {}
+    scales = subject.scalars["scale"], reference.scalars["scale"]
+    if all(isinstance(scale, (int, float)) and scale for scale in scales):
+        facts["LoRA scale ratio"] = scales[0] / scales[1]
+    ours, theirs = (set(trace.scalars["layers"]) for trace in (subject, reference))
+    fewer = sorted(ours ^ theirs)
+    if fewer and ours & theirs and fewer == list(range(min(ours | theirs), min(ours & theirs))):
+        facts["first layers without LoRA"] = len(theirs - ours) - len(ours - theirs)
+    return facts
 
 
 def _sets(name: str, a: list[str], b: list[str]) -> Metric:

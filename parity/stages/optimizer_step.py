@@ -61,6 +61,7 @@ class OptimizerStep:
         result: Comparison,
     ) -> None:
         pair = context.pair("optimizer_step", inputs, changes)
+        agreed = all(metric.verdict.green for metric in result.metrics)
         for step in range(STEPS):
             group = f"weight.{step}"
             tensors = pair.subject.group(group), pair.reference.group(group)
@@ -69,6 +70,9 @@ class OptimizerStep:
             result.metrics.append(metric.model_copy(update={"step": step + 1}))
             if step == 0 and metric.verdict is Verdict.DIVERGE:
                 result.findings += first_update(inputs.group("weight"), *tensors, name)
+        # Of the first decay that diverges: the recipe's own says more than the plain one.
+        if agreed and not all(metric.verdict.green for metric in result.metrics):
+            result.facts |= update_facts(inputs, pair.subject, pair.reference)
 
 
 def first_update(
@@ -85,3 +89,37 @@ def first_update(
         return [f"{name}: the reference does not move"]
     ratio = float(np.median(np.abs(moves[0])) / np.median(np.abs(moves[1])))
     return [f"{name}: the subject's update is {ratio:.4g}× the reference's (median over elements)"]
+
+
+def update_facts(inputs: Trace, subject: Trace, reference: Trace) -> dict[str, float]:
+    """Numbers of the first two updates by which well-known differences are told apart."""
+    names = sorted(SHAPES)
+
+    def flat(trace: Trace, group: str) -> Array:
+        tensors = trace.group(group)
+        return np.concatenate([tensors[k].ravel() for k in names]).astype(np.float64)
+
+    try:
+        start = flat(inputs, "weight")
+        ours, theirs = ([flat(t, f"weight.{s}") for s in (0, 1)] for t in (subject, reference))
+    except KeyError:  # names that do not match: the metrics say so
+        return {}
+    sizes = [float(np.median(np.abs(side[0] - start))) for side in (ours, theirs)]
+    if not all(sizes):
+        return {}
+    gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
+    facts = {
+        "first update ratio": sizes[0] / sizes[1],
+        "first gap / update": float(np.abs(gaps[0]).max()) / sizes[1],
+        "second gap / update": float(np.abs(gaps[1]).max()) / sizes[1],
+        "first gap / weight": float(gaps[0] @ start / (start @ start)),
+    }
+    if length := float(np.linalg.norm(gaps[0]) * np.linalg.norm(start)):
+        facts["first gap / weight, cosine"] = float(gaps[0] @ start) / length
+    # An elementwise clip moves only the elements whose gradient it bites on.
+    fed = np.maximum(*(np.abs(flat(inputs, f"gradient.{step}")) for step in (0, 1)))
+    off = np.abs(gaps[1]) > 1e-3 * sizes[1]
+    if off.any() and not off.all():
+        facts["greatest gradient in agreement"] = float(fed[~off].max())
+        facts["least gradient off"] = float(fed[off].min())
+    return facts

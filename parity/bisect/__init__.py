@@ -1,0 +1,1 @@
+"""From "they differ" to the one cause: stages, modules, steps, factors, versions."""

@@ -1,0 +1,223 @@
+"""Minimal sets of changes that make two runs differ.
+
+A pure search over names with an oracle; what the names are and how it is asked is not known here.
+One cause among n harmless changes is found by weighted halving in about log2(n) questions; sets
+whose members only matter together by delta debugging (ddmin: Zeller and Hildebrandt, IEEE TSE 28(2),
+2002). Both ends are asked first, every answer is confirmed in both directions, and an oracle that
+contradicts itself ends the search without a cause.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from math import ceil, log2
+
+
+class Answer(StrEnum):
+    """What an oracle says of a set of changes."""
+
+    DIVERGES = "diverges"
+    AGREES = "agrees"
+    UNKNOWN = "unknown"
+    """It could not be run; the search goes round it."""
+
+
+class Status(StrEnum):
+    """How a hypothesis stands."""
+
+    OPEN = "open"
+    CONFIRMED = "confirmed"
+    RETRACTED = "retracted"
+
+
+@dataclass
+class Hypothesis:
+    """One entry of the ledger."""
+
+    changes: tuple[str, ...]
+    status: Status = Status.OPEN
+    evidence: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Search:
+    """The outcome of a search.
+
+    Attributes:
+        verdict: `found`, `agree` (nothing to find) or `inconclusive`.
+        causes: Minimal sets, each of which makes the runs differ by itself.
+        ledger: Every hypothesis with its evidence.
+        runs: Questions that were asked; asking the same again costs nothing.
+    """
+
+    verdict: str = "inconclusive"
+    reason: str = ""
+    causes: list[tuple[str, ...]] = field(default_factory=list)
+    ledger: list[Hypothesis] = field(default_factory=list)
+    runs: int = 0
+
+
+class Contradiction(Exception):
+    """The oracle answered one question in two ways."""
+
+
+Oracle = Callable[[frozenset[str]], Answer]
+Watch = Callable[[str, int, int], None]
+"""Called with what is asked, the runs so far and an estimate of those left."""
+
+
+class Asked:
+    """An oracle that remembers, asks `repeats` times, and refuses contradictions."""
+
+    def __init__(self, oracle: Oracle, repeats: int, watch: Watch | None) -> None:
+        self._oracle, self._repeats, self._watch = oracle, repeats, watch
+        self.known: dict[frozenset[str], Answer] = {}
+        self.left = 0
+
+    @property
+    def runs(self) -> int:
+        """Distinct questions asked."""
+        return len(self.known)
+
+    def __call__(self, changes: Iterable[str], why: str = "") -> Answer:
+        """The answer for a set of changes."""
+        key = frozenset(changes)
+        if key not in self.known:
+            if self._watch:
+                self._watch(
+                    why or ", ".join(sorted(key)) or "nothing changed", self.runs, self.left
+                )
+            answers = {self._oracle(key) for _ in range(self._repeats)}
+            if len(answers) > 1:
+                raise Contradiction(
+                    f"asked {self._repeats} times of {_named(key)}: {_named(answers)}"
+                )
+            self.known[key] = answers.pop()
+            self.left = max(0, self.left - 1)
+        return self.known[key]
+
+    def diverges(self, changes: Iterable[str], why: str = "") -> bool:
+        """Whether a set is known to make a difference."""
+        return self(changes, why) is Answer.DIVERGES
+
+
+def minimize(
+    changes: Sequence[str],
+    oracle: Oracle,
+    weights: Mapping[str, float] | None = None,
+    repeats: int = 1,
+    watch: Watch | None = None,
+) -> Search:
+    """Every disjoint minimal set of changes that makes a difference.
+
+    Args:
+        changes: Names of all changes; with all of them the runs are expected to differ.
+        oracle: Says whether the runs differ when just these changes are made.
+        weights: How likely each is a cause; halves are made of equal weight.
+        repeats: How often each question is asked; answers that disagree end in `inconclusive`.
+        watch: Told of each question.
+    """
+    ask = Asked(oracle, repeats, watch)
+    result = Search()
+    try:
+        _search(list(changes), ask, weights or {}, result)
+    except Contradiction as error:
+        result.verdict, result.causes = "inconclusive", []
+        result.reason = f"repeats disagree: {error}"
+        for entry in result.ledger:
+            if entry.status is Status.CONFIRMED:
+                entry.status = Status.OPEN
+    result.runs = ask.runs
+    return result
+
+
+def _search(changes: list[str], ask: Asked, weights: Mapping[str, float], result: Search) -> None:
+    ask.left = 2 + ceil(log2(max(len(changes), 2))) + 2
+    ends = ask(changes, "everything from the subject"), ask((), "everything from the reference")
+    if ends[0] is Answer.AGREES:
+        result.verdict, result.reason = "agree", "with everything from the subject they agree"
+        return
+    if Answer.UNKNOWN in ends or ends[1] is Answer.DIVERGES:
+        what = "they differ even with everything from the reference: the cause is no change"
+        result.reason = what if ends[1] is Answer.DIVERGES else "an end could not be run"
+        return
+    rest = changes
+    while ask.diverges(rest):
+        cause = _one(rest, ask, weights, result)
+        if cause is None:
+            result.reason = "no set could be confirmed"
+            result.causes = []
+            return
+        result.causes.append(cause)
+        rest = [name for name in rest if name not in cause]
+    if ask(rest) is Answer.UNKNOWN:
+        result.reason = f"without {_named(result.causes[-1])} it could not be run"
+        result.causes = []
+        return
+    for entry in result.ledger:
+        if entry.changes in result.causes:
+            entry.status = Status.CONFIRMED
+            entry.evidence.append("without it and the other causes the runs agree")
+    result.verdict, result.reason = "found", ""
+
+
+def _one(
+    changes: list[str], ask: Asked, weights: Mapping[str, float], result: Search
+) -> tuple[str, ...] | None:
+    """One minimal set within changes that are known to make a difference together."""
+    suspect = _halve(changes, ask, weights)
+    alone = Hypothesis((suspect,))
+    result.ledger.append(alone)
+    if ask.diverges((suspect,)):
+        alone.evidence.append("by itself it makes the runs differ")
+        return alone.changes
+    alone.status = Status.RETRACTED
+    alone.evidence.append("by itself it makes no difference")
+    ask.left = 2 * len(changes)
+    found = tuple(ddmin(changes, ask.diverges))
+    together = Hypothesis(found)
+    result.ledger.append(together)
+    if not ask.diverges(found):
+        return None
+    together.evidence.append("together they make the runs differ, and none of them can be left out")
+    return found
+
+
+def _halve(changes: list[str], ask: Asked, weights: Mapping[str, float]) -> str:
+    """The suspect if there is a single cause: a half that agrees clears itself."""
+    ranked = sorted(changes, key=lambda name: -weights.get(name, 1.0))
+    while len(ranked) > 1:
+        total = sum(weights.get(name, 1.0) for name in ranked)
+        half, weight = 0, 0.0
+        while half < len(ranked) - 1 and (half == 0 or weight < total / 2):
+            weight += weights.get(ranked[half], 1.0)
+            half += 1
+        ranked = ranked[:half] if ask.diverges(ranked[:half]) else ranked[half:]
+    return ranked[0]
+
+
+def ddmin(changes: Sequence[str], diverges: Callable[[Sequence[str]], bool]) -> list[str]:
+    """A 1-minimal subset that still diverges: without any one of its members it does not."""
+    current, parts = list(changes), 2
+    while len(current) > 1:
+        size = ceil(len(current) / parts)
+        chunks = [current[i : i + size] for i in range(0, len(current), size)]
+        for chunk in chunks:
+            if len(chunks) > 1 and diverges(chunk):
+                current, parts = chunk, 2
+                break
+            rest = [name for name in current if name not in chunk]
+            if rest and diverges(rest):
+                current, parts = rest, max(parts - 1, 2)
+                break
+        else:
+            if parts >= len(current):
+                return current
+            parts = min(2 * parts, len(current))
+    return current
+
+
+def _named(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "no change"

@@ -1,0 +1,76 @@
+"""From "they differ" to the one cause, on real paths."""
+
+from __future__ import annotations
+
+import pytest
+
+from parity.bisect.causes import Bisection
+from parity.recipe import Recipe
+
+HARMLESS = {
+    "train.compile": False,
+    "data.max_length": 1024,
+    "optim.clip_value": 7.0,
+    "decode.max_completion_loss": 0.4,
+    "seed.data": 3407,
+}
+
+
+def search(engine, recipe, changes, subject="mlx", reference="mlx-lm"):
+    return Bisection(engine, subject, reference, recipe, changes).search()
+
+
+@pytest.mark.parametrize(
+    ("factor", "value", "stage"),
+    [
+        ("data.append_eos", False, "tokenization"),
+        ("model.weights", "bfloat16", "logits"),
+        ("mask.end_shift", 0, "cross_entropy"),
+        ("lora.rank", 4, "lora_init"),
+        ("optim.eps", 1e-4, "optimizer_step"),
+        ("data.pad_multiple", 8, "loss_curve"),
+    ],
+)
+def test_a_flipped_factor_is_found_alone(factor, value, stage, engine, small):
+    report = search(engine, small, {**HARMLESS, factor: value})
+    assert report.verdict == "found", report.reason
+    assert [(c.stage, list(c.factors)) for c in report.causes] == [(stage, [factor])]
+    assert factor in report.answer()
+    assert f"--set-subject {factor}=" in report.answer()
+
+
+def test_two_factors_that_matter_only_together(engine, small):
+    recipe = small.override({"optim.clip_value": 1e6})
+    changes = {"optim.clip": "value", "optim.clip_value": 0.5, "train.compile": False}
+    report = search(engine, recipe, changes)
+    assert [set(c.factors) for c in report.causes] == [{"optim.clip", "optim.clip_value"}]
+
+
+def test_causes_at_two_stages_are_both_found(engine, small):
+    report = search(engine, small, {**HARMLESS, "lora.scale": 4.0, "optim.weight_decay": 0.01})
+    assert [list(c.factors) for c in report.causes] == [["lora.scale"], ["optim.weight_decay"]]
+
+
+def test_harmless_changes_are_no_cause(engine, small):
+    report = search(engine, small, HARMLESS)
+    assert report.verdict == "agree"
+    assert not report.causes
+
+
+@pytest.mark.parametrize(
+    ("planted", "stage", "says"),
+    [
+        ("BadModule", "logits", ["first bad module layers.7.mlp.up_proj", "confirmed", "1 of 18 layers (7)"]),
+        ("BadRope", "logits", ["layers.5.self_attn", "1 of 18 layers (5)"]),
+        ("BadBackward", "gradient", ["differ from layers.9.mlp"]),
+        ("BadThirdStep", "optimizer_step", ["step 3"]),
+    ],
+)
+@pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
+def test_a_planted_fault_is_placed(planted, stage, says, reference, engine, small):
+    subject = f"tests.planted_paths:{planted}"
+    report = search(engine, small, {}, subject, reference)
+    assert report.causes, report.reason
+    assert report.causes[0].stage == stage
+    for words in says:
+        assert words in report.answer()
