@@ -19,12 +19,19 @@ from parity.trace import dumps, write_atomically
 if TYPE_CHECKING:
     import pandas as pd
 
+    from parity.expected import Known
+
 SCHEMA = 1
-MISSING = "missing"
-STATES = (*(str(verdict) for verdict in Verdict), MISSING)
-"""What a cell of the grid can hold: a verdict, or `missing` where there is no record."""
+MISSING, EXPECTED, STALE = "missing", "expected", "stale"
+STATES = (*(str(verdict) for verdict in Verdict), EXPECTED, STALE, MISSING)
+"""What a cell of the grid can hold: a verdict, `missing` where there is no record, `expected` for a
+known divergence and `stale` for a cell that came out green where one was known."""
 GREEN = ("identical", "agree")
-GRAVEST_FIRST = ("error", MISSING, "diverge", "inconclusive", "skip", "agree", "identical")
+GAPS = ("error", MISSING, STALE, EXPECTED, "skip")
+NOT_RED = (*GREEN, EXPECTED, "skip")
+GRAVEST_FIRST = (
+    "error", MISSING, "diverge", STALE, "inconclusive", EXPECTED, "skip", "agree", "identical",
+)  # fmt: skip
 
 
 class Note(NamedTuple):
@@ -83,7 +90,8 @@ class Aggregate:
     verdict: str
     """Worst state of any cell."""
     exit_code: int
-    """0 all green, 1 something diverges or is inconclusive, 3 cells missing or in error."""
+    """0 all green or expected, 1 something diverges, is stale or inconclusive, 3 cells missing or in
+    error."""
     reason: str
     counts: dict[str, int]
     seeds: tuple[int, ...]
@@ -99,7 +107,7 @@ class Aggregate:
     first: tuple[First, ...]
     notes: tuple[Note, ...]
     gaps: dict[str, tuple[Gap, ...]]
-    """Cells by `error`, `missing` and `skip`."""
+    """Cells by `error`, `missing`, `stale`, `expected` and `skip`."""
     problems: tuple[str, ...]
     """What keeps numbers from being taken at face value."""
 
@@ -109,24 +117,34 @@ class Aggregate:
         return [r for row in self.cells.values() for r in row.values() if r]
 
     def failures(self) -> list[Record]:
-        """Records neither green nor skipped: the first seed of each row, then the next of each."""
+        """Records neither green, expected nor skipped: the first seed of each row, then the next of each."""
         bad = [
-            [r for r in row.values() if r and state(r) not in (*GREEN, "skip")]
+            [r for r in row.values() if r and state(r) not in NOT_RED]
             for row in self.cells.values()
         ]
         return [record for turn in zip_longest(*bad) for record in turn if record]
 
 
 def state(record: Record | None) -> str:
-    """Verdict of a cell, or `missing`."""
-    return str(record.verdict) if record else MISSING
+    """Verdict of a cell, `missing`, or what became of a known divergence."""
+    if record is None:
+        return MISSING
+    if record.expected:
+        return STALE if record.verdict.green else EXPECTED
+    return str(record.verdict)
 
 
-def aggregate(records: Iterable[Record], expected: Plan | None = None) -> Aggregate:
+def aggregate(
+    records: Iterable[Record], expected: Plan | None = None, known: Sequence[Known] = ()
+) -> Aggregate:
     """Puts records together.
 
     A cell is missing where the plan has it, or where another row has its seed, and no record came.
+    Of the known divergences those that match no record are named; records are marked already.
     """
+    from parity.expected import unmatched
+
+    records = list(records)
     found: dict[tuple[Row, int], list[Record]] = defaultdict(list)
     for record in sorted(records, key=lambda r: (r.seed, r.verdict, r.reason, r.reproduce)):
         found[row_of(record), record.seed].append(record)
@@ -143,6 +161,7 @@ def aggregate(records: Iterable[Record], expected: Plan | None = None) -> Aggreg
         if len(group) > 1
     ]
     problems += [f"{c.quantity}, {c.row.pair}, {p}" for c in found_curves for p in c.problems]
+    problems += unmatched(records, known)
     return Aggregate(
         verdict=verdict,
         exit_code=code,
@@ -163,7 +182,7 @@ def aggregate(records: Iterable[Record], expected: Plan | None = None) -> Aggreg
         passes=_passes(present),
         first=tuple(_first(cells)),
         notes=_notes(present),
-        gaps={name: tuple(_gaps(cells, name)) for name in ("error", MISSING, "skip")},
+        gaps={name: tuple(_gaps(cells, name)) for name in GAPS},
         problems=tuple(sorted(problems)),
     )
 
@@ -185,7 +204,8 @@ def _worst(records: Sequence[Record]) -> Record | None:
     if not records:
         return None
     verdict = worst([record.verdict for record in records])
-    return next(record for record in records if record.verdict is verdict)
+    # Of two that diverge, the one nobody expected.
+    return min((r for r in records if r.verdict is verdict), key=lambda r: bool(r.expected))
 
 
 def conclude(counts: Mapping[str, int]) -> tuple[str, int, str]:
@@ -193,13 +213,14 @@ def conclude(counts: Mapping[str, int]) -> tuple[str, int, str]:
     total = sum(counts.values())
     said = {name: f"{n} {name}" for name in GRAVEST_FIRST if (n := counts.get(name, 0))}
     listed = ", ".join(said.values())
-    for code, states in ((3, ("error", MISSING)), (1, ("diverge", "inconclusive"))):
+    for code, states in ((3, ("error", MISSING)), (1, ("diverge", STALE, "inconclusive"))):
         if bad := [name for name in states if name in said]:
             return bad[0], code, f"{total} cell{'s' * (total != 1)}: {listed}"
-    if not any(name in said for name in GREEN):
+    verdict = next((name for name in said if name != "skip"), None)
+    if verdict is None:
         return "inconclusive", 1, "nothing was compared" + (f": {listed}" if listed else "")
-    verdict = "agree" if "agree" in said else "identical"
-    return verdict, 0, f"all {total - counts.get('skip', 0)} cells compared are green: {listed}"
+    what = "green or diverge as expected" if EXPECTED in said else "green"
+    return verdict, 0, f"all {total - counts.get('skip', 0)} cells compared are {what}: {listed}"
 
 
 def _table(rows: Iterable[Mapping[str, Any]], columns: list[str]) -> pd.DataFrame:
@@ -212,8 +233,8 @@ def _summary(cells: Cells) -> pd.DataFrame:
     rows = []
     for row, by_seed in cells.items():
         counts = Counter(map(state, by_seed.values()))
-        green = sum(counts[name] for name in GREEN)
-        decided = green + counts["diverge"]
+        green = sum(counts[name] for name in (*GREEN, STALE))
+        decided = green + counts["diverge"] + counts[EXPECTED]
         ci = wilson(green, decided) if decided else None
         rows.append(
             row._asdict()
@@ -246,19 +267,19 @@ def _passes(rows: Mapping[Row, Sequence[Record]]) -> tuple[Passes, ...]:
 def _first(cells: Cells) -> Iterator[First]:
     pairs: dict[str, list[Row]] = defaultdict(list)
     for row, by_seed in cells.items():
-        if any(state(r) not in (*GREEN, "skip") for r in by_seed.values()):
+        if any(state(r) not in NOT_RED for r in by_seed.values()):
             pairs[row.pair].append(row)
     for rows in pairs.values():
         # What diverges says more than what is missing before it.
         ranked = [
             (name, row, seeds)
-            for name in ("diverge", "error", "inconclusive", MISSING)
+            for name in ("diverge", "error", "inconclusive", STALE, MISSING)
             for row in rows
             if (seeds := tuple(s for s, r in cells[row].items() if state(r) == name))
         ]
         name, row, seeds = ranked[0]
         record = cells[row][seeds[0]]
-        reason = record.reason if record else "no record came"
+        reason = record.expected or record.reason if record else "no record came"
         later = tuple(other for other in rows if other.probe > row.probe)
         every = [r for other in rows for r in cells[other].values() if r]
         hints = tuple(dict.fromkeys(hint for r in every for hint in r.hints))
@@ -286,7 +307,7 @@ def _gaps(cells: Cells, name: str) -> Iterator[Gap]:
         reasons: dict[str, list[int]] = defaultdict(list)
         for seed, record in by_seed.items():
             if state(record) == name:
-                reasons[record.reason if record else "no record"].append(seed)
+                reasons[record.expected or record.reason if record else "no record"].append(seed)
         yield from (Gap(row, tuple(seeds), reason) for reason, seeds in reasons.items())
 
 

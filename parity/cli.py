@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from parity import __version__
+from parity.bisect.command import bisect
 from parity.errors import CaptureError, UnmatchedNames, Unsupported, UsageError
-
-EXIT_GREEN, EXIT_NOT_GREEN, EXIT_USAGE, EXIT_MISSING = 0, 1, 2, 3
+from parity.options import EXIT_GREEN, EXIT_MISSING, EXIT_NOT_GREEN, EXIT_USAGE, recipe_options
 
 
 class Group(click.Group):
@@ -53,17 +53,6 @@ def main() -> None:
     """Tells whether an MLX fine-tuning path does the same thing as its reference."""
 
 
-def _recipe_options(command: Any) -> Any:
-    for option in (
-        click.option("--set", "settings", multiple=True, metavar="FACTOR=VALUE",
-                     help="Change a factor of the recipe, e.g. lora.num_layers=16."),
-        click.option("--recipe", default="default", show_default=True, metavar="NAME|FILE",
-                     help="A recipe of the fixtures or a TOML file."),
-    ):  # fmt: skip
-        command = option(command)
-    return command
-
-
 @main.command()
 @click.option(
     "--subject", default="mlx", show_default=True, metavar="PATH", help="The path under question."
@@ -75,7 +64,7 @@ def _recipe_options(command: Any) -> Any:
 @click.option(
     "--probes", multiple=True, metavar="LIST", help="Numbers or names, e.g. 02,05.  [default: all]"
 )
-@_recipe_options
+@recipe_options
 @click.option(
     "--set-subject", multiple=True, metavar="FACTOR=VALUE", help="Change a factor on one side only."
 )
@@ -104,6 +93,9 @@ def _recipe_options(command: Any) -> Any:
     type=click.FloatRange(1),
     help="Seconds a capture may take.",
 )
+@click.option("--expected", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+              help="Known divergences.  [default: the fixtures' file of each pair]")  # fmt: skip
+@click.option("--no-expected", is_flag=True, help="Expect no divergence.")
 def run(
     subject: str,
     references: tuple[str, ...],
@@ -116,12 +108,15 @@ def run(
     out: Path | None,
     jobs: int,
     timeout: float,
+    expected: Path | None,
+    no_expected: bool,
 ) -> None:
     """Run probes over seeds and report.
 
     Captures are cached by content: what was finished before an interruption is not run again.
     """
     from parity import engine as engines
+    from parity import expected as expectations
     from parity import recipe as recipes
     from parity import run as runs
     from parity.aggregate import aggregate, write
@@ -144,15 +139,21 @@ def run(
         recipe,
     )
     engines.check([subject, *matrix.references], shared)
+    known = expectations.chosen(subject, matrix.references, expected, no_expected)
     folder = out or runs.default_folder()
     plan = Plan.of(matrix.cells())
     write_plan(plan, folder)
+    expectations.keep(known, folder)
     with (
         progress.shown(len(matrix.cells())) as (done, notice),
         engines.Engine(timeout=timeout, log_dir=folder / "logs", notice=notice) as engine,
     ):
         records = runs.run(matrix, engine, folder, jobs, done)
-    result = aggregate(records, plan)
+    records = [expectations.mark(record, known) for record in records]
+    for record in records:
+        if record.expected:
+            record.save(folder / "records")
+    result = aggregate(records, plan, known)
     files = write(result, folder)
     terminal.render(result, terminal.console())
     click.echo("wrote " + ", ".join(str(file) for file in files if file.suffix in (".md", ".html")))
@@ -160,84 +161,17 @@ def run(
 
 
 @main.command()
-@click.option(
-    "--subject", default="mlx", show_default=True, metavar="PATH", help="The path under question."
-)
-@click.option(
-    "--reference",
-    default="mlx-lm",
-    show_default=True,
-    metavar="PATH",
-    help="What it is held against.",
-)
-@_recipe_options
-@click.option(
-    "--set-subject",
-    multiple=True,
-    metavar="FACTOR=VALUE",
-    help="Change a factor on the subject's side.",
-)
-@click.option("--shipped", "as_shipped", is_flag=True, help="Let each path use its own defaults.")
-@click.option(
-    "--seed", default=3407, show_default=True, type=click.IntRange(0, 2**32 - 1), help="The seed."
-)
-@click.option(
-    "--repeats",
-    default=1,
-    show_default=True,
-    type=click.IntRange(1, 20),
-    help="How often each question is asked; answers that disagree end in `inconclusive`.",
-)
-@click.option(
-    "--out",
-    default=Path("reports/bisect"),
-    show_default=True,
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Folder of the result.",
-)
-@click.option(
-    "--timeout",
-    default=600.0,
-    show_default=True,
-    type=click.FloatRange(1),
-    help="Seconds a capture may take.",
-)
-def bisect(
-    subject: str, reference: str, recipe: str, settings: tuple[str, ...], set_subject: tuple[str, ...],
-    as_shipped: bool, seed: int, repeats: int, out: Path, timeout: float,
-) -> None:  # fmt: skip
-    """Find what makes a subject differ from its reference.
-
-    Stages first, in the order in which data flows; then the factors in which the two recipes differ,
-    every minimal set of them; then, where no factor explains it, the module, tensor or step.
-    The answer goes to stdout, progress to stderr.
-
-    \b
-    Examples:
-      parity bisect --reference hf --shipped
-      parity bisect --set-subject lora.num_layers=16 --set-subject optim.weight_decay=0.01
-      parity bisect --reference hf --recipe smollm2 --set model.source=smollm2-135m-as-saved
-    """  # noqa: D301
-    from parity.bisect.command import causes
-
-    report = causes(
-        subject, reference, recipe, settings, set_subject, as_shipped, seed, repeats, out, timeout
-    )
-    click.echo(report.answer())
-    click.echo(f"wrote {out}/bisect.md", err=True)
-    sys.exit(EXIT_GREEN if report.verdict == "agree" else EXIT_NOT_GREEN)
-
-
-@main.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 def report(folder: Path) -> None:
     """Aggregate a folder of records: table, JSON, CSV, Markdown, HTML."""
-    from parity import record
+    from parity import expected, record
     from parity.aggregate import aggregate, write
     from parity.plan import read_plan
     from parity.report import terminal
 
-    result = aggregate(record.load_all(folder), read_plan(folder))
+    known = expected.kept(folder)
+    records = [expected.mark(found, known) for found in record.load_all(folder)]
+    result = aggregate(records, read_plan(folder), known)
     files = write(result, folder)
     terminal.render(result, terminal.console())
     click.echo("wrote " + ", ".join(str(file) for file in files))
@@ -247,7 +181,7 @@ def report(folder: Path) -> None:
 @main.command()
 @click.argument("path")
 @click.argument("method")
-@_recipe_options
+@recipe_options
 @click.option("--inputs", type=click.Path(path_type=Path, exists=True, dir_okay=False),
               help="A trace that holds what the method is handed.")  # fmt: skip
 @click.option(
@@ -337,7 +271,7 @@ def list_() -> None:
 
 
 @main.command()
-@_recipe_options
+@recipe_options
 def factors(recipe: str, settings: tuple[str, ...]) -> None:
     """Show every factor of a recipe with its value."""
     import json
@@ -346,6 +280,9 @@ def factors(recipe: str, settings: tuple[str, ...]) -> None:
 
     for name, value in recipes.load(recipe, settings).factors().items():
         click.echo(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+
+
+main.add_command(bisect)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ FOLDER = "expected"
 
 
 class Entry(BaseModel):
-    """One known divergence."""
+    """One known divergence; `deterministic` says that it shows in every cell."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -39,7 +39,6 @@ class Entry(BaseModel):
     reason: Annotated[str, Field(min_length=1)]
     link: str = ""
     deterministic: bool
-    """Whether it shows in every cell, so that a green one means that it is gone."""
 
     @field_validator("probe", mode="before")
     @classmethod
@@ -55,6 +54,12 @@ class Entry(BaseModel):
         for specifier in value.values():
             SpecifierSet(specifier)  # raises a ValueError that names it
         return value
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    entry: list[Entry]
 
 
 class Known(NamedTuple):
@@ -78,15 +83,10 @@ class Known(NamedTuple):
         """Whether the entry speaks of this cell in these versions, whatever its verdict."""
         sides = (record.reference, record.subject)
         ran = {k: v for side in sides for k, v in side.environment.get("versions", {}).items() if v}
-        return (
-            self.entry.probe == record.probe
-            and self.entry.model in (None, record.model)
-            and self.of_pair(record)
-            and all(
-                package in ran and SpecifierSet(wanted).contains(ran[package], prereleases=True)
-                for package, wanted in self.entry.versions.items()
-            )
-        )
+        same = self.entry.probe == record.probe and self.entry.model in (None, record.model)
+        wanted = self.entry.versions.items()
+        fits = (p in ran and SpecifierSet(v).contains(ran[p], prereleases=True) for p, v in wanted)
+        return same and self.of_pair(record) and all(fits)
 
 
 def file_name(subject: str, reference: str) -> str:
@@ -98,35 +98,27 @@ def load(file: Path) -> list[Known]:
     """The entries of one file.
 
     Raises:
-        UsageError: It cannot be read; or names file, entry and value that are wrong.
+        UsageError: It cannot be read, or names file, entry and value that are wrong.
     """
     try:
-        data = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{file}: no expected divergences: {error}") from None
-    entries = data.get("entry")
-    if not isinstance(entries, list) or len(data) > 1:
-        raise UsageError(f"{file}: give tables [[entry]] and nothing else, got {', '.join(data)}")
-    number = 0
-    try:
-        return [Known(file, number, Entry.model_validate(v)) for number, v in enumerate(entries, 1)]
+        entries = _File.model_validate(tomllib.loads(file.read_text(encoding="utf-8"))).entry
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        at = 1 + entries.index(first["input"]) if first["type"] == "missing" else None
-        raise UsageError(f"{file}: {where}: {first['msg']}, got {first['input']!r} {at}") from None
+        where = "".join(f" {p + 1}: " if isinstance(p, int) else p for p in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{file}: {where}: {message}, got {first['input']!r}") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file}: no expected divergences: {error}") from None
+    return [Known(file, number, entry) for number, entry in enumerate(entries, 1)]
 
 
-def of_pairs(subject: str, references: Iterable[str]) -> list[Known]:
-    """What the fixtures know of these pairs."""
-    files = [resources.fixtures() / FOLDER / file_name(subject, name) for name in references]
-    return [known for file in files if file.is_file() for known in load(file)]
-
-
-def of_run(folder: Path) -> list[Known]:
-    """What a run, or the shards below a folder, were told to expect."""
-    files = {file.name: file for file in sorted(folder.rglob(f"{FOLDER}/*.toml"))}
-    return [known for file in files.values() for known in load(file)]
+def chosen(subject: str, references: Iterable[str], file: Path | None, none: bool) -> list[Known]:
+    """The entries of a file that is named, or what the fixtures know of these pairs."""
+    if file and none:
+        raise UsageError(f"--expected {file} and --no-expected: give one of them")
+    shipped = [resources.fixtures() / FOLDER / file_name(subject, name) for name in references]
+    files = [file] if file else [] if none else [file for file in shipped if file.is_file()]
+    return [known for file in files for known in load(file)]
 
 
 def keep(known: Iterable[Known], folder: Path) -> None:
@@ -136,45 +128,51 @@ def keep(known: Iterable[Known], folder: Path) -> None:
         (folder / FOLDER / file.name).write_bytes(file.read_bytes())
 
 
+def kept(folder: Path) -> list[Known]:
+    """What a run, or the shards below a folder, were told to expect."""
+    files = {file.name: file for file in sorted(folder.rglob(f"{FOLDER}/*.toml"))}
+    # Copies go by their name: it is not in them that an entry is to be mended.
+    return [k._replace(file=Path(name)) for name, file in files.items() for k in load(file)]
+
+
 def mark(record: Record, known: Sequence[Known]) -> Record:
     """The record with `expected` filled: why it diverges, or that it no longer does."""
-    said = [k.said for k in _covering(record, known)]
-    if record.verdict.green:
-        stale = [k for k in known if k.entry.deterministic and k.applies(record)]
-        said = [
-            f"no longer diverges: remove entry {k.number} from {k.file}: {k.said}" for k in stale
-        ]
-    return (
-        record.model_copy(update={"expected": "; ".join(dict.fromkeys(said))}) if said else record
-    )
+    gone = "no longer diverges: remove entry {0.number} from {0.file}: {0.said}"
+    said = [gone.format(k) for k in _stale(record, known)]
+    said += [k.said for k in _covering(record, known)]
+    if record.expected or not said:
+        return record
+    return record.model_copy(update={"expected": "; ".join(dict.fromkeys(said))})
+
+
+def _stale(record: Record, known: Sequence[Known]) -> list[Known]:
+    deterministic = [k for k in known if k.entry.deterministic and k.applies(record)]
+    return deterministic if record.verdict.green else []
 
 
 def _covering(record: Record, known: Sequence[Known]) -> list[Known]:
     """The entries that together explain a divergence; none where one metric is left over."""
-    if record.verdict is not Verdict.DIVERGE:
-        return []
     bad = [m for m in record.metrics if m.gate and not m.verdict.green]
+    # What was inconclusive beside a known divergence is not known.
+    if {record.verdict, *(m.verdict for m in bad)} != {Verdict.DIVERGE}:
+        return []
     # Names that do not match leave no metrics: then only an entry for every metric covers it.
     names = [m.name for m in bad] or [""]
     applying = [k for k in known if k.applies(record)]
     found = [[k for k in applying if fnmatchcase(name, k.entry.metric)] for name in names]
-    # What was inconclusive beside a known divergence is not known.
-    if not all(found) or any(m.verdict is not Verdict.DIVERGE for m in bad):
-        return []
-    return [k for k in applying if any(k in group for group in found)]
+    return [k for k in applying if any(k in group for group in found)] if all(found) else []
 
 
 def unmatched(records: Sequence[Record], known: Sequence[Known]) -> list[str]:
     """Entries that explain no record, but for those of probes and known models that were not run."""
-    models = {*resources.names("models"), *resources.EXTRA_MODELS} - {r.model for r in records}
-    used = [k for r in records for k in _covering(r, known)]
-    used += [k for r in records if r.verdict.green for k in known
-             if k.entry.deterministic and k.applies(r)]  # fmt: skip
-    pairs = [k for k in known if any(k.of_pair(r) for r in records)]
     probes = {r.probe for r in records}
+    models = {*resources.names("models"), *resources.EXTRA_MODELS} - {r.model for r in records}
+    used = [k for r in records for k in (_stale(r, known) or _covering(r, known))]
+    for k in known:
+        not_run = k.entry.probe not in probes or k.entry.model in models
+        used += [k] * (not_run and any(map(k.of_pair, records)))
     return [
         f"{k.file}: entry {k.number} (probe {k.entry.probe:02d}, {k.entry.metric}) matched no record"
         for k in known
         if k not in used
-        and not (k in pairs and (k.entry.probe not in probes or k.entry.model in models))
     ]

@@ -36,6 +36,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         help="FACTOR=VALUE on the subject's side only",
     )
+    group.addoption("--expected", default=None, help="file of known divergences (the fixtures')")
+    group.addoption("--no-expected", action="store_true", help="expect no divergence")
     group.addoption("--parity-out", default=None, help="folder that takes the records")
 
 
@@ -97,17 +99,25 @@ def probe(
     pytestconfig: pytest.Config,
     record_property: Callable[[str, object], None],
 ) -> Callable[[Cell], Record]:
-    """Runs a cell and writes its record; anything but green ends the test with the record's text."""
+    """Runs a cell and writes its record; anything but green ends the test with the record's text.
+
+    A known divergence is an expected failure, strictly so if its entry says deterministic.
+    """
+    from parity import expected
     from parity.record import Verdict
 
     folder = Path(pytestconfig.getoption("--parity-out") or Path("reports") / "pytest")
 
     def run(cell: Cell) -> Record:
-        record = parity_engine.run(cell)
+        named, none = (pytestconfig.getoption(name) for name in ("--expected", "--no-expected"))
+        known = expected.chosen(cell.subject, [cell.reference], named and Path(named), none)
+        record = expected.mark(parity_engine.run(cell), known)
         record_property("parity_record", str(record.save(folder / "records")))
         if record.verdict is Verdict.SKIP:
             pytest.skip(record.reason)
-        if not record.verdict.green:
+        if record.expected and not record.verdict.green:
+            pytest.xfail(record.expected)
+        if record.expected or not record.verdict.green:
             pytest.fail(record.message(), pytrace=False)
         return record
 

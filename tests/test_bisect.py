@@ -74,3 +74,23 @@ def test_a_planted_fault_is_placed(planted, stage, says, reference, engine, smal
     assert report.causes[0].stage == stage
     for words in says:
         assert words in report.answer()
+
+
+def test_any_command_is_an_oracle(tmp_path):
+    from parity.bisect.check import search as check
+    from parity.bisect.check import to_toml
+    from parity.errors import UsageError
+    from parity.recipe import load
+
+    recipe = Recipe().override({"seed.data": 5, "decode.prompts": ['a "b"', "ü\n"]})
+    file = tmp_path / "r.toml"
+    file.write_text(to_toml(recipe))
+    assert load(file) == recipe
+    found = check('! grep -q "rank = 4" "$PARITY_RECIPE"', Recipe(), {**HARMLESS, "lora.rank": 4})
+    assert found.causes == [("lora.rank",)]
+    assert check("exit 125", Recipe(), HARMLESS).verdict == "inconclusive"
+    assert check("exit 0", Recipe(), HARMLESS).verdict == "agree"
+    with pytest.raises(UsageError, match="cannot run it"):
+        check("no-such-command", Recipe(), HARMLESS)
+    with pytest.raises(UsageError, match="--set-subject"):
+        check("exit 0", Recipe(), {})

@@ -67,8 +67,10 @@ class Report:
         """The sentence a maintainer acts on, with what shows it."""
         if self.verdict == "agree":
             return f"{self.subject} and {self.reference} agree at every stage: {self.reason}"
-        lines = [f"{c.sentence}\n  shown by: {c.reproduce}" for c in self.causes]
-        lines += [f"  hint: {hint}" for c in self.causes for hint in c.hints]
+        lines = []
+        for cause in self.causes:
+            lines += [cause.sentence, *(f"  hint: {hint}" for hint in cause.hints)]
+            lines.append(f"  shown by: {cause.reproduce}")
         if self.verdict == "inconclusive":
             lines.append(f"inconclusive: {self.reason}")
         return "\n".join(lines)
@@ -105,14 +107,13 @@ class Bisection:
         repeats: int = 1,
         origin: str = DEFAULT,
         stages: tuple[Stage, ...] = STAGES,
-        run: Callable[[Cell], Record] | None = None,
+        notice: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.engine, self.subject, self.reference = engine, subject, reference
         self.recipe, self.changes, self.origin = recipe, dict(changes), origin
         self.watch, self.repeats, self.stages = watch, repeats, stages
-        self._run = run or engine.run
+        self.notice = notice
         self._recipes: set[str] = set()
-        self.notice: Callable[[str], None] = lambda _: None
 
     def cell(self, stage: Stage, names: frozenset[str] | set[str] | tuple[str, ...]) -> Cell:
         """The cell in which the subject differs in just these factors."""
@@ -124,7 +125,7 @@ class Bisection:
         """Runs that cell."""
         cell = self.cell(stage, names)
         self._recipes.add(cell.recipe.override(cell.changes.get("subject", {})).digest())
-        return self._run(cell)
+        return self.engine.run(cell)
 
     def search(self) -> Report:
         """Runs the whole search."""

@@ -24,6 +24,9 @@ class Answer(StrEnum):
     """It could not be run; the search goes round it."""
 
 
+_STRIP = {Answer.DIVERGES: "✗", Answer.AGREES: "✓", Answer.UNKNOWN: "?"}
+
+
 class Status(StrEnum):
     """How a hypothesis stands."""
 
@@ -86,9 +89,9 @@ class Asked:
         key = frozenset(changes)
         if key not in self.known:
             if self._watch:
-                self._watch(
-                    why or ", ".join(sorted(key)) or "nothing changed", self.runs, self.left
-                )
+                strip = "".join(_STRIP[answer] for answer in self.known.values())
+                what = why or ", ".join(sorted(key)) or "nothing changed"
+                self._watch(f"{strip}… {what}", self.runs, self.left)
             answers = {self._oracle(key) for _ in range(self._repeats)}
             if len(answers) > 1:
                 raise Contradiction(

@@ -7,7 +7,7 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
-from parity.aggregate import GREEN, Aggregate, First
+from parity.aggregate import GREEN, Aggregate, First, state
 from parity.plan import Row, row_of
 from parity.record import Metric, Record
 from parity.report import markdown as words
@@ -36,6 +36,7 @@ def render(result: Aggregate) -> str:
     environment.globals |= {
         "differing": differing,
         "row_of": row_of,
+        "state": state,
         "off": off_said,
         "off_in": off_in,
     }

@@ -16,6 +16,8 @@ SYMBOLS = {
     "identical": "=",
     "agree": "≈",
     "diverge": "✗",
+    "expected": "x",
+    "stale": "+",
     "inconclusive": "?",
     "error": "!",
     "skip": "–",
@@ -106,7 +108,7 @@ def pass_rates(result: Aggregate) -> dict[Row, str]:
     rows = result.summary.to_dict("records")
     return {
         Row(*(row[name] for name in Row._fields)): _rate(
-            row["identical"] + row["agree"], row["decided"]
+            row["identical"] + row["agree"] + row["stale"], row["decided"]
         )
         for row in rows
     }
@@ -179,7 +181,13 @@ def grids(result: Aggregate) -> dict[str, list[tuple[Row, list[str]]]]:
 def gaps(result: Aggregate) -> dict[str, list[str]]:
     """Heading to lines of what was not compared or not to be taken at face value."""
     of = len(result.seeds)
-    titles = {"error": "In error", "missing": "Missing", "skip": "Skipped"}
+    titles = {
+        "error": "In error",
+        "missing": "Missing",
+        "stale": "No longer diverges",
+        "expected": "Expected to diverge",
+        "skip": "Skipped",
+    }
     found = {
         titles[name]: [
             f"{g.row.title}, {g.row.pair}, {seeds_said(g.seeds, of)}: {g.reason}" for g in which

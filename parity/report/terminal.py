@@ -23,12 +23,14 @@ STYLES = {
     "identical": "green",
     "agree": "green",
     "diverge": "bold red",
+    "expected": "yellow",
+    "stale": "bold red",
     "inconclusive": "yellow",
     "error": "bold magenta",
     "skip": "dim",
     "missing": "bold yellow",
 }
-ASCII = {"≈": "~", "✗": "x", "–": "-", "·": "."}
+ASCII = {"≈": "~", "✗": "x", "x": "e", "–": "-", "·": "."}
 
 
 def console() -> Console:

@@ -27,6 +27,7 @@ def describe(record: Record) -> str:
     # What differs as shipped is no part of this verdict and has a section of its own.
     lines += [f"  {text}" for text in record.findings if not text.startswith("as shipped")]
     lines += [f"  hint: {hint}" for hint in record.hints]
+    lines += [f"  expected: {record.expected}"] * bool(record.expected)
     if record.verdict is Verdict.ERROR and record.detail:
         lines += [f"  | {line}" for line in record.detail.strip().splitlines()[-12:]]
     lines += [f"  trace: {artifact}" for artifact in record.artifacts]

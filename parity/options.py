@@ -1,0 +1,21 @@
+"""What the commands share: exit codes and options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+EXIT_GREEN, EXIT_NOT_GREEN, EXIT_USAGE, EXIT_MISSING = 0, 1, 2, 3
+
+
+def recipe_options(command: Any) -> Any:
+    """`--recipe` and `--set`."""
+    for option in (
+        click.option("--set", "settings", multiple=True, metavar="FACTOR=VALUE",
+                     help="Change a factor of the recipe, e.g. lora.num_layers=16."),
+        click.option("--recipe", default="default", show_default=True, metavar="NAME|FILE",
+                     help="A recipe of the fixtures or a TOML file."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
