@@ -58,7 +58,7 @@ def cells(options: argparse.Namespace) -> list[Cell]:
             {"model.source": model, "model.dtype": dtype, "seed.value": seed}))
         for dtype in options.dtypes.split(",")
         for model in MODELS
-        for seed in SEEDS[: options.seeds]
+        for seed in SEEDS[: options.seeds if dtype == "float32" else options.half_seeds]
         for stage in STAGES
         for reference in REFERENCES
     ]  # fmt: skip
@@ -134,6 +134,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=15)
+    parser.add_argument("--half-seeds", type=int, default=5, help="of bfloat16 and float16")
     parser.add_argument("--fault-seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--dtypes", default="float32,bfloat16")
@@ -158,8 +159,8 @@ def main() -> None:
     text = [
         "# Calibration",
         "",
-        f"Made by `python benchmarks/calibrate.py --seeds {options.seeds} --dtypes {options.dtypes} "
-        f"--steps {options.steps} --fault-seeds {options.fault_seeds}`.",
+        f"Made by `python benchmarks/calibrate.py --seeds {options.seeds} "
+        f"--half-seeds {options.half_seeds} --dtypes {options.dtypes} --steps {options.steps} --fault-seeds {options.fault_seeds}`.",
         "",
         f"**{len(table)} clean cells, {int((~green).sum())} not green "
         f"({100 * (~green).mean():.2f} %).** A tolerance is {HEADROOM:g} floors.",

@@ -25,17 +25,18 @@ FOLDER = "expected"
 
 
 class Entry(BaseModel):
-    """One known divergence; `deterministic` says that it shows in every cell."""
+    """One known divergence.
+
+    `probe` is a number or a name, `metric` may hold `*` and `?`, `versions` lead from a distribution
+    to a PEP 440 specifier; `deterministic` says that it shows in every cell.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     probe: int
-    """Number; a file may give the name."""
     model: str | None = None
     metric: str = "*"
-    """Name of the metrics covered, with `*` and `?`."""
     versions: dict[str, str] = Field(default_factory=dict)
-    """Distribution to PEP 440 specifier."""
     reason: Annotated[str, Field(min_length=1)]
     link: str = ""
     deterministic: bool
@@ -56,9 +57,7 @@ class Entry(BaseModel):
         return value
 
 
-class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class _File(BaseModel, extra="forbid"):
     entry: list[Entry]
 
 
@@ -72,7 +71,7 @@ class Known(NamedTuple):
     @property
     def said(self) -> str:
         """Reason and link."""
-        return self.entry.reason + (f" ({self.entry.link})" if self.entry.link else "")
+        return self.entry.reason + f" ({self.entry.link})" * bool(self.entry.link)
 
     def of_pair(self, record: Record) -> bool:
         """Whether the file is about the record's pair."""
@@ -138,27 +137,22 @@ def kept(folder: Path) -> list[Known]:
 def mark(record: Record, known: Sequence[Known]) -> Record:
     """The record with `expected` filled: why it diverges, or that it no longer does."""
     gone = "no longer diverges: remove entry {0.number} from {0.file}: {0.said}"
-    said = [gone.format(k) for k in _stale(record, known)]
-    said += [k.said for k in _covering(record, known)]
-    if record.expected or not said:
-        return record
-    return record.model_copy(update={"expected": "; ".join(dict.fromkeys(said))})
+    say = (gone if record.verdict.green else "{0.said}").format
+    said = "; ".join(dict.fromkeys(map(say, _matching(record, known))))
+    return record.model_copy(update={"expected": said}) if said else record
 
 
-def _stale(record: Record, known: Sequence[Known]) -> list[Known]:
-    deterministic = [k for k in known if k.entry.deterministic and k.applies(record)]
-    return deterministic if record.verdict.green else []
-
-
-def _covering(record: Record, known: Sequence[Known]) -> list[Known]:
-    """The entries that together explain a divergence; none where one metric is left over."""
+def _matching(record: Record, known: Sequence[Known]) -> list[Known]:
+    """Stale entries of what is green; of what diverges the entries that together cover it."""
+    applying = [k for k in known if k.applies(record)]
+    if record.verdict.green:
+        return [k for k in applying if k.entry.deterministic]
     bad = [m for m in record.metrics if m.gate and not m.verdict.green]
     # What was inconclusive beside a known divergence is not known.
     if {record.verdict, *(m.verdict for m in bad)} != {Verdict.DIVERGE}:
         return []
     # Names that do not match leave no metrics: then only an entry for every metric covers it.
     names = [m.name for m in bad] or [""]
-    applying = [k for k in known if k.applies(record)]
     found = [[k for k in applying if fnmatchcase(name, k.entry.metric)] for name in names]
     return [k for k in applying if any(k in group for group in found)] if all(found) else []
 
@@ -167,12 +161,11 @@ def unmatched(records: Sequence[Record], known: Sequence[Known]) -> list[str]:
     """Entries that explain no record, but for those of probes and known models that were not run."""
     probes = {r.probe for r in records}
     models = {*resources.names("models"), *resources.EXTRA_MODELS} - {r.model for r in records}
-    used = [k for r in records for k in (_stale(r, known) or _covering(r, known))]
+    used = [k for r in records for k in _matching(r, known)]
     for k in known:
         not_run = k.entry.probe not in probes or k.entry.model in models
         used += [k] * (not_run and any(map(k.of_pair, records)))
-    return [
-        f"{k.file}: entry {k.number} (probe {k.entry.probe:02d}, {k.entry.metric}) matched no record"
-        for k in known
-        if k not in used
-    ]
+    lone = (
+        "{0.file}: entry {0.number} (probe {0.entry.probe:02d}, {0.entry.metric}) matched no record"
+    )
+    return [lone.format(k) for k in known if k not in used]

@@ -76,8 +76,8 @@ def silent_cast(record: Record) -> str | None:
     """A dtype that differs."""
     for metric in _diverging(record):
         if metric.name in ("logits dtype", "LoRA dtype", "dtype.parameters", "dtype.adapter"):
-            what = f"{metric.name}, {metric.note}"
-            return f"weights cast in silence look like this: {what} ({_link('unsloth-zoo#670')})"
+            link = _link("unsloth-zoo#670")
+            return f"{metric.name}, {metric.note}: weights cast in silence look like this ({link})"
     return None
 
 
@@ -118,8 +118,8 @@ def last_layers(record: Record) -> str | None:
 
 def seed_placement(record: Record) -> str | None:
     """Other draws from the same distribution, all settings being equal."""
-    bits = [metric.name for metric in _diverging(record)] == ["adapter bits"]
-    if not bits or not record.facts.get("A is uniform on both sides"):
+    uniform = record.facts.get("A is uniform on both sides")
+    if not uniform or [metric.name for metric in _diverging(record)] != ["adapter bits"]:
         return None
     return (
         "A is drawn from the same distribution with other bits: the seed is set elsewhere, or "
@@ -150,9 +150,8 @@ def clip(record: Record) -> str | None:
 def bias_correction(record: Record) -> str | None:
     """Adam's first update is lr · sign(g); without correction, (1 - b1) / sqrt(1 - b2) times that."""
     ratio = record.facts.get("first update ratio", 1.0)
-    sides = ("subject", record.subject, ratio), ("reference", record.reference, 1 / ratio)
-    for name, side, seen in sides:
-        factor = _uncorrected(side)
+    for name, seen in (("subject", ratio), ("reference", 1 / ratio)):
+        factor = _uncorrected(getattr(record, name))
         if abs(factor - 1) > 5 * NEAR and isclose(seen, factor, rel_tol=NEAR):
             return (
                 f"the {name}'s first update is {seen:.3g}× the other's = (1 - b1) / sqrt(1 - b2): "
@@ -164,8 +163,8 @@ def bias_correction(record: Record) -> str | None:
 def _uncorrected(side: Side) -> float:
     if side.recipe.get("optim.name") not in ("adam", "adamw"):
         return 1.0
-    b1, b2 = side.recipe["optim.betas"]
-    return float((1 - b1) / sqrt(1 - b2))
+    first, second = side.recipe["optim.betas"]
+    return float((1 - first) / sqrt(1 - second))
 
 
 def weight_decay(record: Record) -> str | None:
