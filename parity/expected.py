@@ -13,48 +13,42 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 from packaging.specifiers import SpecifierSet
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 
 from parity import resources
 from parity.errors import UsageError
 from parity.record import Record, Verdict
 from parity.stages import find
 
-FOLDER = "expected"
-"""Below the fixtures, and below the folder of a run, which keeps the files it ran with."""
+FOLDER = "expected"  # of the fixtures, and of a run, which keeps the files it ran with
 
 
-class Entry(BaseModel):
+def _number(value: object) -> int:
+    try:
+        return find(str(value)).number
+    except UsageError as error:
+        raise ValueError(str(error)) from None
+
+
+def _specifier(value: str) -> str:
+    SpecifierSet(value)  # raises a ValueError that names it
+    return value
+
+
+class Entry(BaseModel, frozen=True, extra="forbid", strict=True):
     """One known divergence.
 
     `probe` is a number or a name, `metric` may hold `*` and `?`, `versions` lead from a distribution
     to a PEP 440 specifier; `deterministic` says that it shows in every cell.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    probe: int
+    probe: Annotated[int, BeforeValidator(_number)]
     model: str | None = None
     metric: str = "*"
-    versions: dict[str, str] = Field(default_factory=dict)
+    versions: dict[str, Annotated[str, AfterValidator(_specifier)]] = {}
     reason: Annotated[str, Field(min_length=1)]
     link: str = ""
     deterministic: bool
-
-    @field_validator("probe", mode="before")
-    @classmethod
-    def _number(cls, value: object) -> int:
-        try:
-            return find(str(value)).number
-        except UsageError as error:
-            raise ValueError(str(error)) from None
-
-    @field_validator("versions")
-    @classmethod
-    def _specifiers(cls, value: dict[str, str]) -> dict[str, str]:
-        for specifier in value.values():
-            SpecifierSet(specifier)  # raises a ValueError that names it
-        return value
 
 
 class _File(BaseModel, extra="forbid"):
@@ -94,18 +88,16 @@ def file_name(subject: str, reference: str) -> str:
 
 
 def load(file: Path) -> list[Known]:
-    """The entries of one file.
-
-    Raises:
-        UsageError: It cannot be read, or names file, entry and value that are wrong.
-    """
+    """The entries of one file; a UsageError names the file, entry and value that is wrong."""
     try:
         entries = _File.model_validate(tomllib.loads(file.read_text(encoding="utf-8"))).entry
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = "".join(f" {p + 1}: " if isinstance(p, int) else p for p in first["loc"])
+        where = ": ".join(str(p + 1) if isinstance(p, int) else str(p) for p in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"{file}: {where}: {message}, got {first['input']!r}") from None
+        raise UsageError(
+            f"{file}: {where.replace('entry: ', 'entry ')}: {message}, got {first['input']!r}"
+        ) from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{file}: no expected divergences: {error}") from None
     return [Known(file, number, entry) for number, entry in enumerate(entries, 1)]

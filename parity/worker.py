@@ -190,6 +190,8 @@ def serve(spec: str, cache: Path) -> None:
                 **path.environment(),
                 "seconds": time.perf_counter() - started,
                 "pid": os.getpid(),
+                # Which code ran, as the process itself says.
+                "code": f"{type(path).__module__}:{type(path).__qualname__}",
             }
             trace.save(Path(request["output"]))
         except tuple(_RAISED.values()) as error:

@@ -203,7 +203,7 @@ def test_an_entry_that_matched_no_record_is_warned_about(tmp_path):
     ("entry", "says"),
     [
         ({"probe": 55}, "entry 1: probe: unknown probe '55'"),
-        ({"versions": {"mlx-lm": "<<0.33"}}, "entry 1: versions: Invalid specifier: '<<0.33'"),
+        ({"versions": {"mlx-lm": "<<0.33"}}, "entry 1: versions: mlx-lm: Invalid specifier: '<<0.33'"),
         ({"reason": ""}, "entry 1: reason: String should have at least 1 character, got ''"),
         ({"deterministic": "yes"}, "entry 1: deterministic: Input should be a valid boolean, got 'yes'"),
         ({"metrik": "a"}, "entry 1: metrik: Extra inputs are not permitted, got 'a'"),

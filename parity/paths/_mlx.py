@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -199,6 +200,13 @@ class Observer:
             canonical(name): to_numpy(value)
             for name, value in self.optimizer.state[self._GRADIENT].items()
         }
+
+
+def rng_state() -> str:
+    """A short content key of MLX's random generator."""
+    import mlx.core as mx
+
+    return hashlib.sha256(to_numpy(mx.random.state[0]).tobytes()).hexdigest()[:12]
 
 
 def dtype_census(parameters: Any) -> dict[str, int]:

@@ -197,6 +197,7 @@ class MlxPath(Path):
             model, tokenizer = self.base(recipe)
             mx.random.seed(seed.value)
         self.wire(model, recipe)
+        facts = {"seed.rng": _mlx.rng_state()}
         if adapter:
             model.load_weights(list(_mlx.renamed(model, adapter).items()), strict=False)
         dataset = self.dataset(recipe, tokenizer)
@@ -208,6 +209,7 @@ class MlxPath(Path):
             self.loss(recipe),
             self.iterate(recipe, dataset),
             self.clip(recipe),
+            facts,
         )
 
     def base(self, recipe: Recipe) -> tuple[Any, Any]:

@@ -61,7 +61,11 @@ class MlxLmPath(MlxPath):
         from mlx_lm.tuner import trainer
 
         seen: dict[str, Any] = {}
-        with self._main(recipe, adapter, lambda **handed: seen.update(handed)):
+
+        def at_train(**handed: Any) -> None:
+            seen.update(handed, rng=_mlx.rng_state())
+
+        with self._main(recipe, adapter, at_train):
             pass
         default = {k: p.default for k, p in inspect.signature(trainer.train).parameters.items()}
         args, dataset = seen["args"], seen["train_dataset"]
@@ -74,6 +78,7 @@ class MlxLmPath(MlxPath):
         facts = {
             "accumulation.steps": args.grad_accumulation_steps,
             "accumulation.weighting": "mean",
+            "seed.rng": seen["rng"],
         }
         _, tokenizer = self.base(recipe)
         return Setup(
@@ -238,9 +243,10 @@ class MlxLmPath(MlxPath):
                 mx.save_safetensors(resume, _mlx.renamed(model, adapter))
             file = FilePath(folder, "config.yaml")
             file.write_text(yaml.safe_dump(self._arguments(recipe, folder, resume)), "utf-8")
+            door = mock.Mock(side_effect=at_train)
             with (
                 mock.patch.object(sys, "argv", ["mlx_lm.lora", "--config", str(file)]),
-                mock.patch.object(mlx_lm.lora, "train", at_train),
+                mock.patch.object(mlx_lm.lora, "train", door),
                 _mlx.compiled(recipe.train.compile),
             ):
                 try:
@@ -248,6 +254,10 @@ class MlxLmPath(MlxPath):
                 except ValueError as error:
                     # What the CLI refuses is what this path cannot do.
                     raise Unsupported(f"mlx-lm: {error}") from None
+            if door.call_count != 1:  # else nothing of the CLI was seen
+                raise RuntimeError(
+                    f"the mlx-lm CLI called `train` {door.call_count} times, not once"
+                )
             yield FilePath(folder)
 
     def _train(

@@ -5,7 +5,7 @@ The vocabulary (scalars of `Path.config`): `dtype.parameters` and `dtype.adapter
 `lora.scale`, `lora.dropout`, `lora.layers`, `lora.modules`, `optim.class`, `optim.betas`,
 `optim.eps`, `optim.weight_decay`, `optim.bias_correction`, `optim.lr` [per step], `clip.mode`,
 `clip.value`, `batch.shapes`, `batch.pad_id`, `batch.rows`, `mask.supervised` [per row],
-`loss.denominator`, `accumulation.steps`, `accumulation.weighting`, `seed.value`, `seed.placement`;
+`loss.denominator`, `accumulation.steps`, `accumulation.weighting`, `seed.value`, `seed.placement`, `seed.rng`;
 array `supervised` (K, 3) of (row, position, target id) in the first batch.
 """
 
@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from parity.errors import CaptureError, Unsupported
+from parity.numerics import nothing
 from parity.record import Metric, Verdict
 from parity.stages.base import Comparison, Context
 from parity.trace import Trace
@@ -112,6 +113,7 @@ VOCABULARY: dict[str, Say] = {
     "accumulation.weighting": _plain("micro-batches are weighted by"),
     "seed.value": _plain("seed"),
     "seed.placement": _plain("the seed is set"),
+    "seed.rng": _plain("state of the random generator after LoRA init"),
     "batch.pad_id": _plain("padding id"),
     "batch.shapes": _shapes,
     "batch.rows": lambda a, b: "the rows come in another order or are other rows",
@@ -136,7 +138,13 @@ class Config:
         for key, say in VOCABULARY.items():
             if key not in a.scalars and key not in b.scalars:
                 continue
-            ours, theirs = a.scalars.get(key), b.scalars.get(key)
+            if key not in a.scalars or key not in b.scalars:
+                side = "subject" if key in a.scalars else "reference"
+                result.metrics.append(
+                    nothing(key).model_copy(update={"gate": False, "note": f"only the {side} says"})
+                )
+                continue
+            ours, theirs = a.scalars[key], b.scalars[key]
             same = _same(ours, theirs)
             gate = key not in skipped
             result.metrics.append(_metric(key, same, gate, "" if same else say(ours, theirs)))
