@@ -93,8 +93,9 @@ def plant(context: Context, stage: str, times: float, rng: np.random.Generator) 
         value = arrays[name].astype(np.float64)
         at = tuple(int(rng.integers(n)) for n in value.shape)
         if stage == "loss_curve":  # the floor of a step is the greatest up to it
-            floors = np.abs(noise.referee[name] - value), np.abs(noise.perturbed[name] - value)
-            so_far = np.maximum.accumulate(np.maximum(*floors))
+            floors = [np.abs(o[name] - value) for o in (noise.referee, noise.perturbed)]
+            floors.append(noise.own.get(name, np.zeros_like(value)))
+            so_far = np.maximum.accumulate(np.max(floors, axis=0))
             floor = max(so_far[at], 2.0**-23 * abs(value[at]), noise.reduction)
         else:
             floor = noise.floor(name, arrays[name])

@@ -35,6 +35,8 @@ class Noise:
         exact: Bits must be equal; the rest then only explains.
         referee: The same quantities in float64, by name; may be empty.
         perturbed: The reference with its input moved by one ulp, by name; may be empty.
+        own: How far each element of the subject moves under the same perturbation, by name. Asked for
+            in half precision only, where the two sides round in different places.
         reduction: How much a sum over the vocabulary depends on its order: absolute for what is a
             logarithm of it (losses), relative for what is divided by it (gradients).
     """
@@ -42,6 +44,7 @@ class Noise:
     exact: bool
     referee: Mapping[str, Array] = field(default_factory=dict)
     perturbed: Mapping[str, Array] = field(default_factory=dict)
+    own: Mapping[str, Array] = field(default_factory=dict)
     reduction: float = 0.0
 
     def summed(self, name: str, reference: Array) -> Array:
@@ -57,7 +60,7 @@ class Noise:
         for other in (self.referee.get(name), self.perturbed.get(name)):
             if other is not None and other.shape == reference.shape:
                 floor = max(floor, distance(reference, other))
-        return floor
+        return max(floor, float(np.max(self.own.get(name, 0.0), initial=0.0)))
 
 
 def precision(array: Array) -> float:
@@ -292,6 +295,8 @@ def compare_series(name: str, subject: Array, reference: Array, noise: Noise) ->
     for other in (noise.referee.get(name), noise.perturbed.get(name)):
         if other is not None and len(other) == len(reference):
             floors = np.maximum(floors, np.abs(other.astype(np.float64) - reference))
+    if len(own := noise.own.get(name, np.zeros(0))) == len(reference):
+        floors = np.maximum(floors, own)
     floors = np.maximum.accumulate(floors)
     tolerances = np.zeros_like(floors) if noise.exact else HEADROOM * floors
     over = difference > tolerances

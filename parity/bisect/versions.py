@@ -5,19 +5,19 @@ One cell is run over and over, one side of it (or both) in an interpreter with a
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 from filelock import FileLock
@@ -32,17 +32,15 @@ from parity.engine import Engine
 from parity.errors import UsageError
 from parity.paths.base import registered, resolve
 from parity.recipe import Recipe
-from parity.record import Verdict
 from parity.trace import Trace, write_atomically
 from parity.worker import Worker
 
 WORKER = ("numpy", "pydantic", "safetensors", "filelock", "platformdirs", "packaging", "pyyaml")
 SIDES = {"subject": ("subject",), "reference": ("reference",), "both": ("subject", "reference")}
 PATIENCE = 900  # seconds an installation may take
-# The folder a command is run in comes last: a checkout there must not hide the release.
-_PTH = (
-    'import os, sys; sys.path += [os.getcwd(), *filter(None, os.environ["PARITY_PATH"].split(":"))]'
-)
+HERE = Path(parity.__file__).resolve().parent
+# The working directory comes last: a checkout that lies there must not hide the release.
+_LAST = 'import os, sys; sys.path += [os.getcwd(), *os.environ.get("PARITY_PATH", "").split(":")]'
 _IMPORT = """
 import importlib, importlib.metadata, re, sys
 found = importlib.metadata.packages_distributions().items()
@@ -61,11 +59,11 @@ class Range(NamedTuple):
 
 
 class Place(NamedTuple):
-    """An interpreter, the key of what it has, and that by name and version."""
+    """An interpreter, the key of what it has installed, and that by name and version."""
 
-    python: str
+    python: Path
     key: str
-    versions: dict[str, str]
+    versions: Mapping[str, str]
 
 
 class Gap(Exception):
@@ -74,24 +72,17 @@ class Gap(Exception):
 
 @dataclass(frozen=True)
 class Change:
-    """Where a verdict changed.
+    """Where the verdict of a cell changed: `side` ran other versions of `package`.
 
-    Attributes:
-        package: Package or checkout that was searched.
-        side: Who ran it: subject, reference or both.
-        found: Last version with the verdict of the low end, first with that of the high end.
-        verdicts: "verdict: reason" of these two.
-        also: Other packages that the resolver changed between these two: suspects as well.
-        moved: For both sides: those that change the verdict when they alone have the new version.
-        runs: Cells that were run; those known from an earlier search do not count.
+    `verdicts` are "verdict: reason" of found.last_good and found.first_bad, `also` the packages that
+    the resolver changed between these two as well; `runs` counts the cells that were run.
     """
 
     package: str
     side: str
     found: Found
-    verdicts: tuple[str, str] = ("", "")
+    verdicts: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
-    moved: tuple[str, ...] = ()
     runs: int = 0
     seconds: float = 0.0
 
@@ -99,13 +90,12 @@ class Change:
         """The result in words."""
         if self.found.inconclusive:
             return f"{self.package}: inconclusive: {self.found.inconclusive}"
-        who = " and ".join(self.moved) or "both together" if self.side == "both" else self.side
-        when = self.found.first_bad
+        who = "both sides" if self.side == "both" else f"the {self.side}"
+        when = f"in {self.found.first_bad}, after {self.found.last_good}"
         if self.found.hidden:
-            when += f" or before, after {self.found.last_good}"
-            when += f" ({', '.join(self.found.hidden)} cannot be run)"
-        also = f"; changed with it: {', '.join(self.also)}" if self.also else ""
-        return f"the {who} moved with {self.package} {when}: {' → '.join(self.verdicts)}{also}"
+            when += f" or in {', '.join(self.found.hidden)}, which cannot be run"
+        also = f" (with it {', '.join(self.also)})" if self.also else ""
+        return f"{who} moved with {self.package} {when}{also}: {' → '.join(self.verdicts)}"
 
 
 def parse_range(text: str) -> Range:
@@ -127,30 +117,26 @@ def parse_range(text: str) -> Range:
 
 
 def releases(span: Range) -> list[str]:
-    """Releases on the index from low to high that fit this platform and Python, in order.
-
-    Final releases only, unless an end is a pre-release.
+    """Releases on the index from low to high that fit this machine; final ones, unless an end is not.
 
     Raises:
         UsageError: Fewer than two.
     """
     low, high = Version(span.low), Version(span.high)
     early = low.is_prerelease or high.is_prerelease
-    has_pip = importlib.util.find_spec("pip")
+    has_pip = importlib.util.find_spec("pip") is not None
     pip = [sys.executable, "-m", "pip"] if has_pip else [_uv(), "tool", "run", "pip"]
     try:
         out = _run(*pip, "index", "versions", span.package, *(["--pre"] if early else []))
     except Gap as error:
         raise UsageError(f"no releases of {span.package!r}: {error}") from None
-    line = re.search(r"^Available versions: (.*)$", out, re.MULTILINE)
-    every = sorted(Version(text) for text in line[1].split(", ")) if line else []
+    listed = re.search(r"^Available versions: (.+)$", out, re.MULTILINE)
+    every = sorted(map(Version, listed[1].split(", "))) if listed else []
     inside = [str(v) for v in every if low <= v <= high and (early or not v.is_prerelease)]
     if len(inside) < 2:
-        known = f"has {every[0]} to {every[-1]}" if every else "has none"
-        raise UsageError(
-            f"{span.package}: {len(inside)} releases in {span.low}..{span.high}, a search needs two "
-            f"(the index {known})"
-        )
+        known = f"{every[0]} to {every[-1]}" if every else "none"
+        told = f"{len(inside)} releases in {span.low}..{span.high}, the index has {known}"
+        raise UsageError(f"{span.package}: {told}: widen the range")
     return inside
 
 
@@ -159,40 +145,36 @@ def environment(
 ) -> Place:
     """An interpreter with one release of a package, made once with uv below `environments/`.
 
-    Args:
-        extra: Further requirements; the resolver chooses whatever is not pinned.
-        inherit: Take what it lacks from this interpreter. torch comes from there or not at all.
+    The resolver chooses what `extra` does not pin. With `inherit` what it lacks comes from this
+    interpreter: torch does so or not at all.
 
     Raises:
         Gap: It cannot be installed or imported; the message is the end of what was printed.
     """
-    here = Path(parity.__file__).resolve().parent
     wanted = [*map(_requirement, (f"{package}=={version}", *extra)), *WORKER]
-    key = _digest(*wanted, sys.version, sys.prefix, here, inherit, _PTH)
+    key = _digest(*wanted, sys.version, sys.prefix, HERE, inherit, _LAST)
     folder = cache.resolve() / "environments" / f"{package}-{version}-{key}"
-    python, complete = str(folder / "bin" / "python"), folder / "complete"
+    python, complete, launch = folder / "bin" / "python", folder / "complete", folder / "launch"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not complete.exists():
             shutil.rmtree(folder, ignore_errors=True)
-            _run(_uv(), "venv", "--quiet", "--python", sys.executable, folder)
+            _run(_uv(), "venv", "--python", sys.executable, folder)
             never = folder / "override.txt"
             never.write_text("torch; sys_platform == 'never'\n", encoding="utf-8")
             _run(_uv(), "pip", "install", "--python", python, "--override", never, *wanted)
-            # This package alone, without its dependencies, be it a checkout or an installed wheel.
-            (folder / "package").mkdir()
-            (folder / "package" / "parity").symlink_to(here, target_is_directory=True)
-            own = [p for p in sys.path if p.endswith("-packages")] if inherit else []
+            # This package without its dependencies, be it a checkout or an installed wheel.
+            (folder / "own").mkdir()
+            (folder / "own" / "parity").symlink_to(HERE, target_is_directory=True)
+            last = [p for p in sys.path if p.endswith("-packages") and inherit]
             [site] = folder.glob("lib/python*/site-packages")
-            lines = "\n".join([str(folder / "package"), *own, _PTH, ""])
-            (site / "parity.pth").write_text(lines, encoding="utf-8")
-            launcher = _launcher(folder / "launch", python, "")
-            _run(launcher, "-c", _IMPORT, package)
+            (site / "parity.pth").write_text("\n".join([str(folder / "own"), *last, _LAST, ""]))
+            _launcher(launch, python)
+            _run(launch, "-c", _IMPORT, package)
             listed = json.loads(_run(_uv(), "pip", "list", "--format=json", "--python", python))
-            versions = {row["name"]: row["version"] for row in listed}
-            write_atomically(complete, json.dumps(versions).encode())
-        versions = json.loads(complete.read_text(encoding="utf-8"))
-    return Place(str(folder / "launch"), folder.name, versions)
+            names = {row["name"]: row["version"] for row in listed}
+            write_atomically(complete, json.dumps(names).encode())
+        return Place(launch, folder.name, json.loads(complete.read_text(encoding="utf-8")))
 
 
 def commits(repo: Path, good: str, bad: str) -> list[str]:
@@ -205,37 +187,70 @@ def commits(repo: Path, good: str, bad: str) -> list[str]:
     try:
         first = _run(*git, "rev-parse", "--verify", f"{good}^{{commit}}").strip()
         _run(*git, "merge-base", "--is-ancestor", first, bad)
-        rest = _run(*git, "rev-list", "--first-parent", "--reverse", f"{first}..{bad}").split()
+        rest = _run(*git, "rev-list", "--first-parent", "--reverse", f"{first}..{bad}")
     except Gap as error:
-        raise UsageError(f"{repo}: no commits from {good!r} to {bad!r}: {error}") from None
-    return [first, *rest]
+        raise UsageError(f"{repo}: {bad!r} does not come after {good!r}: {error}") from None
+    return [first, *rest.split()]
 
 
 def snapshot(repo: Path, commit: str, cache: Path) -> Place:
-    """This interpreter with the files of a commit first on its path; the checkout stays as it is.
-
-    Raises:
-        Gap: The files cannot be written.
-    """
+    """This interpreter with the files of a commit first on its path; the checkout stays as it is."""
     folder = cache.resolve() / "snapshots" / commit
-    source, index = folder / "files", folder / "index"
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with FileLock(folder / "lock"):
         if not (folder / "complete").exists():
-            git, own = ("git", "-C", repo.resolve()), {**os.environ, "GIT_INDEX_FILE": str(index)}
-            _run(*git, "read-tree", commit, env=own)
-            _run(*git, "checkout-index", "--all", "--force", f"--prefix={source}/", env=own)
+            git, env = ("git", "-C", repo), {**os.environ, "GIT_INDEX_FILE": str(folder / "index")}
+            _run(*git, "read-tree", commit, env=env)
+            _run(*git, "checkout-index", "-a", "-f", f"--prefix={folder}/files/", env=env)
             write_atomically(folder / "complete", b"{}")
-    found = source / "src" if (source / "src").is_dir() else source
-    path = ":".join(map(str, (found, Path.cwd(), Path(parity.__file__).resolve().parent.parent)))
-    name = f"launch-{_digest(sys.executable, path)}"
-    return Place(str(_launcher(folder / name, sys.executable, path)), f"{commit}-{name}", {})
+        paths = [folder / "files" / "src", folder / "files", Path.cwd(), HERE.parent]
+        path = ":".join([*map(str, paths), os.environ.get("PYTHONPATH", "")])
+        launch = folder / f"launch-{_digest(sys.executable, path)}"
+        if not launch.exists():
+            _launcher(launch, Path(sys.executable), path)
+        return Place(launch, f"{commit}-{launch.name}", {})
+
+
+def _requirement(text: str) -> str:
+    """On Linux MLX has its backend in an extra."""
+    return re.sub(r"^mlx(?![\w.\[-])", "mlx[cpu]", text) if sys.platform == "linux" else text
+
+
+def _digest(*parts: object) -> str:
+    return sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+
+
+def _launcher(file: Path, python: Path, path: str = "") -> None:
+    text = f"""#!/bin/sh
+export PARITY_PATH="$PYTHONPATH" PYTHONPATH={quote(path)} PYTHONSAFEPATH=1
+exec {quote(str(python))} "$@"
+"""
+    write_atomically(file, text.encode())
+    file.chmod(0o755)
+
+
+def _uv() -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    if not (found := shutil.which("uv", path=path)):
+        raise UsageError("environments are made with uv, which is not installed: pip install uv")
+    return found
+
+
+def _run(*command: object, env: Mapping[str, str] | None = None) -> str:
+    words = [str(word) for word in command]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, env=env)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Gap(str(error)) from None
+    if done.returncode:
+        raise Gap(" ".join((done.stderr or done.stdout or "it failed").split())[-600:])
+    return done.stdout
 
 
 class Elsewhere(Engine):
     """Runs some paths in other interpreters, with captures of their own; the rest in the base's.
 
-    Repeats (`attempt` > 0) capture everything afresh.
+    Repeats (`attempt` above 0) capture everything afresh.
     """
 
     def __init__(self, base: Engine, places: Mapping[str, Place], attempt: int = 0) -> None:
@@ -246,33 +261,30 @@ class Elsewhere(Engine):
 
     def capture(self, spec: str, method: str, recipe: Recipe, inputs: Trace) -> Trace:
         """See `Engine.capture`."""
-        if not (spec in self.places or self.attempt):
-            return self.base.capture(spec, method, recipe, inputs)
-        return super().capture(spec, method, recipe, inputs)
+        if spec in self.places or self.attempt:
+            return super().capture(spec, method, recipe, inputs)
+        return self.base.capture(spec, method, recipe, inputs)
 
     def _worker(self, spec: str) -> Worker:
         worker = self._workers.get(spec)
         if worker is None or not worker.alive:
             if worker is not None:
                 worker.close()
-            log = self.log_dir / f"{spec.replace(':', '_')}-{os.getpid()}.log"
-            python = self.places[spec].python if spec in self.places else sys.executable
             # Entry points are not known in another interpreter: the class is named.
             target, framework = registered().get(spec, spec), resolve(spec).framework
-            worker = Worker(target, framework, self.base.cache.resolve(), log, python)
+            python = self.places[spec].python if spec in self.places else sys.executable
+            log = self.log_dir / f"{_digest(spec)}-{os.getpid()}-{time.monotonic_ns()}.log"
+            worker = Worker(target, framework, self.base.cache.resolve(), log, str(python))
             self._workers[spec] = worker
         return worker
 
 
 @dataclass(frozen=True)
 class Bisection:
-    """A cell, the side that runs in other interpreters, and what is told on the way.
+    """A cell, the side that runs elsewhere, and further requirements of its environments.
 
-    Args:
-        engine: Runs what stays as it is; its cache also keeps environments and ledgers.
-        side: subject, reference or both.
-        extra: Requirements of the environments, beside the packages that the paths name.
-        ledger: File of finished checks; by default one in the cache, named by its content.
+    The engine runs what stays as it is; its cache keeps environments, snapshots and, unless a file
+    is named, the ledger of finished checks.
     """
 
     engine: Engine
@@ -282,161 +294,103 @@ class Bisection:
     ledger: Path | None = None
     progress: Progress | None = None
 
-    def releases(self, *spans: Range) -> list[Change]:
-        """Searches each package by itself, the others at the high end of their ranges."""
+    def release(self, span: Range, *pins: str) -> Change:
+        """Searches the releases of a package, others pinned. Raises as `search` does."""
         kinds = [resolve(getattr(self.cell, side)) for side in SIDES[self.side]]
-        needed = sorted({name for kind in kinds for name in kind.packages} - {"torch"})
         inherit = any(kind.framework == "torch" for kind in kinds)
+        named = {name for kind in kinds for name in kind.packages} - {"torch", span.package}
+        extra, cache = (*sorted(named), *pins, *self.extra), self.engine.cache
+        return self.search(
+            span.package, releases(span),
+            lambda version: environment(span.package, version, cache, extra, inherit), *extra,
+        )  # fmt: skip
+
+    def each(self, *spans: Range) -> list[Change]:
+        """Searches several packages one after the other, the others at their high ends."""
         changes = []
         for span in spans:
             pins = [f"{other.package}=={other.high}" for other in spans if other != span]
-            extra = (*[n for n in needed if n != span.package], *pins, *self.extra)
-            cache = self.engine.cache
-
-            def place(version: str, span: Range = span, extra: tuple[str, ...] = extra) -> Place:
-                return environment(span.package, version, cache, extra, inherit)
-
             try:
-                changes.append(self.search(span.package, releases(span), place, *extra))
+                changes.append(self.release(span, *pins))
             except SameEnds as error:
-                if len(spans) == 1:
-                    raise
                 found = Found(inconclusive=str(error))
                 changes.append(Change(span.package, self.side, found))
         return changes
 
-    def commits(self, repo: Path, good: str, bad: str) -> Change:
-        """Searches the history of a checkout of a pure Python package."""
+    def commit(self, repo: Path, good: str, bad: str) -> Change:
+        """Searches the main line of a checkout of a pure Python package."""
         repo = repo.resolve()
         named = commits(repo, good, bad)
         return self.search(repo.name, named, lambda c: snapshot(repo, c, self.engine.cache))
 
     def search(
-        self, package: str, versions: Sequence[str], place: Callable[[str], Place], *about: str
+        self, package: str, versions: list[str], place: Callable[[str], Place], *about: str
     ) -> Change:
         """Finds where the verdict of the low end gives way to that of the high end.
 
         Raises:
-            SameEnds: Both ends have the same verdict.
+            SameEnds: Both have the same verdict.
             UsageError: Fewer than two versions can be run.
         """
         started, sides = time.perf_counter(), SIDES[self.side]
-        # A side that runs elsewhere is named by its class, so that the referee and the other side
-        # stay where they are.
-        classes = {s: registered().get(getattr(self.cell, s), getattr(self.cell, s)) for s in sides}
-        cell = replace(self.cell, **classes)
+        # Named by its class, the side is neither the referee nor the other side of the same name.
+        names = {side: getattr(self.cell, side) for side in sides}
+        cell = replace(self.cell, **{s: registered().get(n, n) for s, n in names.items()})
 
-        def run(places: Mapping[str, Place], attempt: int = 0) -> Answer:
-            with Elsewhere(
-                self.engine, {classes[s]: p for s, p in places.items()}, attempt
-            ) as there:
-                record = there.run(cell)
+        def run(version: str, attempt: int) -> Answer:
+            where = place(version)
+            specs = {getattr(cell, side): where for side in sides}
+            with Elsewhere(self.engine, specs, attempt) as elsewhere:
+                record = elsewhere.run(cell)
+            kind = (
+                re.search(r"(\w+) in \w+: ", record.reason) if record.verdict == "error" else None
+            )
             state = "agree" if record.verdict.green else str(record.verdict)
-            if record.verdict is Verdict.ERROR and (
-                kind := re.search(r"(\w+) in \w+: ", record.reason)
-            ):
-                state += f" ({kind[1]})"  # one error is not another
-            return Answer(state, record.reason)
+            # One error is not another.
+            return Answer(f"{state} ({kind[1]})" if kind else state, record.reason)
 
-        def verdict(version: str, attempt: int) -> Answer:
+        paths = map(content.of_path, (cell.subject, cell.reference))
+        told = package, cell.stage.name, cell.changes, self.side, about
+        key = _digest(*told, *paths, content.of_recipe(cell.recipe), _code())
+        book = Ledger(self.ledger or self.engine.cache / "bisect" / f"{key}.json", key)
+        asked = book.remember(run)
+
+        def verdict(version: str, attempt: int = 0) -> Answer:
             try:
-                where = place(version)
+                return asked(version, attempt)
             except Gap as error:
                 return Answer(Outcome.GAP, str(error))
-            return run(dict.fromkeys(sides, where), attempt)
-
-        told = cell.stage.name, cell.changes, self.side, about
-        key = _digest(package, *told, *map(content.of_path, (cell.subject, cell.reference)),
-                      content.of_recipe(cell.recipe), _code())  # fmt: skip
-        book = Ledger(self.ledger or self.engine.cache / "bisect" / f"{key}.json", key)
-        asked = book.remember(verdict)
 
         def end(order: Iterable[str]) -> Answer:
-            every = (asked(version, 0) for version in order)
-            return next((a for a in every if a.outcome != Outcome.GAP), Answer(Outcome.GAP))
+            answers = map(verdict, order)
+            return next((a for a in answers if a.outcome != Outcome.GAP), Answer(Outcome.GAP))
 
         first, last = end(versions), end(reversed(versions))
-        if first.outcome == last.outcome != Outcome.GAP:
-            raise SameEnds(
-                f"{package}: from {versions[0]} to {versions[-1]} nothing changes, both ends: "
-                f"{first.outcome}: {first.reason}; widen the range"
-            )
-        labels = {first.outcome: Outcome.GOOD, last.outcome: Outcome.BAD}
+        labels = {last.outcome: Outcome.BAD, first.outcome: Outcome.GOOD, "gap": Outcome.GAP}
 
         def check(version: str, attempt: int) -> Answer:
-            outcome, reason = asked(version, attempt)
-            label = labels.get(outcome, Outcome.GAP)
-            return Answer(label, reason if outcome == Outcome.GAP else f"{outcome}: {reason}")
+            outcome, reason = verdict(version, attempt)
+            said = reason if outcome == Outcome.GAP else f"{outcome}: {reason}"
+            return Answer(labels.get(outcome, Outcome.GAP), said)
 
-        found = search(versions, check, progress=self.progress)
-        change = Change(package, self.side, found, runs=book.computed)
+        try:
+            found = search(versions, check, progress=self.progress)
+        except SameEnds as error:
+            raise SameEnds(f"{package}: {error} ({first.outcome}: {first.reason})") from None
+        change = Change(package, self.side, found)
         if not found.inconclusive:
-            names = found.last_good, found.first_bad
-            old, new = map(place, names)
-            moved = [
-                s for s in sides if len(sides) > 1
-                and run({t: new if t == s else old for t in sides}).outcome == last.outcome
-            ]  # fmt: skip
-            change = replace(
-                change,
-                verdicts=tuple(check(name, 0).reason for name in names),
-                also=tuple(_differences(old.versions, new.versions, package)),
-                moved=tuple(moved),
-                runs=book.computed + len(sides) * (len(sides) > 1),
-            )
-        return replace(change, seconds=time.perf_counter() - started)
-
-
-def _differences(old: Mapping[str, str], new: Mapping[str, str], package: str) -> list[str]:
-    names = sorted((old.keys() | new.keys()) - {package})
-    return [
-        f"{name} {old.get(name, 'none')} → {new.get(name, 'none')}"
-        for name in names
-        if old.get(name) != new.get(name)
-    ]
-
-
-def _requirement(text: str) -> str:
-    """On Linux MLX has its backend in an extra."""
-    return re.sub(r"^mlx(?![\w.\[-])", "mlx[cpu]", text) if sys.platform == "linux" else text
-
-
-def _digest(*parts: object) -> str:
-    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:16]
+            ends = found.last_good, found.first_bad
+            old, new = (place(version).versions for version in ends)
+            also = [
+                f"{name} {old.get(name, 'none')} → {new.get(name, 'none')}"
+                for name in sorted((old.keys() | new.keys()) - {package})
+                if old.get(name) != new.get(name)
+            ]
+            said = tuple(check(version, 0).reason for version in ends)
+            change = replace(change, verdicts=said, also=tuple(also))
+        return replace(change, runs=book.computed, seconds=time.perf_counter() - started)
 
 
 def _code() -> str:
-    """Hash of this package's code: verdicts depend on what compares as well."""
-    files = sorted(Path(parity.__file__).resolve().parent.rglob("*.py"))
-    return _digest(*(hashlib.sha256(file.read_bytes()).hexdigest() for file in files))
-
-
-def _launcher(file: Path, python: str, path: str) -> Path:
-    lines = [
-        'export PARITY_PATH="$PYTHONPATH" PYTHONSAFEPATH=1',
-        f"export PYTHONPATH={shlex.quote(path)}" if path else "unset PYTHONPATH",
-        f'exec {shlex.quote(python)} "$@"',
-    ]
-    write_atomically(file, "\n".join(["#!/bin/sh", *lines, ""]).encode())
-    file.chmod(0o755)
-    return file
-
-
-def _uv() -> str:
-    beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    if not (found := shutil.which("uv", path=beside)):
-        raise UsageError("environments are made with uv, which is not installed: pip install uv")
-    return found
-
-
-def _run(*command: str | Path, env: Mapping[str, str] | None = None) -> str:
-    try:
-        done = subprocess.run(
-            [*map(str, command)], capture_output=True, text=True, timeout=PATIENCE, env=env,
-            check=False,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Gap(str(error)) from None
-    if done.returncode:
-        raise Gap(" ".join((done.stderr or done.stdout or "it failed").split())[-600:])
-    return done.stdout
+    """Hash of this package's code: a verdict depends on what compares as well."""
+    return _digest(*(sha256(f.read_bytes()).hexdigest() for f in sorted(HERE.rglob("*.py"))))

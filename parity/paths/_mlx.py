@@ -206,7 +206,8 @@ def rng_state() -> str:
     """A short content key of MLX's random generator."""
     import mlx.core as mx
 
-    return hashlib.sha256(to_numpy(mx.random.state[0]).tobytes()).hexdigest()[:12]
+    state: Any = mx.random.state
+    return hashlib.sha256(to_numpy(state[0]).tobytes()).hexdigest()[:12]
 
 
 def dtype_census(parameters: Any) -> dict[str, int]:

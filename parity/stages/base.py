@@ -45,6 +45,7 @@ class Pair:
     exact: bool
     _referee: Callable[[], Trace | None]
     _perturbed: Callable[[], Trace | None]
+    _own: Callable[[], Trace | None]
     _reduction: Callable[[], float]
 
     @cached_property
@@ -56,6 +57,11 @@ class Pair:
     def perturbed(self) -> Trace | None:
         """The reference with its input moved by one ulp, or None."""
         return self._perturbed()
+
+    @cached_property
+    def own(self) -> Trace | None:
+        """The subject with its input moved likewise, in half precision, or None."""
+        return self._own()
 
     @cached_property
     def noise(self) -> Noise:
@@ -76,8 +82,15 @@ class Pair:
 
         if self.exact and self._equal(group):
             return Noise(exact=True)
-        measured = arrays(self.referee), arrays(self.perturbed)
-        return Noise(self.exact, *measured, 0.0 if self.exact else self._reduction())
+        if self.exact:
+            return Noise(True, arrays(self.referee), arrays(self.perturbed))
+        ours, moved = arrays(self.subject), arrays(self.own)
+        own = {
+            name: np.abs(ours[name].astype(np.float64) - value)
+            for name, value in moved.items()
+            if name in ours and ours[name].shape == value.shape and value.dtype.kind == "f"
+        }
+        return Noise(False, arrays(self.referee), arrays(self.perturbed), own, self._reduction())
 
     def _equal(self, group: str) -> bool:
         a, b = (t.group(group) if group else t.arrays for t in (self.subject, self.reference))
@@ -143,24 +156,29 @@ class Context:
                 return None
             return self._optional("referee", method, recipes["referee"], inputs)
 
-        def perturbed() -> Trace | None:
+        def moved(side: str) -> Trace | None:
             rng = np.random.default_rng(self.seed)
             # Optimizers work on float32 weights whatever the model computes in.
-            dtype = "float32" if method == "optimizer_step" else recipes["reference"].model.dtype
-            moved = {name: perturb(v, rng, dtype) for name, v in inputs.arrays.items()}
-            recipe = nudged(recipes["reference"]) if method in OPTIMIZES else recipes["reference"]
-            if recipe is recipes["reference"] and all(
-                moved[n] is v for n, v in inputs.arrays.items()
-            ):
+            dtype = "float32" if method == "optimizer_step" else recipes[side].model.dtype
+            arrays = {name: perturb(v, rng, dtype) for name, v in inputs.arrays.items()}
+            recipe = nudged(recipes[side]) if method in OPTIMIZES else recipes[side]
+            if recipe is recipes[side] and all(arrays[n] is v for n, v in inputs.arrays.items()):
                 return None
-            return self._optional("reference", method, recipe, Trace(moved, inputs.scalars))
+            return self._optional(side, method, recipe, Trace(arrays, inputs.scalars))
+
+        def perturbed() -> Trace | None:
+            return moved("reference")
+
+        def own() -> Trace | None:
+            half = recipes["subject"].model.dtype in ("bfloat16", "float16")
+            return moved("subject") if half else None
 
         def reduction() -> float:
             if method == "cross_entropy":
                 return order_noise(self)
             return loss_noise(self) if method in REDUCES else 0.0
 
-        return Pair(subject, reference, self.exact, referee, perturbed, reduction)
+        return Pair(subject, reference, self.exact, referee, perturbed, own, reduction)
 
     def _optional(self, side: str, method: str, recipe: Recipe, inputs: Trace) -> Trace | None:
         from parity.errors import CaptureError, Unsupported

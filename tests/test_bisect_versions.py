@@ -1,0 +1,230 @@
+"""Releases and commits: ranges, real environments of a small package, who moved."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from parity.bisect import versions
+from parity.bisect.search import Found, SameEnds
+from parity.bisect.versions import (
+    Bisection,
+    Change,
+    Gap,
+    Range,
+    commits,
+    environment,
+    parse_range,
+    releases,
+)
+from parity.cell import Cell
+from parity.engine import Engine
+from parity.errors import UsageError
+from parity.numerics import compare_exact
+from parity.recipe import Recipe
+from parity.stages.base import Comparison
+from parity.trace import Trace
+
+PATHS = """
+import sys
+import numpy as np
+from parity.paths.base import Path
+from parity.trace import Trace
+
+class Fixed(Path):
+    name, framework = "fixed", "numpy"
+
+    def lora_init(self, recipe, inputs):
+        return Trace({"legacy": np.array([0])})
+
+class Packaging(Fixed):
+    "Says whether a version that is none is taken, as before 22.0."
+
+    def lora_init(self, recipe, inputs):
+        from packaging.version import InvalidVersion, parse
+        assert not any(m.startswith(("torch", "mlx")) for m in sys.modules)
+        try:
+            parse("no version")
+        except InvalidVersion:
+            return Trace({"legacy": np.array([0])})
+        return Trace({"legacy": np.array([1])})
+
+class Toy(Fixed):
+    def lora_init(self, recipe, inputs):
+        import toy
+        return Trace({"legacy": np.array([toy.legacy])})
+"""
+
+
+class Legacy:
+    """A stage of one number."""
+
+    number, name, question = 4, "lora_init", "Are they equal?"
+
+    def run(self, context):
+        pair = context.pair("lora_init", Trace())
+        ours, theirs = (t.arrays["legacy"] for t in (pair.subject, pair.reference))
+        return Comparison([compare_exact("legacy", ours, theirs)])
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with paths of its own, and an engine that works there."""
+    (tmp_path / "toy_paths.py").write_text(PATHS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with Engine(cache=tmp_path / "cache", timeout=120) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("mlx-lm==0.30.0..0.32.2", Range("mlx-lm", "0.30.0", "0.32.2")),
+        (" MLX_LM == 0.30..0.32rc1 ", Range("mlx-lm", "0.30", "0.32rc1")),
+    ],
+)
+def test_a_range_is_read(text, expected):
+    assert parse_range(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("mlx-lm", "write PACKAGE==LOW..HIGH"),
+        ("mlx-lm==0.30", "write PACKAGE==LOW..HIGH"),
+        ("==1..2", "write PACKAGE==LOW..HIGH"),
+        ("mlx==a..b", "Invalid version: 'a'"),
+        ("mlx==2..1", "2 must be lower than 1"),
+        ("mlx==1.0..1", "1.0 must be lower than 1"),
+    ],
+)
+def test_what_is_no_range_is_refused(text, words):
+    with pytest.raises(UsageError, match=words):
+        parse_range(text)
+
+
+def test_releases_are_sorted_and_final_unless_an_end_is_not(monkeypatch):
+    text = "toy (2.0)\nAvailable versions: 2.0, 2.0rc1, 1.10, 1.9, 1.9rc1, 1.8\n  INSTALLED: 1.8\n"
+    asked = []
+    monkeypatch.setattr(versions, "_run", lambda *words: asked.append(words) or text)
+    assert releases(Range("toy", "1.9", "2")) == ["1.9", "1.10", "2.0"]
+    assert "--pre" not in asked[-1]
+    assert releases(Range("toy", "1.9", "2.0rc1")) == ["1.9", "1.10", "2.0rc1"]
+    assert "--pre" in asked[-1]
+    with pytest.raises(UsageError, match=r"toy: 1 releases in 2\.\.3, the index has 1\.8 to 2\.0"):
+        releases(Range("toy", "2", "3"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("mlx", "mlx[cpu]"),
+        ("mlx==0.31", "mlx[cpu]==0.31"),
+        ("mlx-lm==0.31", "mlx-lm==0.31"),
+        ("mlx[cuda]==0.31", "mlx[cuda]==0.31"),
+    ],
+)
+def test_mlx_has_its_backend_on_linux(text, expected, monkeypatch):
+    monkeypatch.setattr(versions.sys, "platform", "linux")
+    assert versions._requirement(text) == expected
+
+
+def test_the_sentence_says_who_moved():
+    found = Found("1.0", "1.3", ("1.1", "1.2"))
+    change = Change("toy", "reference", found, ("agree: a", "diverge: b"), ("x 1 → 2",))
+    assert change.sentence() == (
+        "the reference moved with toy in 1.3, after 1.0 or in 1.1, 1.2, which cannot be run "
+        "(with it x 1 → 2): agree: a → diverge: b"
+    )
+
+
+@pytest.fixture
+def uv():
+    beside = f"{Path(sys.executable).parent}:{shutil.os.environ['PATH']}"
+    if not shutil.which("uv", path=beside):
+        pytest.skip("environments are made with uv, which is not installed")
+
+
+def test_the_release_is_found_in_real_environments(here, uv, tmp_path):
+    cell = Cell(Legacy(), "toy_paths:Packaging", "toy_paths:Fixed", Recipe())
+    # What lies in the working directory must not hide the release.
+    (tmp_path / "packaging").mkdir()
+    (tmp_path / "packaging" / "__init__.py").write_text("raise ImportError('the wrong one')")
+    told = []
+    search = Bisection(here, cell, progress=lambda *words: told.append(words))
+    change = search.release(parse_range("packaging==21.3..23.1"))
+    assert (change.found.last_good, change.found.first_bad) == ("21.3", "22.0")
+    assert change.verdicts[0].startswith("diverge: legacy")
+    assert change.verdicts[1].startswith("agree:")
+    assert change.sentence().startswith("the subject moved with packaging in 22.0, after 21.3")
+    assert any(name.startswith("pyparsing") for name in change.also)  # 22.0 dropped it
+    assert change.runs == change.found.checks == len(told)
+    # Again: everything is known, nothing is run, no environment is made.
+    again = search.release(parse_range("packaging==21.3..23.1"))
+    assert again.runs == 0
+    assert again.found == change.found
+    # Between releases that do the same there is nothing to find.
+    with pytest.raises(
+        SameEnds, match=r"packaging: both ends, 22\.0 and 23\.1, .* widen the range"
+    ):
+        search.release(parse_range("packaging==22.0..23.1"))
+    [first, second] = search.each(
+        parse_range("packaging==21.3..22.0"), parse_range("filelock==3.16.0..3.16.1")
+    )
+    assert first.found.first_bad == "22.0"
+    assert "filelock: both ends" in second.found.inconclusive
+    with pytest.raises(Gap, match=r"packaging==0\.0\.99"):
+        environment("packaging", "0.0.99", tmp_path / "cache")
+
+
+def git(repo, *words):
+    done = subprocess.run(
+        ["git", "-C", repo, "-c", "user.name=t", "-c", "user.email=t@t", *words],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def repo(tmp_path):
+    """Ten commits: `legacy` becomes 1 in the seventh; the fifth cannot be imported."""
+    repo = tmp_path / "toy"
+    (repo / "src").mkdir(parents=True)
+    git(repo, "init", "-q")
+    made = []
+    for number in range(10):
+        text = "syntax error" if number == 4 else f"legacy = {int(number >= 6)}  # {number}"
+        (repo / "src" / "toy.py").write_text(text)
+        git(repo, "add", ".")
+        git(repo, "commit", "-qm", str(number))
+        made.append(git(repo, "rev-parse", "HEAD"))
+    return repo, made
+
+
+@pytest.mark.parametrize("side", ["subject", "reference"])
+def test_the_commit_is_found_and_the_checkout_left_alone(here, repo, side):
+    repo, made = repo
+    (repo / "src" / "toy.py").write_text("work in progress")
+    paths = {"subject": "toy_paths:Fixed", "reference": "toy_paths:Fixed", side: "toy_paths:Toy"}
+    cell = Cell(Legacy(), paths["subject"], paths["reference"], Recipe())
+    change = Bisection(here, cell, side).commit(repo, "HEAD~9", "HEAD")
+    assert (change.found.last_good, change.found.first_bad) == (made[5], made[6])
+    assert set(change.found.gaps) <= {made[4]}
+    assert change.sentence().startswith(f"the {side} moved with toy in {made[6]}")
+    assert (repo / "src" / "toy.py").read_text() == "work in progress"
+    assert git(repo, "status", "--short") == "M src/toy.py"
+    assert "prunable" not in git(repo, "worktree", "list")
+
+
+def test_commits_that_do_not_follow_each_other_are_refused(repo, tmp_path):
+    repo, made = repo
+    assert commits(repo, "HEAD~2", "HEAD") == made[-3:]
+    with pytest.raises(UsageError, match="'HEAD~1' does not come after 'HEAD'"):
+        commits(repo, "HEAD", "HEAD~1")
+    with pytest.raises(UsageError, match="does not come after"):
+        commits(tmp_path, "HEAD~1", "HEAD")
