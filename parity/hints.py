@@ -131,14 +131,14 @@ def clip(record: Record) -> str | None:
     """A gradient of another length or cut off at a bound, or updates that show either."""
     facts = record.facts
     bounds = [value for name, value in facts.items() if name.startswith("gradient bound")]
-    agreeing, off = facts.get("greatest gradient in agreement"), facts.get("least gradient off")
     if bounds:
         side = "subject" if bounds[0] > 0 else "reference"
         what = f"no element of the {side}'s gradient exceeds {abs(bounds[0]):.4g}: a clip by value"
     elif {"gradient ratio, B = 0", "gradient ratio, B ≠ 0"} <= facts.keys():
         what = "the gradients differ by a factor whatever B is: a clip by norm, or a divisor"
-    elif agreeing and off and agreeing <= off:
-        what = f"only gradients above {agreeing:.3g} move weights differently: a clip by value"
+    elif facts.get("share below it", 0) > 0.05 and facts.get("share off above it", 0) > 0.5:
+        least = facts["least gradient off"]
+        what = f"only gradients from {least:.3g} on move weights differently: a clip by value"
     elif facts.get("first gap / update", 1) < 1e-3 and facts.get("second gap / update", 0) > 1e-2:
         # Adam's first update does not depend on the length of the gradient.
         what = "the first update agrees, the second does not: a clip by norm, or another beta"

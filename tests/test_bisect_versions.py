@@ -138,8 +138,8 @@ def test_the_sentence_says_who_moved():
     found = Found("1.0", "1.3", ("1.1", "1.2"))
     change = Change("toy", "reference", found, ("agree: a", "diverge: b"), ("x 1 → 2",))
     assert change.sentence() == (
-        "the reference moved with toy in 1.3, after 1.0 or in 1.1, 1.2, which cannot be run "
-        "(with it x 1 → 2): agree: a → diverge: b"
+        "the reference moved with toy in 1.3 (or in 1.1, 1.2, which cannot be run), after 1.0 "
+        "(changed with it: x 1 → 2): agree: a → diverge: b"
     )
 
 

@@ -40,15 +40,17 @@ PLANTED = [
     ("bias-correction", "06", {"optim.bias_correction": False}, "mlx/issues/1640"),
     ("betas-of-its-own", "06", {"optim.bias_correction": False, "optim.betas": [0.8, 0.99]}, ""),
     ("decay", "06", {"optim.weight_decay": 0.01}, "AdamW"),
-    ("clip-by-value", "06", {"optim.clip": "value", "optim.clip_value": 1.0}, "662"),
-    ("clip-by-norm", "06", {"optim.clip": "norm", "optim.clip_value": 1.0}, "662"),
+    ("clip-by-value", "06", {"optim.clip": "value", "optim.clip_value": 1.0},
+     "a clip by value (https://github.com/unslothai/unsloth-zoo/issues/662)"),
+    ("clip-by-norm", "06", {"optim.clip": "norm", "optim.clip_value": 1.0},
+     "a clip by norm, or another beta (https://github.com/unslothai/unsloth-zoo/issues/662)"),
     ("end-of-row", "03", {"mask.end_shift": 0}, "mlx-lm/issues/1697"),
     ("start-of-row", "03", {"mask.start_shift": 1}, "mlx-lm/issues/584"),
     ("scale", "04", {"lora.scale": 4.0}, "mlx-examples/issues/1186"),
     ("scale-by-gradient", "05", {"lora.scale": 4.0}, "mlx-examples/issues/1186"),
     ("last-16-layers", "04", {"lora.num_layers": 16}, "unsloth-zoo/issues/669"),
     ("cast", "02", {"model.dtype": "float16"}, "unsloth-zoo/issues/670"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
@@ -134,7 +136,8 @@ def test_made_up_fingerprints(fields, says):
         {"facts": {"first update ratio": 1.0}},
         {"facts": {"first gap / weight": 1e-5, "first gap / weight, cosine": 0.5}},
         {"facts": {"positions per row past the end": 2}},
-        {"facts": {"greatest gradient in agreement": 3.0, "least gradient off": 1.0}},
+        {"facts": {"least gradient off": 1.0, "share below it": 0.5, "share off above it": 0.1}},
+        {"facts": {"least gradient off": 1.0, "share below it": 0.0, "share off above it": 1.0}},
         {"facts": {"LoRA scale ratio": 1.0}},
         {"findings": ["first bad module: layers.0.mlp.gate_proj, 1; the error grows with the position"]},
         {

@@ -66,7 +66,7 @@ class Place(NamedTuple):
     versions: Mapping[str, str]
 
 
-class Gap(Exception):
+class Gap(UsageError):
     """A version that cannot be installed, imported or checked out."""
 
 
@@ -91,10 +91,10 @@ class Change:
         if self.found.inconclusive:
             return f"{self.package}: inconclusive: {self.found.inconclusive}"
         who = "both sides" if self.side == "both" else f"the {self.side}"
-        when = f"in {self.found.first_bad}, after {self.found.last_good}"
-        if self.found.hidden:
-            when += f" or in {', '.join(self.found.hidden)}, which cannot be run"
-        also = f" (with it {', '.join(self.also)})" if self.also else ""
+        hidden = ", ".join(self.found.hidden)
+        unless = f" (or in {hidden}, which cannot be run)" if hidden else ""
+        when = f"in {self.found.first_bad}{unless}, after {self.found.last_good}"
+        also = f" (changed with it: {', '.join(self.also)})" if self.also else ""
         return f"{who} moved with {self.package} {when}{also}: {' → '.join(self.verdicts)}"
 
 

@@ -116,10 +116,11 @@ def update_facts(inputs: Trace, subject: Trace, reference: Trace) -> dict[str, f
     }
     if length := float(np.linalg.norm(gaps[0]) * np.linalg.norm(start)):
         facts["first gap / weight, cosine"] = float(gaps[0] @ start) / length
-    # An elementwise clip moves only the elements whose gradient it bites on.
+    # A clip by value spares every element below it and moves most of those above.
     fed = np.maximum(*(np.abs(flat(inputs, f"gradient.{step}")) for step in (0, 1)))
     off = np.abs(gaps[1]) > 1e-3 * sizes[1]
-    if off.any() and not off.all():
-        facts["greatest gradient in agreement"] = float(fed[~off].max())
-        facts["least gradient off"] = float(fed[off].min())
+    if off.any():
+        least = facts["least gradient off"] = float(fed[off].min())
+        facts["share below it"] = float((fed < least).mean())
+        facts["share off above it"] = float(off[fed >= least].mean())
     return facts
