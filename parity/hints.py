@@ -14,10 +14,8 @@ from parity.record import Metric, Record, Side, Verdict
 
 Rule = Callable[[Record], str | None]
 
-NEAR = 0.01
-"""How exactly a ratio must be met. Ratios of medians in float32 are good to 1e-4."""
-LARGE = 30_000
-"""Entries from which on a sum over the vocabulary loses digits that show."""
+NEAR = 0.01  # how exactly a ratio must be met; medians in float32 are good to 1e-4
+LARGE = 30_000  # entries from which on a sum over the vocabulary loses digits that show
 ADAMW = "https://ml-explore.github.io/mlx/build/html/python/optimizers/_autosummary/mlx.optimizers.AdamW.html"
 LOGSUMEXP = "https://github.com/ml-explore/mlx/blob/main/mlx/backend/cpu/logsumexp.cpp"
 
@@ -131,6 +129,7 @@ def clip(record: Record) -> str | None:
     """A gradient of another length or cut off at a bound, or updates that show either."""
     facts = record.facts
     bounds = [value for name, value in facts.items() if name.startswith("gradient bound")]
+    first, second = (facts.get(f"{update} gap / update", 0) for update in ("first", "second"))
     if bounds:
         side = "subject" if bounds[0] > 0 else "reference"
         what = f"no element of the {side}'s gradient exceeds {abs(bounds[0]):.4g}: a clip by value"
@@ -139,8 +138,8 @@ def clip(record: Record) -> str | None:
     elif facts.get("share below it", 0) > 0.05 and facts.get("share off above it", 0) > 0.5:
         least = facts["least gradient off"]
         what = f"only gradients from {least:.3g} on move weights differently: a clip by value"
-    elif facts.get("first gap / update", 1) < 1e-3 and facts.get("second gap / update", 0) > 1e-2:
-        # Adam's first update does not depend on the length of the gradient.
+    elif second > max(1e-3, 10 * first):
+        # Adam's first update does not depend on the length of the gradient, but for eps.
         what = "the first update agrees, the second does not: a clip by norm, or another beta"
     else:
         return None
@@ -199,4 +198,3 @@ RULES: tuple[Rule, ...] = (
     double_bos, silent_cast, rope, prompt_offset, padding_supervised, lora_scale, last_layers,
     seed_placement, clip, bias_correction, weight_decay, logsumexp,
 )  # fmt: skip
-"""In the order of the stages whose numbers they read."""

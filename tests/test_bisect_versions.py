@@ -9,18 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from parity.bisect import versions
+from parity.bisect import environments
+from parity.bisect.environments import Gap, Range, commits, environment, parse_range, releases
 from parity.bisect.search import Found, SameEnds
-from parity.bisect.versions import (
-    Bisection,
-    Change,
-    Gap,
-    Range,
-    commits,
-    environment,
-    parse_range,
-    releases,
-)
+from parity.bisect.versions import Bisection, Change
 from parity.cell import Cell
 from parity.engine import Engine
 from parity.errors import UsageError
@@ -111,7 +103,7 @@ def test_what_is_no_range_is_refused(text, words):
 def test_releases_are_sorted_and_final_unless_an_end_is_not(monkeypatch):
     text = "toy (2.0)\nAvailable versions: 2.0, 2.0rc1, 1.10, 1.9, 1.9rc1, 1.8\n  INSTALLED: 1.8\n"
     asked = []
-    monkeypatch.setattr(versions, "_run", lambda *words: asked.append(words) or text)
+    monkeypatch.setattr(environments, "_run", lambda *words: asked.append(words) or text)
     assert releases(Range("toy", "1.9", "2")) == ["1.9", "1.10", "2.0"]
     assert "--pre" not in asked[-1]
     assert releases(Range("toy", "1.9", "2.0rc1")) == ["1.9", "1.10", "2.0rc1"]
@@ -130,8 +122,8 @@ def test_releases_are_sorted_and_final_unless_an_end_is_not(monkeypatch):
     ],
 )
 def test_mlx_has_its_backend_on_linux(text, expected, monkeypatch):
-    monkeypatch.setattr(versions.sys, "platform", "linux")
-    assert versions._requirement(text) == expected
+    monkeypatch.setattr(environments.sys, "platform", "linux")
+    assert environments._requirement(text) == expected
 
 
 def test_the_sentence_says_who_moved():

@@ -77,6 +77,17 @@ def test_the_side_that_has_it_is_named(engine, small):
         assert said.startswith(f"{name} first update is 3.16×")
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_clip_by_norm_is_told_from_another_eps(seed, engine, small):
+    """Where a gradient is as small as eps both move single elements at the first step."""
+    recipe = small.override({"seed.value": seed})
+    for change, said in (({"optim.clip": "norm"}, ["a clip by norm"]), ({"optim.eps": 1e-5}, [])):
+        found = engine.run(Cell(find("06"), "mlx", "mlx-lm", recipe, {"subject": change}))
+        assert found.verdict is Verdict.DIVERGE
+        assert len(found.hints) == len(said), found.message()
+        assert all(word in hint for word, hint in zip(said, found.hints, strict=True))
+
+
 def test_a_seed_set_elsewhere_is_told_from_other_settings(engine, small):
     changes = {"subject": {"seed.placement": "before_load"}}
     (said,) = engine.run(Cell(find("04"), "mlx", "mlx-lm", small, changes)).hints

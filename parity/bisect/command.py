@@ -11,6 +11,8 @@ import click
 from parity.options import EXIT_GREEN, EXIT_NOT_GREEN, recipe_options
 
 if TYPE_CHECKING:
+    from parity.bisect.search import Answer
+    from parity.engine import Engine
     from parity.recipe import Recipe
 
 
@@ -28,6 +30,29 @@ if TYPE_CHECKING:
     metavar="COMMAND",
     help="Ask a command instead: it finds the recipe in $PARITY_RECIPE and exits with 0 (agrees), "
     "125 (cannot tell) or another code (differs).",
+)
+@click.option(
+    "--package",
+    metavar="RANGE",
+    help="Find the release that changed a probe's verdict: mlx-lm==0.30.0..0.32.2, several "
+    "separated by commas.",
+)
+@click.option(
+    "--repo",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Find the commit of a checkout instead, between --good and --bad.",
+)
+@click.option("--good", metavar="REVISION", help="A commit of --repo that is known to be good.")
+@click.option("--bad", metavar="REVISION", help="A commit of --repo that is known to be bad.")
+@click.option(
+    "--probe", default="02", show_default=True, help="The probe that --package and --repo ask."
+)
+@click.option(
+    "--side",
+    type=click.Choice(["subject", "reference", "both"]),
+    default="subject",
+    show_default=True,
+    help="The side that runs the other versions.",
 )
 @click.option("--seed", default=3407, show_default=True, type=click.IntRange(0, 2**32 - 1))
 @click.option(
@@ -65,6 +90,8 @@ def bisect(
       parity bisect --reference hf --shipped
       parity bisect --set-subject lora.num_layers=16 --set-subject optim.weight_decay=0.01
       parity bisect --reference hf --recipe smollm2 --set model.source=smollm2-135m-as-saved
+      parity bisect --reference hf --package mlx-lm==0.28.0..0.29.1 --probe 02
+      parity bisect --subject my_trainer:Path --repo ../my-trainer --good v1 --bad main --probe 07
       parity bisect --set-subject lora.rank=4 --check './my-check.sh "$PARITY_RECIPE"'
     """  # noqa: D301
     from parity import recipe as recipes
@@ -84,6 +111,7 @@ def bisect(
 def _ask(
     shared: Recipe, changes: dict[str, Any], origin: str, out: Path, *,
     subject: str, reference: str, as_shipped: bool, command: str | None, repeats: int, timeout: float,
+    **moving: Any,
 ) -> str:  # fmt: skip
     """Runs the search, prints the answer, and returns the verdict."""
     from parity.bisect import check
@@ -100,6 +128,8 @@ def _ask(
         return search.verdict
     find_wrong_use([subject, reference], shared)
     with Engine(timeout=timeout, log_dir=out / "logs") as engine:
+        if moving["package"] or moving["repo"]:
+            return _versions(engine, subject, reference, shared, changes, origin, out, **moving)
         if as_shipped:
             shared, own = shipped(engine, subject, reference, shared)
             changes = {**own, **changes}
@@ -111,6 +141,38 @@ def _ask(
     click.echo(report.answer())
     click.echo("wrote " + ", ".join(map(str, report.save(out))), err=True)
     return report.verdict
+
+
+def _versions(
+    engine: Engine, subject: str, reference: str, shared: Recipe, changes: dict[str, Any], origin: str,
+    out: Path, *, package: str | None, repo: Path | None, good: str | None, bad: str | None,
+    probe: str, side: str,
+) -> str:  # fmt: skip
+    """Searches releases or commits; prints a sentence for each."""
+    from parity.bisect.environments import parse_range
+    from parity.bisect.versions import Bisection
+    from parity.cell import Cell
+    from parity.errors import UsageError
+    from parity.stages import find
+
+    sides = {"subject": changes} if changes else {}
+    cell = Cell(find(probe), subject, reference, shared, sides, origin)
+    ledger = out / "versions.json"
+    bisection = Bisection(engine, cell, side, ledger=ledger, progress=_progress)
+    if package:
+        found = bisection.each(*[parse_range(part) for part in package.split(",")])
+    elif repo and good and bad:
+        found = [bisection.commit(repo, good, bad)]
+    else:
+        raise UsageError("--repo needs --good REVISION and --bad REVISION")
+    for change in found:
+        click.echo(change.sentence())
+        click.echo(f"{change.runs} runs in {change.seconds:.0f} s", err=True)
+    return "inconclusive" if any(change.found.inconclusive for change in found) else "found"
+
+
+def _progress(candidate: str, answer: Answer, left: int) -> None:
+    click.echo(f"  {candidate}: {answer.outcome} {answer.reason}, about {left} left", err=True)
 
 
 def _watch(what: str, done: int, left: int) -> None:
