@@ -24,12 +24,12 @@ import pandas as pd
 from parity import recipe as recipes
 from parity.cell import Cell
 from parity.engine import Engine
-from parity.numerics import HEADROOM
+from parity.numerics import HEADROOM, Noise
 from parity.record import Record, Verdict
 from parity.run import SEEDS
 from parity.stages import STAGES, find
 from parity.stages.base import Context
-from parity.trace import Trace
+from parity.trace import Array, Trace
 
 MODELS = ("tiny-gemma3", "tiny-llama", "tiny-qwen3")
 REFERENCES = ("mlx-lm", "hf")
@@ -79,33 +79,51 @@ def row(record: Record) -> list[dict[str, Any]]:
 
 
 def plant(context: Context, stage: str, times: float, rng: np.random.Generator) -> Context:
-    """A context in which one element of the subject's trace is off by `times` floors."""
+    """A context in which one element of the subject's trace is off by `times` floors.
+
+    As a real fault would, it is in every run of the subject, the perturbed one included.
+    """
     method, group = PLANTS[stage]
+    fault: dict[str, Any] = {}
+
+    def moved(trace: Trace) -> Trace:
+        if fault["name"] in trace.arrays:
+            values = trace.arrays[fault["name"]].astype(np.float64)
+            values[fault["at"]] += fault["by"]
+            trace.arrays[fault["name"]] = values
+        return trace
 
     def both(wanted: str, given: Any, inputs: Trace) -> tuple[Trace, Trace]:
         subject, reference = context.both(wanted, given, inputs)
         # The optimizer's second round has another weight decay, hence other floors.
         if wanted != method or given["reference"] != context.recipes["reference"]:
             return subject, reference
-        noise = context.pair(method, inputs).noise_of(group)
-        arrays = reference.group(group) if group else reference.arrays
-        name = ARRAYS.get(stage) or sorted(arrays)[rng.integers(len(arrays))]
-        value = arrays[name].astype(np.float64)
-        at = tuple(int(rng.integers(n)) for n in value.shape)
-        if stage == "loss_curve":  # the floor of a step is the greatest up to it
-            floors = [np.abs(o[name] - value) for o in (noise.referee, noise.perturbed)]
-            floors.append(noise.own.get(name, np.zeros_like(value)))
-            so_far = np.maximum.accumulate(np.max(floors, axis=0))
-            floor = max(so_far[at], 2.0**-23 * abs(value[at]), noise.reduction)
-        else:
-            floor = noise.floor(name, arrays[name])
-        full = f"{group}/{name}" if group else name
-        moved = subject.arrays[full].astype(np.float64)
-        moved[at] += rng.choice([-1, 1]) * times * floor
-        subject.arrays[full] = moved
-        return subject, reference
+        if not fault:
+            noise = context.pair(method, inputs).noise_of(group)
+            arrays = reference.group(group) if group else reference.arrays
+            name = ARRAYS.get(stage) or sorted(arrays)[rng.integers(len(arrays))]
+            at = tuple(int(rng.integers(n)) for n in arrays[name].shape)
+            floor = floor_at(noise, name, arrays[name], at, series=stage == "loss_curve")
+            full = f"{group}/{name}" if group else name
+            fault.update(name=full, at=at, by=rng.choice([-1, 1]) * times * floor)
+        return moved(subject), reference
 
-    return dataclasses.replace(context, both=both)
+    def capture(side: str, wanted: str, given: Any, inputs: Trace) -> Trace:
+        trace = context.capture(side, wanted, given, inputs)
+        planted = side == "subject" and wanted == method and fault
+        return moved(trace) if planted else trace
+
+    return dataclasses.replace(context, both=both, capture=capture)
+
+
+def floor_at(noise: Noise, name: str, value: Array, at: tuple[int, ...], series: bool) -> float:
+    """The floor of an element; of a step in a series it is the greatest up to it."""
+    if not series:
+        return noise.floor(name, value)
+    floors = [np.abs(other[name] - value) for other in (noise.referee, noise.perturbed)]
+    floors.append(noise.own.get(name, np.zeros_like(value)))
+    so_far = np.maximum.accumulate(np.max(floors, axis=0))
+    return float(max(so_far[at], 2.0**-23 * abs(value[at]), noise.reduction))
 
 
 def detection(engine: Engine, options: argparse.Namespace) -> pd.DataFrame:
