@@ -146,7 +146,9 @@ def run(
     expectations.keep(known, folder)
     with (
         progress.shown(len(matrix.cells())) as (done, notice),
-        engines.Engine(timeout=timeout, log_dir=folder / "logs", notice=notice) as engine,
+        engines.Engine(
+            timeout=timeout, log_dir=folder / "logs", notice=notice, repeat=True
+        ) as engine,
     ):
         records = runs.run(matrix, engine, folder, jobs, done)
     records = [expectations.mark(record, known) for record in records]

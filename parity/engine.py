@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ class Engine:
         timeout: Seconds a capture may take.
         log_dir: Folder of the workers' logs.
         notice: Called with a sentence when something starts.
+        repeat: Run the subject of a cell that diverges once more: what does not repeat itself is no
+            evidence.
     """
 
     def __init__(
@@ -49,11 +52,13 @@ class Engine:
         timeout: float = TIMEOUT,
         log_dir: Path | None = None,
         notice: Callable[[str], None] | None = None,
+        repeat: bool = False,
     ) -> None:
         self.cache = cache or resources.cache()
         self.timeout = timeout
         self.log_dir = log_dir or self.cache / "logs"
         self.notice = notice or (lambda _: None)
+        self.repeat = repeat
         self.captured = 0  # captures that were run, not found in the cache
         self._workers: dict[str, Worker] = {}
         self._locks: dict[str, threading.Lock] = {}
@@ -83,11 +88,11 @@ class Engine:
             UnmatchedNames: What was handed over does not fit the path's tensors by name.
             CaptureError: It failed.
         """
-        key = hashlib.sha256(
-            "\n".join(
-                [content.of_path(spec), method, content.of_recipe(recipe), inputs.digest()]
-            ).encode()
-        ).hexdigest()[:24]
+        return self._load(spec, method, recipe, inputs, "")
+
+    def _load(self, spec: str, method: str, recipe: Recipe, inputs: Trace, attempt: str) -> Trace:
+        words = content.of_path(spec), method, content.of_recipe(recipe), inputs.digest()
+        key = hashlib.sha256("\n".join(words).encode()).hexdigest()[:24] + attempt
         file = self.cache / "captures" / key[:2] / f"{key}.safetensors"
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -162,6 +167,8 @@ class Engine:
                 reason = f"{type(error).__name__} while comparing: {error}"
                 verdict, detail = Verdict.ERROR, traceback.format_exc()
         verdict, reason = (verdict, reason) if verdict else conclude(result.metrics)
+        if verdict is Verdict.DIVERGE and self.repeat and result.metrics:
+            verdict, reason = self._repeated(cell, context, result, reason)
         sides = {
             side: Side(
                 path=getattr(cell, side),
@@ -190,12 +197,43 @@ class Engine:
             if verdict is Verdict.DIVERGE
             else None,
             detail=detail,
+            artifacts=list(context.files) if verdict is Verdict.DIVERGE else [],
             seconds=time.perf_counter() - started,
             git=content.git_state(),
             reproduce=reproduce(cell),
             **sides,
         )
         return record.model_copy(update={"hints": [*record.hints, *hints(record)]})
+
+    def _repeated(
+        self, cell: Cell, context: Context, result: Comparison, reason: str
+    ) -> tuple[Verdict, str]:
+        """The verdict after the subject was run once more (A/A); adds what it found."""
+
+        def capture(side: str, method: str, recipe: Recipe, inputs: Trace) -> Trace:
+            if side != "subject":
+                return context.capture(side, method, recipe, inputs)
+            return self._load(cell.subject, method, recipe, inputs, "-again")
+
+        def both(method: str, recipes: Mapping[str, Recipe], inputs: Trace) -> tuple[Trace, Trace]:
+            return (
+                capture("subject", method, recipes["subject"], inputs),
+                capture("reference", method, recipes["reference"], inputs),
+            )
+
+        try:
+            again = cell.stage.run(replace(context, capture=capture, both=both))
+        except (Unsupported, UnmatchedNames, CaptureError) as error:
+            return Verdict.INCONCLUSIVE, f"{reason}; a repeat of the subject failed: {error}"
+        values, other = ([str((m.name, m.value)) for m in r.metrics] for r in (result, again))
+        if conclude(again.metrics)[0].green:
+            return (
+                Verdict.INCONCLUSIVE,
+                f"the subject does not repeat itself: once {reason}, and once it agrees",
+            )
+        if values != other:
+            result.findings.append("a repeat of the subject gives other numbers, and diverges too")
+        return Verdict.DIVERGE, reason
 
     def context(self, cell: Cell) -> Context:
         """What the stage of a cell is given."""
@@ -204,12 +242,14 @@ class Engine:
             for side in ("subject", "reference")
         }
         environments: dict[str, dict[str, Any]] = {}
+        files: dict[str, None] = {}
         specs = {"subject": cell.subject, "reference": cell.reference, "referee": REFEREE}
         frameworks = {side: resolve(specs[side]).framework for side in recipes}
         double = referee_of(recipes["reference"])
 
         def note(side: str, trace: Trace) -> Trace:
             environments.setdefault(side, dict(trace.environment))
+            files.setdefault(trace.file)
             return trace
 
         def capture(side: str, method: str, recipe: Recipe, inputs: Trace) -> Trace:
@@ -225,6 +265,7 @@ class Engine:
             shipped=_Shipped(self, specs, cell.recipe),
             frameworks=frameworks,
             environments=environments,
+            files=files,
             has_referee=double != recipes["reference"],
             capture=capture,
             both=both,

@@ -89,7 +89,7 @@ def parity_engine() -> Iterator[Engine]:
     """The engine of this pytest process; under xdist the cache is what they share."""
     from parity.engine import Engine
 
-    with Engine() as engine:
+    with Engine(repeat=True) as engine:
         yield engine
 
 

@@ -34,6 +34,8 @@ class Trace:
     arrays: dict[str, Array] = field(default_factory=dict)
     scalars: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+    file: str = ""
+    """Where it was read from."""
 
     def group(self, prefix: str) -> dict[str, Array]:
         """Arrays below `prefix/`, with the prefix taken off."""
@@ -88,7 +90,7 @@ class Trace:
                 f"{file}: trace schema {header['schema']} is newer than this tool's {SCHEMA}: "
                 "upgrade mlx-parity"
             )
-        return cls(arrays, loads(header["scalars"]), loads(header["environment"]))
+        return cls(arrays, loads(header["scalars"]), loads(header["environment"]), str(file))
 
 
 def write_atomically(file: Path, content: bytes) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from parity.errors import Unsupported
 from parity.paths.base import Path
 from parity.trace import Trace
+from tests.third_party import NumpyAdamW
 
 
 class Faulty(Path):
@@ -36,3 +37,21 @@ class Faulty(Path):
     def lora_init(self, recipe, inputs):
         print("noise on stdout that must not end up among the answers")
         return Trace({"pid": np.array([os.getpid()])}, {"seed": recipe.seed.value})
+
+
+class Moody(Path):
+    """Its optimizer step is right every other time it is asked."""
+
+    name = "moody"
+    framework = "numpy"
+
+    def optimizer_step(self, recipe, inputs):
+        mark = self.cache / "moody"
+        trace = NumpyAdamW(self.cache).optimizer_step(recipe, inputs)
+        if mark.exists():
+            mark.unlink()
+        else:
+            mark.touch()
+            for value in trace.arrays.values():
+                value += 1.0
+        return trace

@@ -60,7 +60,11 @@ def test_harmless_changes_are_no_cause(engine, small):
 @pytest.mark.parametrize(
     ("planted", "stage", "says"),
     [
-        ("BadModule", "logits", ["first bad module layers.7.mlp.up_proj", "confirmed", "1 of 18 layers (7)"]),
+        (
+            "BadModule",
+            "logits",
+            ["first bad module layers.7.mlp.up_proj", "confirmed", "1 of 18 layers (7)"],
+        ),
         ("BadRope", "logits", ["layers.5.self_attn", "1 of 18 layers (5)"]),
         ("BadBackward", "gradient", ["differ from layers.9.mlp"]),
         ("BadThirdStep", "optimizer_step", ["step 3"]),

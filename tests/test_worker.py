@@ -73,3 +73,18 @@ def test_a_subject_that_is_the_reference_proves_nothing(fresh):
     record = fresh.run(Cell(find("logits"), "mlx", "mlx", Recipe()))
     assert record.verdict is Verdict.INCONCLUSIVE
     assert "the subject is the reference" in record.reason
+
+
+def test_what_does_not_repeat_itself_is_inconclusive(tmp_path, small):
+    sgd_free = small.override({"optim.weight_decay": 0.1})  # one round: both decays are the same
+    with Engine(cache=tmp_path, repeat=True) as engine:
+        record = engine.run(
+            Cell(find("optimizer_step"), "tests.faulty_paths:Moody", "hf", sgd_free)
+        )
+        assert record.verdict is Verdict.INCONCLUSIVE, record.message()
+        assert "does not repeat itself" in record.reason
+        steady = {"subject": {"optim.lr": 1e-3}}
+        record = engine.run(Cell(find("optimizer_step"), "mlx", "hf", small, steady))
+        assert record.verdict is Verdict.DIVERGE
+        assert record.artifacts
+        assert all(file.endswith(".safetensors") for file in record.artifacts)

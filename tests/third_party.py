@@ -28,7 +28,9 @@ class NumpyAdamW(Path):
             for name, g in gradient.items():
                 first[name] = b1 * first[name] + (1 - b1) * g
                 second[name] = b2 * second[name] + (1 - b2) * g * g
-                direction = (first[name] / (1 - b1**step)) / (np.sqrt(second[name] / (1 - b2**step)) + o.eps)
+                direction = (first[name] / (1 - b1**step)) / (
+                    np.sqrt(second[name] / (1 - b2**step)) + o.eps
+                )
                 weights[name] = weights[name] * (1 - o.lr * o.weight_decay) - o.lr * direction
             trace = trace.with_group(f"weight.{step - 1}", weights)
         return trace

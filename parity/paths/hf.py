@@ -20,7 +20,15 @@ import numpy as np
 from parity import resources
 from parity.errors import Unsupported, UsageError
 from parity.paths import _torch
+from parity.paths import _torch_readback as readback
 from parity.paths._torch import IGNORED, Batch, to_numpy
+from parity.paths._torch_work import (
+    accumulate,
+    completion_loss,
+    greedy,
+    margins,
+    supervised_positions,
+)
 from parity.paths.base import Path
 from parity.paths.describe import describe_process, row_digests, single
 from parity.recipe import Recipe
@@ -265,9 +273,9 @@ class HfPath(Path):
         watched = inputs.scalars.get("modules", False)
         with self.pristine(recipe) as model, torch.no_grad():
             for index, ids in enumerate(each(inputs.arrays, "ids")):
-                with _torch.module_outputs(model, watched, inputs.group("replace")) as seen:
+                with readback.module_outputs(model, watched, inputs.group("replace")) as seen:
                     logits = model(input_ids=_torch.ids_tensor(ids), use_cache=False).logits
-                trace.scalars["dtype"] = _torch.dtype_name(logits.dtype)
+                trace.scalars["dtype"] = readback.dtype_name(logits.dtype)
                 trace.arrays[f"logits.{index}"] = to_numpy(logits.float())
                 for name, value in seen.items() if watched else ():
                     trace.arrays[f"module.{index}/{name}"] = to_numpy(value.float())
@@ -291,9 +299,9 @@ class HfPath(Path):
         """See `Path.lora_init`."""
         with self.adapted(recipe) as model:
             parameters = _torch.adapter_parameters(model)
-            dtypes = _torch.dtype_census(parameters.values())
+            dtypes = readback.dtype_census(parameters.values())
             scalars = {
-                **_torch.lora_facts(model),
+                **readback.lora_facts(model),
                 "trainable": sorted(parameters),
                 "dtype": single(set(dtypes)),
             }
@@ -377,14 +385,14 @@ class HfPath(Path):
             optimizer, schedule = _torch.make_optimizer(recipe, parameters.values())
             supervised = supervised_positions(recipe, model, *drawn[0])
             scalars = {
-                "dtype.parameters": _torch.dtype_census(base),
-                "dtype.adapter": _torch.dtype_census(parameters.values()),
-                "rope.theta": _torch.rope_thetas(model),
+                "dtype.parameters": readback.dtype_census(base),
+                "dtype.adapter": readback.dtype_census(parameters.values()),
+                "rope.theta": readback.rope_thetas(model),
                 "lora.trainable": len(parameters),
                 "lora.parameters": sum(p.numel() for p in parameters.values()),
                 "lora.names": sorted(parameters),
-                **{f"lora.{key}": value for key, value in _torch.lora_facts(model).items()},
-                **_torch.optimizer_facts(optimizer, schedule, recipe.train.steps),
+                **{f"lora.{key}": value for key, value in readback.lora_facts(model).items()},
+                **readback.optimizer_facts(optimizer, schedule, recipe.train.steps),
                 "clip.mode": recipe.optim.clip,
                 "clip.value": None if recipe.optim.clip == "none" else recipe.optim.clip_value,
                 "batch.shapes": [list(ids.shape) for ids, _ in drawn],
@@ -398,88 +406,6 @@ class HfPath(Path):
                 "seed.placement": recipe.seed.placement,
             }
         return Trace({"supervised": supervised}, scalars)
-
-
-# The model at work -------------------------------------------------------------------------------
-
-
-def accumulate(recipe: Recipe, model: Any, parts: list[Batch]) -> tuple[float, int]:
-    """Leaves the gradient of one step in the parameters; returns its loss and supervised tokens.
-
-    There is no attention mask: padding stands on the right, where the causal mask hides it from
-    all real tokens, and a supervised padding position must see what it sees in mlx-lm.
-    """
-    targets = [_torch.labels(recipe, ids, lengths) for ids, lengths in parts]
-    tokens = sum(int((target != IGNORED).sum()) for target in targets)
-    by_token = recipe.train.accumulation_weighting == "token"
-    # With a count transformers divides the sum of a micro-batch by it, as its Trainer does.
-    count = {"num_items_in_batch": tokens} if by_token else {}
-    total = 0.0
-    for (ids, _), target in zip(parts, targets, strict=True):
-        shifted = _torch.ids_tensor(target)
-        loss = model(
-            input_ids=_torch.ids_tensor(ids[:, :-1]),
-            labels=shifted,
-            shift_labels=shifted,
-            use_cache=False,
-            **count,
-        ).loss
-        share = loss if by_token else loss / len(parts)
-        share.backward()
-        total += share.item()
-    return total, tokens
-
-
-def supervised_positions(recipe: Recipe, model: Any, ids: Array, lengths: Array) -> Array:
-    """What the live loss supervises in a batch: (row, position, target id), (K, 3) int64.
-
-    Flat logits over a vocabulary just large enough for the ids.
-    """
-    import torch
-
-    targets = _torch.labels(recipe, ids, lengths)
-    logits = torch.zeros(*targets.shape, int(ids.max()) + 2, device=model.device)
-    arrays = _torch.probed_loss(model.get_base_model().loss_function, logits, targets)
-    where = np.argwhere(arrays["supervised"])
-    return np.column_stack([where, arrays["targets"][tuple(where.T)]]).astype(np.int64)
-
-
-def greedy(recipe: Recipe, model: Any, prompt: list[int], tokenizer: Any) -> list[int]:
-    """Ids that `generate` appends to a prompt, an end-of-sequence id included."""
-    from transformers import GenerationConfig
-
-    ids, own = _torch.ids_tensor(np.array([prompt])), model.generation_config.eos_token_id
-    # Whatever is left open here is filled from the model's own generation config.
-    config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        max_new_tokens=recipe.decode.max_tokens,
-        eos_token_id=tokenizer.eos_token_id if own is None else own,
-        pad_token_id=_torch.padding_id(tokenizer),
-    )
-    whole = model.generate(
-        input_ids=ids, attention_mask=ids.new_ones(ids.shape), generation_config=config
-    )
-    return [int(token) for token in whole[0, len(prompt) :]]
-
-
-def margins(model: Any, prompt: list[int], ids: list[int]) -> Array:
-    """Top-1 minus top-2 logit at each generated id, from one forward pass."""
-    whole = _torch.ids_tensor(np.array([prompt + ids]))
-    logits = model(input_ids=whole, use_cache=False).logits[0, len(prompt) - 1 : -1]
-    top = logits.float().topk(2).values
-    return to_numpy(top[:, 0] - top[:, 1])
-
-
-def completion_loss(model: Any, prompt: list[int], whole: list[int]) -> float:
-    """Mean cross-entropy of what follows the prefix that `whole` shares with the prompt."""
-    pairs = zip(prompt, whole, strict=False)
-    common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    targets = _torch.ids_tensor(np.array([[IGNORED] * (common - 1) + whole[common:]]))
-    inputs = _torch.ids_tensor(np.array([whole[:-1]]))
-    loss = model(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False).loss
-    return float(loss)
 
 
 def _key(recipe: Recipe) -> tuple[str, ...]:

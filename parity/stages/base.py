@@ -109,6 +109,7 @@ class Context:
         shipped: Each side's recipe with its own defaults.
         frameworks: The framework of each side.
         environments: Filled with the environment that each side's traces come from.
+        files: Filled with the files of the traces, in the order of their use.
         capture: Runs one method of one side.
         both: Runs one method on both sides at once.
     """
@@ -118,6 +119,7 @@ class Context:
     shipped: Mapping[str, Recipe]
     frameworks: Mapping[str, str]
     environments: dict[str, dict[str, Any]]
+    files: dict[str, None]
     has_referee: bool
     capture: Capture
     both: Callable[..., tuple[Trace, Trace]]

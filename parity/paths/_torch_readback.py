@@ -1,0 +1,127 @@
+"""What live torch objects say of themselves: module outputs, dtypes, rope, LoRA, optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from parity.paths._torch import to_numpy
+from parity.paths.describe import single
+from parity.trace import Array, canonical, layer_of
+
+
+@contextlib.contextmanager
+def module_outputs(
+    model: Any, wanted: bool, replace: Mapping[str, Array] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Collects canonical name → output of every module, if wanted, in the order of returns.
+
+    Outputs of modules named in `replace` are replaced.
+    """
+    import torch
+
+    seen: dict[str, Any] = {}
+
+    def keep(name: str) -> Callable[..., Any]:
+        def hook(module: Any, arguments: Any, output: Any) -> Any:
+            first = output[0] if isinstance(output, tuple) else output
+            if not isinstance(first, torch.Tensor):
+                return None
+            if replace and name in replace and first.shape == replace[name].shape:
+                first = torch.as_tensor(replace[name]).to(first)
+                output = (first, *output[1:]) if isinstance(output, tuple) else first
+            seen[name] = first
+            return output
+
+        return hook
+
+    def same_elsewhere(module: Any) -> bool:
+        # Gemma's embedding multiplies by its scale inside; in MLX the model does so afterwards.
+        return type(module) is torch.nn.Embedding or not isinstance(module, torch.nn.Embedding)
+
+    handles = [
+        module.register_forward_hook(keep(canonical(name)))
+        for name, module in model.named_modules()
+        if (wanted or replace) and name and same_elsewhere(module)
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def dtype_name(dtype: Any) -> str:
+    """`float32` of `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_census(parameters: Iterable[Any]) -> dict[str, int]:
+    """Number of elements by dtype."""
+    census: dict[str, int] = {}
+    for parameter in parameters:
+        name = dtype_name(parameter.dtype)
+        census[name] = census.get(name, 0) + parameter.numel()
+    return census
+
+
+def rope_thetas(model: Any) -> list[float]:
+    """Per layer the base of the rotary embedding, from the live frequencies base ** (-2 i / d)."""
+    config = model.config.get_text_config()
+    # Models with several kinds of layers have one buffer a kind.
+    buffers = {
+        name.rpartition(".")[2]: to_numpy(value).astype(np.float64)
+        for name, value in model.named_buffers()
+        if name.endswith("inv_freq") and not name.endswith("original_inv_freq")
+    }
+    kinds = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
+    used = [buffers.get(f"{kind}_inv_freq", buffers.get("inv_freq")) for kind in kinds]
+    return [rope_theta(frequencies) for frequencies in used if frequencies is not None]
+
+
+def rope_theta(frequencies: Array) -> float:
+    """The base of float32 frequencies, to 6 digits.
+
+    Every frequency tells it, later ones more exactly; scaled kinds of rope leave the early ones
+    alone, so the last that still agrees with the first is taken.
+    """
+    relative = frequencies / frequencies[0]
+    half = len(relative)
+    estimates = relative[1:] ** (-half / np.arange(1, half))
+    consistent = estimates[np.isclose(estimates, estimates[0], rtol=1e-4)]
+    return float(f"{consistent[-1]:.6g}")
+
+
+def lora_facts(model: Any) -> dict[str, Any]:
+    """Rank, scale, dropout, layers and modules as the live LoRA modules have them."""
+    modules = {canonical(n): m for n, m in model.named_modules() if hasattr(m, "lora_A")}
+    return {
+        "rank": single({int(m.r["default"]) for m in modules.values()}),
+        "scale": single({float(m.scaling["default"]) for m in modules.values()}),
+        # without dropout PEFT puts an Identity there
+        "dropout": single({getattr(m.lora_dropout["default"], "p", 0.0) for m in modules.values()}),
+        "layers": sorted({n for name in modules if (n := layer_of(name)) is not None}),
+        "modules": sorted({name.rpartition(".")[2] for name in modules}),
+    }
+
+
+def optimizer_facts(optimizer: Any, schedule: Any, steps: int) -> dict[str, Any]:
+    """Hyperparameters of the live optimizer; it must not hold gradients, for it is stepped."""
+    group, rates = optimizer.param_groups[0], []
+    for _ in range(steps):
+        rates.append(float(group["lr"]))
+        optimizer.step()
+        schedule.step()
+    betas = [float(beta) for beta in group.get("betas", ())]
+    return {
+        "optim.class": type(optimizer).__name__,
+        "optim.betas": betas,
+        "optim.eps": group.get("eps"),
+        "optim.weight_decay": float(group["weight_decay"]),
+        # torch's Adam knows no other way and so has no setting to read
+        "optim.bias_correction": True if betas else None,
+        "optim.lr": rates,
+    }
