@@ -98,14 +98,13 @@ def plant(context: Context, stage: str, times: float, rng: np.random.Generator) 
         # The optimizer's second round has another weight decay, hence other floors.
         if wanted != method or given["reference"] != context.recipes["reference"]:
             return subject, reference
-        if not fault:
-            noise = context.pair(method, inputs).noise_of(group)
-            arrays = reference.group(group) if group else reference.arrays
-            name = ARRAYS.get(stage) or sorted(arrays)[rng.integers(len(arrays))]
-            at = tuple(int(rng.integers(n)) for n in arrays[name].shape)
-            floor = floor_at(noise, name, arrays[name], at, series=stage == "loss_curve")
-            full = f"{group}/{name}" if group else name
-            fault.update(name=full, at=at, by=rng.choice([-1, 1]) * times * floor)
+        noise = context.pair(method, inputs).noise_of(group)
+        arrays = reference.group(group) if group else reference.arrays
+        name = ARRAYS.get(stage) or sorted(arrays)[rng.integers(len(arrays))]
+        at = tuple(int(rng.integers(n)) for n in arrays[name].shape)
+        floor = floor_at(noise, name, arrays[name], at, series=stage == "loss_curve")
+        full = f"{group}/{name}" if group else name
+        fault.update(name=full, at=at, by=rng.choice([-1, 1]) * times * floor)
         return moved(subject), reference
 
     def capture(side: str, wanted: str, given: Any, inputs: Trace) -> Trace:
