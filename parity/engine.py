@@ -249,7 +249,7 @@ class Engine:
 
         def note(side: str, trace: Trace) -> Trace:
             environments.setdefault(side, dict(trace.environment))
-            files.setdefault(trace.file)
+            files.setdefault(os.path.relpath(trace.file, self.cache))
             return trace
 
         def capture(side: str, method: str, recipe: Recipe, inputs: Trace) -> Trace:

@@ -123,6 +123,7 @@ class Record(BaseModel):
     detail: str = ""
     seconds: float = 0.0
     artifacts: list[str] = Field(default_factory=list)
+    """Traces of a divergence, below the cache that `parity list` shows."""
     git: str = ""
     reproduce: str = ""
 

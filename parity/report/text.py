@@ -30,7 +30,7 @@ def describe(record: Record) -> str:
     lines += [f"  expected: {record.expected}"] * bool(record.expected)
     if record.verdict is Verdict.ERROR and record.detail:
         lines += [f"  | {line}" for line in record.detail.strip().splitlines()[-12:]]
-    lines += [f"  trace: {artifact}" for artifact in record.artifacts[-2:]]
+    lines += [f"  trace: {artifact} (in the cache)" for artifact in record.artifacts[-2:]]
     lines.append(f"  reproduce: {record.reproduce}")
     return "\n".join(lines)
 
