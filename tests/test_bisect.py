@@ -98,3 +98,12 @@ def test_any_command_is_an_oracle(tmp_path):
         check("no-such-command", Recipe(), HARMLESS)
     with pytest.raises(UsageError, match="--set-subject"):
         check("exit 0", Recipe(), {})
+
+
+@pytest.mark.parametrize("model", ["tiny-llama", "tiny-qwen3"])
+def test_a_bad_module_is_named_on_the_other_models(model, engine, small):
+    recipe = small.override({"model.source": model})
+    report = search(engine, recipe, {}, "tests.planted_paths:BadModule", "hf")
+    assert "first bad module layers.7.mlp.up_proj" in report.answer()
+    report = search(engine, recipe, {}, "tests.planted_paths:BadBackward", "hf")
+    assert "differ from layers.9.mlp" in report.answer()
