@@ -11,7 +11,14 @@ import click
 from parity import __version__
 from parity.bisect.command import bisect
 from parity.errors import CaptureError, UnmatchedNames, Unsupported, UsageError
-from parity.options import EXIT_GREEN, EXIT_MISSING, EXIT_NOT_GREEN, EXIT_USAGE, recipe_options
+from parity.options import (
+    EXIT_GREEN,
+    EXIT_MISSING,
+    EXIT_NOT_GREEN,
+    EXIT_USAGE,
+    recipe_options,
+    timeout_option,
+)
 
 
 class Group(click.Group):
@@ -86,13 +93,7 @@ def main() -> None:
     type=click.IntRange(1, 64),
     help="Cells under way at once.",
 )
-@click.option(
-    "--timeout",
-    default=600.0,
-    show_default=True,
-    type=click.FloatRange(1),
-    help="Seconds a capture may take.",
-)
+@timeout_option
 @click.option("--expected", type=click.Path(path_type=Path, exists=True, dir_okay=False),
               help="Known divergences.  [default: the fixtures' file of each pair]")  # fmt: skip
 @click.option("--no-expected", is_flag=True, help="Expect no divergence.")
@@ -192,7 +193,7 @@ def report(folder: Path) -> None:
     type=click.Path(path_type=Path, dir_okay=False),
     help="File of the trace.",
 )
-@click.option("--timeout", default=600.0, type=click.FloatRange(1), help="Seconds it may take.")
+@timeout_option
 def capture(
     path: str,
     method: str,

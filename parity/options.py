@@ -19,3 +19,12 @@ def recipe_options(command: Any) -> Any:
     ):  # fmt: skip
         command = option(command)
     return command
+
+
+timeout_option = click.option(
+    "--timeout",
+    default=600.0,
+    show_default=True,
+    type=click.FloatRange(1),
+    help="Seconds a capture may take.",
+)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from parity.options import EXIT_GREEN, EXIT_NOT_GREEN, recipe_options
+from parity.options import EXIT_GREEN, EXIT_NOT_GREEN, recipe_options, timeout_option
 
 if TYPE_CHECKING:
     from parity.bisect.search import Answer
@@ -69,13 +69,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder of the result.",
 )
-@click.option(
-    "--timeout",
-    default=600.0,
-    show_default=True,
-    type=click.FloatRange(1),
-    help="Seconds a capture may take.",
-)
+@timeout_option
 def bisect(
     recipe: str, settings: tuple[str, ...], set_subject: tuple[str, ...], seed: int, out: Path,
     **asked: Any,

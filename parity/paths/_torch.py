@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from parity import resources
 from parity.errors import UnmatchedNames, Unsupported, UsageError
 from parity.recipe import Recipe
 from parity.trace import Array, Trace, canonical, each
@@ -135,6 +137,14 @@ def tokenized(row: Mapping[str, Any], recipe: Recipe, tokenizer: Any) -> tuple[l
         return templated(messages), 0
     answered = messages[-1]["role"] == "assistant"
     return templated(messages), len(templated(messages[:-1], add_generation_prompt=answered))
+
+
+def rows(recipe: Recipe, tokenizer: Any) -> list[tuple[list[int], int]]:
+    """Ids and first supervised token of each training row, cut at the greatest length."""
+    file = resources.data_dir(recipe.data.source) / "train.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    found = [tokenized(json.loads(line), recipe, tokenizer) for line in lines if line.strip()]
+    return [(ids[: recipe.data.max_length], offset) for ids, offset in found]
 
 
 def padding_id(tokenizer: Any) -> int:

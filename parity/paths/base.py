@@ -76,8 +76,6 @@ class Path:
     """`mlx` or `torch`; two paths of one framework are expected bit-identical."""
     packages: ClassVar[tuple[str, ...]] = ()
     """Distributions whose versions belong to the environment of a trace."""
-    takes_batches: ClassVar[bool] = True
-    """Whether `train` runs on batches that are handed to it."""
 
     def __init__(self, cache: FilePath) -> None:
         self.cache = cache

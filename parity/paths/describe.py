@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import platform
 import sys
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from parity import resources
+from parity.recipe import Recipe
 from parity.trace import Array
 
 # Variables that change what the frameworks compute or where.
@@ -58,3 +61,14 @@ def row_digests(ids: Array, lengths: Array) -> list[str]:
         hashlib.sha256(np.asarray(row[:n], np.int64).tobytes()).hexdigest()[:8]
         for row, (_, n) in zip(ids, lengths, strict=True)
     ]
+
+
+def defaults(function: Any) -> dict[str, Any]:
+    """The default of each parameter of a function or class."""
+    return {k: p.default for k, p in inspect.signature(function).parameters.items()}
+
+
+def model_key(recipe: Recipe) -> tuple[str, ...]:
+    """What a loaded model depends on."""
+    source = resources.model_dir(recipe.model.source)
+    return source, recipe.model.dtype, recipe.model.weights, resources.fingerprint(source)

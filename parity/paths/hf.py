@@ -8,9 +8,7 @@ float16 carry an adapter in float32, PEFT's default; in float64 everything is fl
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any, ClassVar
@@ -30,7 +28,7 @@ from parity.paths._torch_work import (
     supervised_positions,
 )
 from parity.paths.base import Path
-from parity.paths.describe import describe_process, row_digests, single
+from parity.paths.describe import defaults, describe_process, model_key, row_digests, single
 from parity.recipe import Recipe
 from parity.trace import Array, Trace, each
 
@@ -62,9 +60,9 @@ class HfPath(Path):
         from transformers import DataCollatorForSeq2Seq
         from transformers.loss.loss_utils import ForCausalLMLoss
 
-        lora, adamw = LoraConfig(), _defaults(torch.optim.AdamW)
-        collator = _defaults(DataCollatorForSeq2Seq)
-        ignored = _defaults(ForCausalLMLoss)["ignore_index"]
+        lora, adamw = LoraConfig(), defaults(torch.optim.AdamW)
+        collator = defaults(DataCollatorForSeq2Seq)
+        ignored = defaults(ForCausalLMLoss)["ignore_index"]
         return {
             "lora.rank": lora.r,
             "lora.scale": lora.lora_alpha / lora.r,
@@ -124,7 +122,7 @@ class HfPath(Path):
     def pristine(self, recipe: Recipe) -> Iterator[Any]:
         """The base model without adapter."""
         with _torch.float64_throughout(recipe.model.dtype):
-            key = _key(recipe)
+            key = model_key(recipe)
             base = self._bases.pop(key, None)
             self._keep(key, base := self.load(recipe) if base is None else base)
             yield base
@@ -135,7 +133,7 @@ class HfPath(Path):
         import torch
 
         with _torch.float64_throughout(recipe.model.dtype):
-            key = _key(recipe)
+            key = model_key(recipe)
             base = self._bases.pop(key, None)
             if recipe.seed.placement == "before_load":
                 torch.manual_seed(recipe.seed.value)
@@ -187,20 +185,11 @@ class HfPath(Path):
         )
         return get_peft_model(base, config)
 
-    def rows(self, recipe: Recipe, tokenizer: Any) -> list[tuple[list[int], int]]:
-        """Ids and first supervised token of each training row, cut at the greatest length."""
-        file = resources.data_dir(recipe.data.source) / "train.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines()
-        rows = [
-            _torch.tokenized(json.loads(line), recipe, tokenizer) for line in lines if line.strip()
-        ]
-        return [(ids[: recipe.data.max_length], offset) for ids, offset in rows]
-
     def iterate(self, recipe: Recipe, tokenizer: Any) -> Iterator[Batch]:
         """Endless batches: all rows shuffled anew each epoch, an incomplete batch dropped."""
         import torch
 
-        rows, size = self.rows(recipe, tokenizer), recipe.train.batch_size
+        rows, size = _torch.rows(recipe, tokenizer), recipe.train.batch_size
         if len(rows) < size:
             raise UsageError(
                 f"data {recipe.data.source!r} has {len(rows)} rows, fewer than "
@@ -236,7 +225,7 @@ class HfPath(Path):
     def tokenization(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `Path.tokenization`."""
         tokenizer, trace = self.tokenizer(recipe), Trace()
-        for index, (ids, offset) in enumerate(self.rows(recipe, tokenizer)):
+        for index, (ids, offset) in enumerate(_torch.rows(recipe, tokenizer)):
             trace.arrays[f"row.{index}"] = np.asarray(ids, np.int32)
             trace.arrays[f"offset.{index}"] = np.asarray(offset, np.int32)
         texts = [tokenizer(text)["input_ids"] for text in inputs.scalars["texts"]]
@@ -406,12 +395,3 @@ class HfPath(Path):
                 "seed.placement": recipe.seed.placement,
             }
         return Trace({"supervised": supervised}, scalars)
-
-
-def _key(recipe: Recipe) -> tuple[str, ...]:
-    source = resources.model_dir(recipe.model.source)
-    return source, recipe.model.dtype, recipe.model.weights, resources.fingerprint(source)
-
-
-def _defaults(function: Any) -> dict[str, Any]:
-    return {k: p.default for k, p in inspect.signature(function).parameters.items()}

@@ -7,7 +7,6 @@ methods, so that a subclass can put in a part of another stack.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +31,8 @@ from parity.paths._mlx_traces import (
     recorded,
 )
 from parity.paths.base import Path
-from parity.paths.describe import describe_process
+from parity.paths.describe import defaults as defaults_of
+from parity.paths.describe import describe_process, model_key
 from parity.recipe import Recipe
 from parity.trace import Array, Trace, canonical, each
 
@@ -57,7 +57,7 @@ class MlxPath(Path):
 
         name = str(defaults["optimizer"])
         kind = {"adam": optim.Adam, "adamw": optim.AdamW, "sgd": optim.SGD}[name]
-        signature = {k: p.default for k, p in inspect.signature(kind).parameters.items()}
+        signature = defaults_of(kind)
         lora: Any = defaults["lora_parameters"]
         return {
             "lora.rank": lora["rank"],
@@ -216,8 +216,7 @@ class MlxPath(Path):
         """The loaded model without adapter, kept over calls: training never changes its weights."""
         from mlx_lm.tuner.utils import remove_lora_layers
 
-        source = resources.model_dir(recipe.model.source)
-        key = (source, recipe.model.dtype, recipe.model.weights, resources.fingerprint(source))
+        key = model_key(recipe)
         if key not in self._loaded:
             self._loaded = {key: self.load(recipe)}
         model, tokenizer = self._loaded[key]

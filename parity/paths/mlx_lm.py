@@ -8,7 +8,6 @@ with a reporting callback and with an optimizer whose state carries the gradient
 from __future__ import annotations
 
 import contextlib
-import inspect
 import itertools
 import json
 import sys
@@ -26,6 +25,7 @@ from parity.paths import _mlx
 from parity.paths._mlx import Batch, Setup, to_numpy
 from parity.paths._mlx_settings import lora_parameters, lr_schedule, optimizer_config
 from parity.paths._mlx_traces import config_trace, decode_trace, given, recorded
+from parity.paths.describe import defaults
 from parity.paths.mlx import MlxPath
 from parity.recipe import Recipe
 from parity.trace import Array, Trace, canonical
@@ -67,7 +67,7 @@ class MlxLmPath(MlxPath):
 
         with self._main(recipe, adapter, at_train):
             pass
-        default = {k: p.default for k, p in inspect.signature(trainer.train).parameters.items()}
+        default = defaults(trainer.train)
         args, dataset = seen["args"], seen["train_dataset"]
 
         def iterate() -> Iterator[Batch]:
