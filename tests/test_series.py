@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 
 from parity.series import series_over_seeds
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from statsmodels.stats.descriptivestats import sign_test
 
 
 def wave(scale: float, shift: float = 0.0, steps: int = 8) -> list[float]:
