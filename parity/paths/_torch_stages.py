@@ -1,0 +1,229 @@
+"""What a torch path emits at each stage, made of its parts."""
+
+from __future__ import annotations
+
+import itertools
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+
+from parity.paths import _torch
+from parity.paths import _torch_readback as readback
+from parity.paths._torch import IGNORED, Batch, to_numpy
+from parity.paths._torch_work import (
+    accumulate,
+    completion_loss,
+    greedy,
+    margins,
+    supervised_positions,
+)
+from parity.paths.base import Path
+from parity.paths.describe import row_digests, single
+from parity.recipe import Recipe
+from parity.trace import Array, Trace, each
+
+SHOWN = 8
+"""Micro-batches that the effective configuration describes."""
+
+
+class TorchStages(Path):
+    """The stages of a path that can load, adapt, batch and train."""
+
+    @abstractmethod
+    def tokenizer(self, recipe: Recipe) -> Any:
+        """The tokenizer that comes with the model."""
+
+    @abstractmethod
+    def pristine(self, recipe: Recipe) -> AbstractContextManager[Any]:
+        """The base model without adapter."""
+
+    @abstractmethod
+    def adapted(
+        self, recipe: Recipe, adapter: Mapping[str, Array] | None = None
+    ) -> AbstractContextManager[Any]:
+        """The model with LoRA in it, initialised from the seed or from a given adapter."""
+
+    @abstractmethod
+    def iterate(self, recipe: Recipe, tokenizer: Any) -> Iterator[Batch]:
+        """Endless batches."""
+
+    @abstractmethod
+    def loop(self, recipe: Recipe, model: Any, batches: Iterator[Batch]) -> dict[str, list[float]]:
+        """Trains; returns loss, gradient norm and supervised tokens of each optimizer step."""
+
+    def tokenization(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `Path.tokenization`."""
+        tokenizer, trace = self.tokenizer(recipe), Trace()
+        for index, (ids, offset) in enumerate(_torch.rows(recipe, tokenizer)):
+            trace.arrays[f"row.{index}"] = np.asarray(ids, np.int32)
+            trace.arrays[f"offset.{index}"] = np.asarray(offset, np.int32)
+        texts = [tokenizer(text)["input_ids"] for text in inputs.scalars["texts"]]
+        chats = [
+            tokenizer.apply_chat_template(conversation, return_dict=False)
+            for conversation in inputs.scalars["conversations"]
+        ]
+        for stem, rows in (("text", texts), ("chat", chats)):
+            for index, ids in enumerate(rows):
+                trace.arrays[f"{stem}.{index}"] = np.asarray(ids, np.int32)
+        trace.scalars = {
+            "decoded": [tokenizer.decode(ids, skip_special_tokens=True) for ids in texts],
+            "bos": tokenizer.bos_token_id,
+            "eos": tokenizer.eos_token_id,
+            "pad": _torch.padding_id(tokenizer),
+            "vocab_size": len(tokenizer),
+        }
+        return trace
+
+    def batches(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `Path.batches`."""
+        count = recipe.train.steps * recipe.train.accumulation
+        drawn = itertools.islice(self.iterate(recipe, self.tokenizer(recipe)), count)
+        trace = Trace()
+        for _ in _torch.recorded(trace, drawn, prefix=""):
+            pass
+        return trace
+
+    def logits(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `Path.logits`."""
+        import torch
+
+        trace = Trace(scalars={"dtype": recipe.model.dtype})
+        watched = inputs.scalars.get("modules", False)
+        with self.pristine(recipe) as model, torch.no_grad():
+            for index, ids in enumerate(each(inputs.arrays, "ids")):
+                with readback.module_outputs(model, watched, inputs.group("replace")) as seen:
+                    logits = model(input_ids=_torch.ids_tensor(ids), use_cache=False).logits
+                trace.scalars["dtype"] = readback.dtype_name(logits.dtype)
+                trace.arrays[f"logits.{index}"] = to_numpy(logits.float())
+                for name, value in seen.items() if watched else ():
+                    trace.arrays[f"module.{index}/{name}"] = to_numpy(value.float())
+                if watched:
+                    trace.scalars["order"] = list(seen)
+        return trace
+
+    def cross_entropy(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `Path.cross_entropy`."""
+        import torch
+
+        targets = _torch.labels(recipe, inputs.arrays["ids"], inputs.arrays["lengths"])
+        with self.pristine(recipe) as model:
+            logits = torch.tensor(inputs.arrays["logits"], device=model.device).to(model.dtype)
+            arrays = _torch.probed_loss(model.loss_function, logits, targets)
+            each_token = _torch.token_losses(model.loss_function, logits, inputs.arrays["ids"])
+            arrays["token_loss"] = each_token.astype(_torch.loss_dtype(recipe))
+        return Trace(arrays, {"tokens": int((targets != IGNORED).sum())})
+
+    def lora_init(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `Path.lora_init`."""
+        with self.adapted(recipe) as model:
+            parameters = _torch.adapter_parameters(model)
+            dtypes = readback.dtype_census(parameters.values())
+            scalars = {
+                **readback.lora_facts(model),
+                "trainable": sorted(parameters),
+                "dtype": single(set(dtypes)),
+            }
+            return Trace(scalars=scalars).with_group("adapter", _torch.oriented(parameters))
+
+    def gradient(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `Path.gradient`; without dropout, whose masks no two frameworks share."""
+        still = recipe.override({"lora.dropout": 0.0})
+        with self.adapted(still, inputs.group("adapter")) as model:
+            model.train()
+            batch = inputs.arrays["ids"], inputs.arrays["lengths"]
+            loss, tokens = accumulate(still, model, [batch])
+            parameters = _torch.adapter_parameters(model)
+            norm = _torch.gradient_norm(parameters.values())
+            gradient = _torch.oriented({name: p.grad for name, p in parameters.items()})
+        dtype = _torch.loss_dtype(recipe)
+        arrays = {"loss": np.asarray(loss, dtype), "norm": np.asarray(norm, dtype)}
+        return Trace(arrays, {"tokens": tokens}).with_group("gradient", gradient)
+
+    def optimizer_step(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `Path.optimizer_step`."""
+        import torch
+
+        def live(array: Array) -> Any:
+            oriented = np.ascontiguousarray(array.T, _torch.loss_dtype(recipe))
+            return torch.tensor(oriented, device=_torch.device())
+
+        weights = inputs.group("weight")
+        parameters = {name: torch.nn.Parameter(live(value)) for name, value in weights.items()}
+        optimizer, schedule = _torch.make_optimizer(recipe, parameters.values())
+        trace, step = Trace(), 0
+        while fed := inputs.group(f"gradient.{step}"):
+            _torch.check_names(parameters, fed)
+            for name, parameter in parameters.items():
+                parameter.grad = live(fed[name])
+            _torch.update(recipe, list(parameters.values()), optimizer, schedule)
+            trace = trace.with_group(f"weight.{step}", _torch.oriented(parameters))
+            step += 1
+        return trace
+
+    def train(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `Path.train`."""
+        batches = _torch.given(inputs) or self.iterate(recipe, self.tokenizer(recipe))
+        trace = Trace()
+        with self.adapted(recipe, inputs.group("adapter") or None) as model:
+            result = self.loop(recipe, model, _torch.recorded(trace, batches))
+            adapter = _torch.oriented(_torch.adapter_parameters(model))
+        trace.arrays.update({name: np.asarray(values) for name, values in result.items()})
+        return trace.with_group("adapter", adapter)
+
+    def decode(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `Path.decode`."""
+        import torch
+
+        tokenizer, trace = self.tokenizer(recipe), Trace()
+        losses, texts = [], []
+        with self.adapted(recipe, inputs.group("adapter")) as model, torch.no_grad():
+            model.eval()
+            for index, prompt in enumerate(inputs.scalars["prompts"]):
+                start = tokenizer(prompt)["input_ids"]
+                whole = tokenizer(prompt + inputs.scalars["expected"])["input_ids"]
+                ids = greedy(recipe, model, start, tokenizer)
+                trace.arrays[f"ids.{index}"] = np.asarray(ids, np.int32)
+                trace.arrays[f"margin.{index}"] = margins(model, start, ids)
+                texts.append(tokenizer.decode(ids))
+                losses.append(completion_loss(model, start, whole))
+        trace.arrays["completion_loss"] = np.asarray(losses, _torch.loss_dtype(recipe))
+        trace.scalars["text"] = texts
+        return trace
+
+    def config(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `Path.config`."""
+        import torch
+
+        tokenizer = self.tokenizer(recipe)
+        size = recipe.train.batch_size
+        drawn = list(itertools.islice(self.iterate(recipe, tokenizer), SHOWN))
+        with self.adapted(recipe) as model:
+            parameters = _torch.adapter_parameters(model)
+            base = [p for p in model.parameters() if not p.requires_grad]
+            optimizer, schedule = _torch.make_optimizer(recipe, parameters.values())
+            supervised = supervised_positions(recipe, model, *drawn[0])
+            scalars = {
+                "dtype.parameters": readback.dtype_census(base),
+                "dtype.adapter": readback.dtype_census(parameters.values()),
+                "rope.theta": readback.rope_thetas(model),
+                "lora.trainable": len(parameters),
+                "lora.parameters": sum(p.numel() for p in parameters.values()),
+                "lora.names": sorted(parameters),
+                **{f"lora.{key}": value for key, value in readback.lora_facts(model).items()},
+                **readback.optimizer_facts(optimizer, schedule, recipe.train.steps),
+                "clip.mode": recipe.optim.clip,
+                "clip.value": None if recipe.optim.clip == "none" else recipe.optim.clip_value,
+                "batch.shapes": [list(ids.shape) for ids, _ in drawn],
+                "batch.pad_id": _torch.padding_id(tokenizer),
+                "batch.rows": [row_digests(*batch) for batch in drawn],
+                "mask.supervised": [int((supervised[:, 0] == row).sum()) for row in range(size)],
+                "loss.denominator": "supervised tokens",
+                "accumulation.steps": recipe.train.accumulation,
+                "accumulation.weighting": recipe.train.accumulation_weighting,
+                "seed.value": torch.initial_seed(),
+                "seed.placement": recipe.seed.placement,
+            }
+        return Trace({"supervised": supervised}, scalars)
