@@ -34,8 +34,9 @@ def of_path(spec: str) -> str:
             versions.append(f"{package}={version(package)}")
         except PackageNotFoundError:
             versions.append(f"{package}=none")
-    module = sys.modules[kind.__module__].__file__
-    own = Path(module).read_bytes() if module else b""
+    classes = {base for member in kind.made_of() for base in member.__mro__[:-1]}
+    files = {getattr(sys.modules[base.__module__], "__file__", None) for base in classes}
+    own = b"".join(Path(file).read_bytes() for file in sorted(f for f in files if f))
     variables = {
         k: v
         for k, v in os.environ.items()

@@ -185,6 +185,7 @@ def serve(spec: str, cache: Path) -> None:
                 path = resolve(spec)(cache)
             started = time.perf_counter()
             recipe = build(request["recipe"], where="request")
+            path.check(recipe)
             trace = getattr(path, request["method"])(recipe, Trace.load(Path(request["inputs"])))
             trace.environment = {
                 **path.environment(),

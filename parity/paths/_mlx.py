@@ -169,6 +169,18 @@ def compiled(enabled: bool) -> Iterator[None]:
         mx.enable_compile()
 
 
+def clip_before(optimizer: Any, clip: Callable[[Any], Any] | None) -> None:
+    """Lets an optimizer clip what it is given, for loops that have no clip of their own."""
+    if clip is None:
+        return
+    inner = optimizer.apply_gradients
+
+    def apply_gradients(gradient: Any, parameters: Any) -> Any:
+        return inner(clip(gradient), parameters)
+
+    optimizer.apply_gradients = apply_gradients
+
+
 class Observer:
     """Carries gradient norms, and gradients if asked, out of a compiled step.
 

@@ -45,6 +45,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path as FilePath
 from typing import Any, ClassVar
@@ -76,9 +77,29 @@ class Path:
     """`mlx` or `torch`; two paths of one framework are expected bit-identical."""
     packages: ClassVar[tuple[str, ...]] = ()
     """Distributions whose versions belong to the environment of a trace."""
+    fixed: ClassVar[Mapping[str, Any]] = {}
+    """Factors it has no option for, with the one value it always has."""
 
     def __init__(self, cache: FilePath) -> None:
         self.cache = cache
+
+    @classmethod
+    def made_of(cls) -> tuple[type[Path], ...]:
+        """The paths whose code it runs."""
+        return (cls,)
+
+    def check(self, recipe: Recipe) -> None:
+        """Asked before every method.
+
+        Raises:
+            Unsupported: A factor cannot be honoured.
+        """
+        factors = recipe.factors()
+        for name, only in self.fixed.items():
+            if factors[name] != only:
+                raise Unsupported(
+                    f"path {self.name!r} always has {name}={only}, not {factors[name]}"
+                )
 
     def shipped(self) -> dict[str, Any]:
         """Factors as this path sets them when nobody says anything, read from the live library."""
@@ -142,11 +163,15 @@ def registered() -> dict[str, str]:
 
 
 def resolve(spec: str) -> type[Path]:
-    """The class of a registered name or of `package.module:Class`.
+    """The class of a registered name, of `package.module:Class`, or of a hybrid of such.
 
     Raises:
         UsageError: It is neither, cannot be imported, or is no path.
     """
+    if "+" in spec:
+        from parity.paths.hybrid import compose
+
+        return compose(spec)
     known = registered()
     target = known.get(spec, spec)
     module, colon, attribute = target.partition(":")

@@ -26,9 +26,6 @@ from parity.paths.describe import describe_process, model_key
 from parity.recipe import Recipe
 from parity.trace import Array
 
-PARTS = ("loader", "wiring", "batching", "loss", "clip", "optimizer")
-"""What one MLX path can take from another; the loop, and the order of set-up, are the path's own."""
-
 
 class MlxPath(MlxStages):
     """In-process fine-tuning on mlx-lm's parts."""
@@ -79,7 +76,7 @@ class MlxPath(MlxStages):
     # Parts -------------------------------------------------------------------------------------
 
     def part(self, name: str) -> MlxPath:
-        """The path that a part (see `PARTS`) is taken from: this one, unless it is a hybrid."""
+        """The path that a part (see `hybrid.PARTS`) is taken from: this one, unless it is a hybrid."""
         return self.donors.get(name, self)
 
     def load(self, recipe: Recipe) -> tuple[Any, Any]:

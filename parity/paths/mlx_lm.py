@@ -30,48 +30,42 @@ from parity.paths.mlx import MlxPath
 from parity.recipe import Recipe
 from parity.trace import Array, Trace, canonical
 
-# Factors the CLI has no option for, with the one value it always has.
-FIXED: dict[str, Any] = {
-    "model.weights": "stored",
-    "data.pad_multiple": 32,
-    "data.pad_extra": 1,
-    "data.append_eos": True,
-    "seed.placement": "before_lora",
-    "mask.start_shift": 0,
-    "mask.end_shift": 1,
-    "optim.clip": "none",
-    "train.accumulation_weighting": "mean",
-}
-
 
 class MlxLmPath(MlxPath):
     """The mlx-lm command line."""
 
     name: ClassVar[str] = "mlx-lm"
+    fixed: ClassVar[Mapping[str, Any]] = {
+        "model.weights": "stored",
+        "data.pad_multiple": 32,
+        "data.pad_extra": 1,
+        "data.append_eos": True,
+        "seed.placement": "before_lora",
+        "mask.start_shift": 0,
+        "mask.end_shift": 1,
+        "optim.clip": "none",
+        "train.accumulation_weighting": "mean",
+    }
 
     def load(self, recipe: Recipe) -> tuple[Any, Any]:
         """The checkpoint as `mlx_lm.load` gives it."""
         import mlx_lm
 
-        self._check(recipe)
         return mlx_lm.load(self.checkpoint(recipe))[:2]  # type: ignore[no-any-return]
 
     def setup(self, recipe: Recipe, adapter: Mapping[str, Array] | None = None) -> Setup:
         """The live objects that the CLI hands to `train`."""
-        from mlx_lm.tuner import trainer
-
         seen: dict[str, Any] = {}
 
         def at_train(**handed: Any) -> None:
-            seen.update(handed, rng=_mlx.rng_state())
+            seen.update(self._swapped(recipe, handed), rng=_mlx.rng_state())
 
         with self._main(recipe, adapter, at_train):
             pass
-        default = defaults(trainer.train)
         args, dataset = seen["args"], seen["train_dataset"]
 
         def iterate() -> Iterator[Batch]:
-            return default["iterate_batches"](  # type: ignore[no-any-return]
+            return seen["iterate_batches"](  # type: ignore[no-any-return]
                 dataset, args.batch_size, args.max_seq_length, loop=True
             )
 
@@ -86,9 +80,9 @@ class MlxLmPath(MlxPath):
             tokenizer,
             seen["optimizer"],
             dataset,
-            default["loss"],
+            seen["loss"],
             iterate,
-            None,
+            self.part("clip").clip(recipe),
             facts,
         )
 
@@ -128,6 +122,8 @@ class MlxLmPath(MlxPath):
         import mlx.core as mx
         import mlx_lm
 
+        if self.donors.keys() & {"loader", "wiring"}:
+            return super().decode(recipe, inputs)  # `mlx_lm.load` would make its own model
         setup = self.setup(recipe)
         names = _mlx.renamed(setup.model, inputs.group("adapter"))
         with tempfile.TemporaryDirectory() as folder:
@@ -149,17 +145,15 @@ class MlxLmPath(MlxPath):
         """See `Path.config`."""
         return config_trace(recipe, self.setup(recipe))
 
-    # The CLI and its door ----------------------------------------------------------------------
-
-    def _check(self, recipe: Recipe) -> None:
-        factors = recipe.factors()
-        for name, only in FIXED.items():
-            if factors[name] != only:
-                raise Unsupported(f"the mlx-lm CLI always has {name}={only}, not {factors[name]}")
+    def check(self, recipe: Recipe) -> None:
+        """See `Path.check`."""
+        super().check(recipe)
         if recipe.seed.data not in (None, recipe.seed.value):
             raise Unsupported("the mlx-lm CLI has one seed for LoRA init and data order")
         if recipe.model.dtype == "float64":
             raise Unsupported("the mlx-lm CLI has no float64")
+
+    # The CLI and its door ----------------------------------------------------------------------
 
     def checkpoint(self, recipe: Recipe) -> str:
         """The model's folder, its weights stored in the recipe's dtype.
@@ -193,7 +187,6 @@ class MlxLmPath(MlxPath):
 
     def _arguments(self, recipe: Recipe, folder: str, resume: str | None = None) -> dict[str, Any]:
         """The CLI's YAML: every option named, none left to a default."""
-        self._check(recipe)
         t = recipe.train
         return {
             "model": self.checkpoint(recipe),
@@ -222,6 +215,22 @@ class MlxLmPath(MlxPath):
             "val_batches": 0,
         }
 
+    def _swapped(self, recipe: Recipe, handed: Mapping[str, Any]) -> dict[str, Any]:
+        """What `train` is called with, parts of other paths in the place of the CLI's own."""
+        from mlx_lm.tuner import trainer
+
+        default = defaults(trainer.train)
+        called = {name: default[name] for name in ("loss", "iterate_batches")} | dict(handed)
+        if "loss" in self.donors:
+            called["loss"] = self.donors["loss"].loss(recipe)
+        if "optimizer" in self.donors:
+            called["optimizer"] = self.donors["optimizer"].optimizer(recipe)
+        if batching := self.donors.get("batching"):
+            dataset = batching.dataset(recipe, self.base(recipe)[1])
+            draw = batching.iterate(recipe, dataset)
+            called |= {"train_dataset": dataset, "iterate_batches": lambda *_, **__: draw()}
+        return called
+
     @contextlib.contextmanager
     def _main(
         self,
@@ -239,14 +248,19 @@ class MlxLmPath(MlxPath):
             if adapter:
                 resume = str(FilePath(folder, "init.safetensors"))
                 model, _ = self.base(recipe)
-                self.wire(model, recipe)
+                self.part("wiring").wire(model, recipe)
                 mx.save_safetensors(resume, _mlx.renamed(model, adapter))
             file = FilePath(folder, "config.yaml")
             file.write_text(yaml.safe_dump(self._arguments(recipe, folder, resume)), "utf-8")
             door = mock.Mock(side_effect=at_train)
+            swaps: dict[str, Any] = {"train": door}
+            if loader := self.donors.get("loader"):
+                swaps["load"] = lambda *_, **__: loader.load(recipe)
+            if wiring := self.donors.get("wiring"):
+                swaps["linear_to_lora_layers"] = lambda model, *_, **__: wiring.wire(model, recipe)
             with (
                 mock.patch.object(sys, "argv", ["mlx_lm.lora", "--config", str(file)]),
-                mock.patch.object(mlx_lm.lora, "train", door),
+                mock.patch.multiple(mlx_lm.lora, **swaps),
                 _mlx.compiled(recipe.train.compile),
             ):
                 try:
@@ -271,7 +285,7 @@ class MlxLmPath(MlxPath):
     ) -> tuple[list[dict[str, Any]], Any, dict[str, Array]]:
         """Trains for real; returns the CLI's own reports, the observer and the saved adapter."""
         from mlx_lm.tuner.callbacks import TrainingCallback
-        from mlx_lm.tuner.trainer import iterate_batches, train
+        from mlx_lm.tuner.trainer import train
 
         reports: list[dict[str, Any]] = []
         observers: list[Any] = []
@@ -284,17 +298,21 @@ class MlxLmPath(MlxPath):
                 if norms is not None:
                     norms.append(observers[0].norm() if update else float("nan"))
 
-        def drawn(**arguments: Any) -> Iterator[Batch]:
-            rows = batches if batches is not None else iterate_batches(**arguments)
-            if trace is None:
-                return rows
-            return recorded(trace, itertools.islice(rows, count), lazy=True)
-
         def at_train(**handed: Any) -> None:
+            handed = self._swapped(recipe, handed)
+            iterate = handed["iterate_batches"]
+
+            def drawn(**arguments: Any) -> Iterator[Batch]:
+                rows = batches if batches is not None else iterate(**arguments)
+                if trace is None:
+                    return rows
+                return recorded(trace, itertools.islice(rows, count), lazy=True)
+
+            _mlx.clip_before(handed["optimizer"], self.part("clip").clip(recipe))
             observers.append(_mlx.Observer(handed["optimizer"], gradients))
             handed["training_callback"] = Report()
             with _mlx.restored_layer_class(handed["model"]):
-                train(**handed, iterate_batches=drawn)
+                train(**{**handed, "iterate_batches": drawn})
 
         with self._main(recipe, adapter, at_train) as folder:
             saved = _mlx.load_arrays(folder / "adapters.safetensors")
