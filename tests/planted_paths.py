@@ -85,3 +85,29 @@ class BadThirdStep(MlxPath):
 
         optimizer.apply_single = apply_single
         return optimizer
+
+
+class LouderLoss(MlxPath):
+    """The loss is 1 % too large."""
+
+    name = "louder-loss"
+
+    def loss(self, recipe):
+        inner = super().loss(recipe)
+
+        def louder(model, batch, lengths):
+            loss, tokens = inner(model, batch, lengths)
+            return 1.01 * loss, tokens
+
+        return louder
+
+
+class LazyLoop(MlxPath):
+    """The loop trains on its first batch again and again."""
+
+    name = "lazy-loop"
+
+    def loop(self, recipe, setup, batches):
+        import itertools
+
+        return super().loop(recipe, setup, itertools.repeat(next(batches)))

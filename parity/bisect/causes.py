@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from parity.bisect.locate import locate
 from parity.bisect.minimize import Answer, Hypothesis, Watch, minimize
 from parity.cell import Cell, reproduce
 from parity.engine import Engine
+from parity.paths import hybrid
+from parity.paths.base import resolve
 from parity.recipe import DEFAULT, Recipe
 from parity.record import Record, Verdict
 from parity.stages import STAGES
@@ -30,6 +32,10 @@ LIKELY: dict[str, tuple[str, ...]] = {
     "greedy_decode": ("decode.",),
 }
 LIKELIER = 16.0
+PART = "part "
+"""What the name of a part begins with among the names that are searched."""
+
+Names = Collection[str]
 
 
 @dataclass
@@ -40,6 +46,8 @@ class Cause:
     factors: dict[str, tuple[Any, Any]]
     """Factor to (subject's value, reference's value); empty where the code differs."""
     sentence: str
+    parts: tuple[str, ...] = ()
+    """Parts of the subject that differ by themselves."""
     place: str = ""
     hints: list[str] = field(default_factory=list)
     reproduce: str = ""
@@ -55,6 +63,8 @@ class Report:
     """`found`, `agree` or `inconclusive`."""
     reason: str = ""
     causes: list[Cause] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    """Stages that were not compared, and why."""
     settings: list[str] = field(default_factory=list)
     """What the effective configuration says differs, in words."""
     ledger: list[Hypothesis] = field(default_factory=list)
@@ -66,13 +76,15 @@ class Report:
     def answer(self) -> str:
         """The sentence a maintainer acts on, with what shows it."""
         if self.verdict == "agree":
-            return f"{self.subject} and {self.reference} agree at every stage: {self.reason}"
+            agree = f"{self.subject} and {self.reference} agree at every stage: {self.reason}"
+            return "\n".join([agree, *(f"  not compared: {text}" for text in self.skipped)])
         lines = []
         for cause in self.causes:
             lines += [cause.sentence, *(f"  hint: {hint}" for hint in cause.hints)]
             lines.append(f"  shown by: {cause.reproduce}")
         if self.verdict == "inconclusive":
             lines.append(f"inconclusive: {self.reason}")
+        lines += [f"not compared: {text}" for text in self.skipped]
         return "\n".join(lines)
 
     def save(self, folder: Path) -> list[Path]:
@@ -114,17 +126,34 @@ class Bisection:
         self.watch, self.repeats, self.stages = watch, repeats, stages
         self.notice = notice
         self._recipes: set[str] = set()
+        self._own, self._theirs = hybrid.sources(subject), hybrid.sources(reference)
+        self._mixed = subject != reference and all(map(hybrid.swappable, (subject, reference)))
+        self.rest = tuple(self.changes)
+        """Factors that are not yet known to be a cause."""
+        self.parts = {p for p, path in self._own.items() if self._mixed and path != self._theirs[p]}
+        """Parts that are still the subject's own where they could be the reference's."""
 
-    def cell(self, stage: Stage, names: frozenset[str] | set[str] | tuple[str, ...]) -> Cell:
-        """The cell in which the subject differs in just these factors."""
+    def cell(self, stage: Stage, names: Names, parts: Names | None = None) -> Cell:
+        """The cell in which the subject differs in just these factors, with these parts its own.
+
+        Where a part always has the subject's value of a factor, the factor can only be taken from the
+        reference together with the part.
+        """
         subset = {name: value for name, value in self.changes.items() if name in names}
+        fixed = resolve(self.subject).fixed
+        kept = (self.parts if parts is None else set(parts)) - {
+            hybrid.part_of(name) for name in self.changes if name in fixed and name not in names
+        }
+        mixed = {p: (self._own if p in kept else self._theirs)[p] for p in self._own}
+        subject = hybrid.spec(mixed) if self._mixed else self.subject
         changes = {"subject": subset} if subset else {}
-        return Cell(stage, self.subject, self.reference, self.recipe, changes, self.origin)
+        return Cell(stage, subject, self.reference, self.recipe, changes, self.origin)
 
-    def record(self, stage: Stage, names: frozenset[str] | set[str] | tuple[str, ...]) -> Record:
+    def record(self, stage: Stage, names: Names, parts: Names | None = None) -> Record:
         """Runs that cell."""
-        cell = self.cell(stage, names)
-        self._recipes.add(cell.recipe.override(cell.changes.get("subject", {})).digest())
+        cell = self.cell(stage, names, parts)
+        changed = cell.recipe.override(cell.changes.get("subject", {})).digest()
+        self._recipes.add(f"{cell.subject} {changed}")
         return self.engine.run(cell)
 
     def search(self) -> Report:
@@ -135,63 +164,100 @@ class Bisection:
         report.settings = [
             m.note for m in config.metrics if m.verdict is Verdict.DIVERGE and m.note
         ]
-        rest = tuple(self.changes)
         for stage in self.stages[1:]:
-            record = self.record(stage, rest)
+            if self._same(self.cell(stage, self.rest)):
+                report.reason = "no factor and no part is left that differs"
+                break
+            record = self.record(stage, self.rest)
             self.notice(f"probe {stage.number:02d} {stage.name}: {record.verdict}")
             if record.verdict is Verdict.DIVERGE:
-                found = self._explain(stage, rest, report)
-                rest = tuple(name for name in rest if name not in found)
-                if report.verdict == "inconclusive" or not found:
+                if not self._explain(stage, report):
                     break
             elif record.verdict in (Verdict.ERROR, Verdict.INCONCLUSIVE):
                 report.verdict = "inconclusive"
                 report.reason = f"probe {stage.number:02d} {stage.name}: {record.reason}"
                 break
-        else:
+            elif record.verdict is Verdict.SKIP:
+                report.skipped.append(f"{stage.name}: {record.reason}")
+        if report.verdict == "agree":
             if report.causes:
                 report.verdict = "found"
             else:
-                report.reason = "no probe diverges"
+                report.reason = report.reason or "no probe diverges"
         report.runs, report.seconds = len(self._recipes), time.perf_counter() - started
         return report
 
-    def _explain(self, stage: Stage, names: tuple[str, ...], report: Report) -> set[str]:
-        """Adds the causes of a divergence at one stage; returns the factors they are made of."""
+    @staticmethod
+    def _same(cell: Cell) -> bool:
+        """Whether both sides are one path under one recipe."""
+        return cell.subject == cell.reference and not cell.changes
 
-        def oracle(changes: frozenset[str]) -> Answer:
-            if not changes and self.subject == self.reference:
-                return Answer.AGREES  # one path under one recipe
-            verdict = self.record(stage, changes).verdict
-            if verdict is Verdict.DIVERGE:
-                return Answer.DIVERGES
-            return Answer.AGREES if verdict.green else Answer.UNKNOWN
+    def _ask(self, stage: Stage, names: Names, parts: Names | None = None) -> Answer:
+        if self._same(self.cell(stage, names, parts)):
+            return Answer.AGREES
+        verdict = self.record(stage, names, parts).verdict
+        if verdict is Verdict.DIVERGE:
+            return Answer.DIVERGES
+        return Answer.AGREES if verdict.green else Answer.UNKNOWN
 
+    def _explain(self, stage: Stage, report: Report) -> bool:
+        """Adds the causes of a divergence at one stage; returns whether nothing of it is left."""
+        if self._ask(stage, ()) is Answer.DIVERGES and not self._parts(stage, report):
+            # No factor and no part explains it: the place inside the stage is named.
+            report.causes.append(self._place(stage, report))
+            report.verdict = "found"
+            return False
+        if self._ask(stage, self.rest) is Answer.AGREES:
+            return True
         likely = LIKELY.get(stage.name, ())
-        weights = {name: LIKELIER if name.startswith(likely) else 1.0 for name in names}
-        if names and oracle(frozenset()) is not Answer.DIVERGES:
-            search = minimize(names, oracle, weights, self.repeats, self.watch)
-            report.ledger += search.ledger
-            if search.verdict != "found":
-                report.verdict, report.reason = "inconclusive", search.reason
-                return set()
-            for cause in search.causes:
-                report.causes.append(self._factors(stage, cause))
-            return {name for cause in search.causes for name in cause}
-        # No factor explains it: the code itself differs, and the place inside the stage is named.
-        record = self.record(stage, ())
-        cell = self.cell(stage, ())
+        weights = {name: LIKELIER if name.startswith(likely) else 1.0 for name in self.rest}
+        search = minimize(
+            self.rest, lambda names: self._ask(stage, names), weights, self.repeats, self.watch
+        )
+        report.ledger += search.ledger
+        if search.verdict != "found":
+            report.verdict, report.reason = "inconclusive", search.reason
+            return False
+        report.causes += [self._factors(stage, names) for names in search.causes]
+        found = {name for names in search.causes for name in names}
+        self.rest = tuple(name for name in self.rest if name not in found)
+        return True
+
+    def _parts(self, stage: Stage, report: Report) -> bool:
+        """Finds the parts that differ under equal recipes, and takes the reference's from there on."""
+        if not self.parts:
+            return False
+        search = minimize(
+            [PART + part for part in self._own if part in self.parts],
+            lambda names: self._ask(stage, (), {name.removeprefix(PART) for name in names}),
+            None,
+            self.repeats,
+            self.watch,
+        )
+        report.ledger += search.ledger
+        if search.verdict != "found":
+            return False
+        for names in search.causes:
+            parts = tuple(name.removeprefix(PART) for name in names)
+            report.causes.append(self._place(stage, report, parts))
+        self.parts -= {part for cause in report.causes for part in cause.parts}
+        return True
+
+    def _place(self, stage: Stage, report: Report, parts: tuple[str, ...] = ()) -> Cause:
+        """The place inside a stage that diverges under equal recipes, in the parts named."""
+        cell = self.cell(stage, (), parts or None)
+        record = self.record(stage, (), parts or None)
         place = locate(self.engine, cell, record)
-        said = "; ".join(report.settings)
-        sentence = (
-            f"{stage.name} (probe {stage.number:02d}) diverges under equal recipes: "
-            f"{place or record.reason}" + (f"; the effective settings say: {said}" if said else "")
-        )
-        report.causes.append(
-            Cause(stage.name, {}, sentence, place, list(record.hints), reproduce(cell))
-        )
-        report.verdict = "found"
-        return set()
+        what = f"{stage.name} (probe {stage.number:02d}) diverges under equal recipes"
+        if parts:
+            whose = " with the ".join(f"{part} of {self._own[part]}" for part in parts)
+            what = f"the {whose} makes {what}"
+        sentence = f"{what}: {place or record.reason}"
+        if parts:
+            sentence += f"; with that of {self.reference} it agrees"
+        elif report.settings:
+            sentence += f"; the effective settings say: {'; '.join(report.settings)}"
+        return Cause(stage.name, {}, sentence, parts, place, list(record.hints), reproduce(cell))
 
     def _factors(self, stage: Stage, names: tuple[str, ...]) -> Cause:
         record = self.record(stage, names)
@@ -205,7 +271,8 @@ class Bisection:
             "with the reference's value it agrees"
         )
         hints = list(record.hints)
-        return Cause(stage.name, values, sentence, "", hints, reproduce(self.cell(stage, names)))
+        shown = reproduce(self.cell(stage, names))
+        return Cause(stage.name, values, sentence, hints=hints, reproduce=shown)
 
 
 def shipped(

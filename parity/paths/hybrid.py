@@ -37,9 +37,21 @@ def part_of(factor: str) -> str:
     return said[max(said, key=len)] if said else LOOP
 
 
-def spec(base: str, donor: str, parts: set[str]) -> str:
-    """The name of a hybrid of two paths."""
-    return "+".join([base, *(f"{part}={donor}" for part in PARTS if part in parts)])
+def sources(name: str) -> dict[str, str]:
+    """Which path each part, and the loop, of a path or hybrid comes from."""
+    base, *swaps = name.split("+")
+    return dict.fromkeys(PARTS, base) | {LOOP: base} | dict(_swap(swap, name) for swap in swaps)
+
+
+def spec(parts: Mapping[str, str]) -> str:
+    """The name of a hybrid of parts from these paths."""
+    base = parts[LOOP]
+    return "+".join([base, *(f"{p}={parts[p]}" for p in PARTS if parts[p] != base)])
+
+
+def swappable(name: str) -> bool:
+    """Whether the parts of a path can stand in another."""
+    return issubclass(resolve(name), MlxPath)
 
 
 def compose(name: str) -> type[Path]:
@@ -48,20 +60,17 @@ def compose(name: str) -> type[Path]:
     Raises:
         UsageError: An unknown part or path, or one whose parts cannot be swapped.
     """
-    first, *rest = name.split("+")
-    kind = _swappable(first, name)
-    donors: dict[str, type[MlxPath]] = {}
-    for swap in rest:
-        part, _, donor = swap.partition("=")
-        if part not in PARTS or not donor:
-            raise UsageError(
-                f"{name!r}: {swap!r} is no swap: write PART=PATH, PART being {', '.join(PARTS)}"
-            )
-        donors[part] = _swappable(donor, name)
-
+    parts = sources(name)
+    if wrong := [path for path in dict.fromkeys(parts.values()) if not swappable(path)]:
+        raise UsageError(
+            f"{name!r}: the parts of {wrong[0]!r} cannot be swapped, only those on MLX can"
+        )
+    base = parts.pop(LOOP)
+    kind: Any = resolve(base)
+    donors: dict[str, Any] = {p: resolve(path) for p, path in parts.items() if path != base}
     members = (kind, *donors.values())
 
-    class Hybrid(kind):  # type: ignore[misc,valid-type]
+    class Hybrid(kind):  # type: ignore[misc]
         packages: ClassVar[tuple[str, ...]] = tuple(
             dict.fromkeys(package for member in members for package in member.packages)
         )
@@ -87,13 +96,13 @@ def compose(name: str) -> type[Path]:
     return Hybrid
 
 
-def _swappable(name: str, whole: str) -> type[MlxPath]:
-    kind = resolve(name)
-    if not issubclass(kind, MlxPath):
+def _swap(text: str, whole: str) -> tuple[str, str]:
+    part, _, path = text.partition("=")
+    if part not in PARTS or not path:
         raise UsageError(
-            f"{whole!r}: the parts of {name!r} cannot be swapped, only those on MLX can"
+            f"{whole!r}: {text!r} is no swap: write PART=PATH, PART being {', '.join(PARTS)}"
         )
-    return kind
+    return part, path
 
 
 def _each(own: Mapping[str, Any], donors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

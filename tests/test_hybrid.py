@@ -1,0 +1,120 @@
+"""Hybrids: parts of one MLX path in another, and the search over them."""
+
+from __future__ import annotations
+
+import pytest
+
+from parity.bisect.causes import Bisection
+from parity.cell import Cell
+from parity.errors import UsageError
+from parity.paths import hybrid
+from parity.paths.base import resolve
+from parity.record import Verdict
+from parity.stages import find
+
+WRONG_LOSS = "tests.planted_paths:LouderLoss"
+THIRD_STEP = "tests.planted_paths:BadThirdStep"
+
+
+def test_a_name_says_where_each_part_comes_from():
+    parts = hybrid.sources("mlx+loss=mlx-lm")
+    assert (parts["loss"], parts["loop"], parts["clip"]) == ("mlx-lm", "mlx", "mlx")
+    assert hybrid.spec(parts) == "mlx+loss=mlx-lm"
+    assert resolve("mlx+loss=mlx-lm").name == "mlx+loss=mlx-lm"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("mlx+head=mlx-lm", "'head=mlx-lm' is no swap"),
+        ("mlx+loss", "'loss' is no swap"),
+        ("hf+loss=mlx", "'hf' cannot be swapped"),
+        ("mlx+loss=hf", "'hf' cannot be swapped"),
+        ("mlx+loss=nothing", "unknown path 'nothing'"),
+    ],
+)
+def test_what_is_no_hybrid_is_one_clear_error(name, says):
+    with pytest.raises(UsageError, match=says):
+        resolve(name)
+
+
+def test_a_part_brings_what_it_always_does():
+    """mlx-lm's batching pads to 32 in any loop; `mlx`'s does as it is told in mlx-lm's."""
+    assert "data.pad_multiple" in resolve("mlx+batching=mlx-lm").fixed
+    assert "data.pad_multiple" not in resolve("mlx-lm+batching=mlx").fixed
+    assert "mask.end_shift" in resolve("mlx-lm+batching=mlx").fixed
+
+
+@pytest.mark.parametrize(
+    ("factor", "part"),
+    [
+        ("model.dtype", "loader"),
+        ("lora.rank", "wiring"),
+        ("mask.end_shift", "loss"),
+        ("mask.prompt", "batching"),
+        ("optim.clip_value", "clip"),
+        ("optim.lr", "optimizer"),
+        ("seed.value", "loop"),
+    ],
+)
+def test_each_factor_has_the_part_that_honours_it(factor, part):
+    assert hybrid.part_of(factor) == part
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mlx+loader=mlx-lm+wiring=mlx-lm+batching=mlx-lm",
+        "mlx-lm+loss=mlx+batching=mlx+optimizer=mlx+clip=mlx",
+        "mlx-lm+loader=mlx+wiring=mlx",
+    ],
+)
+def test_parts_of_equal_meaning_change_no_bit(name, engine, small):
+    record = engine.run(Cell(find("07"), name, "mlx-lm", small))
+    assert record.verdict is Verdict.IDENTICAL, record.reason
+
+
+def test_a_part_from_elsewhere_is_really_used(engine, small):
+    for name in (f"mlx+loss={WRONG_LOSS}", f"mlx-lm+loss={WRONG_LOSS}"):
+        assert engine.run(Cell(find("05"), name, "mlx-lm", small)).verdict is Verdict.DIVERGE
+    record = engine.run(Cell(find("05"), f"{WRONG_LOSS}+loss=mlx-lm", "mlx-lm", small))
+    assert record.verdict is Verdict.IDENTICAL
+
+
+def test_a_clip_can_stand_in_the_loop_that_has_none(engine, small):
+    recipe = small.override({"optim.clip": "norm", "optim.clip_value": 0.3})
+    assert engine.run(Cell(find("07"), "mlx-lm", "mlx", recipe)).verdict is Verdict.SKIP
+    record = engine.run(Cell(find("07"), "mlx-lm+clip=mlx", "mlx", recipe))
+    assert record.verdict is Verdict.IDENTICAL, record.reason
+
+
+@pytest.mark.parametrize(
+    ("subject", "part", "stage"),
+    [
+        (WRONG_LOSS, "loss", "cross_entropy"),
+        (THIRD_STEP, "optimizer", "optimizer_step"),
+        ("tests.planted_paths:LazyLoop", "loop", "loss_curve"),
+    ],
+)
+def test_the_search_names_the_part(subject, part, stage, engine, small):
+    report = Bisection(engine, subject, "mlx-lm", small, {}).search()
+    assert [(c.parts, c.stage) for c in report.causes] == [((part,), stage)], report.answer()
+    assert f"the {part} of {subject} makes {stage}" in report.answer()
+
+
+def test_a_part_and_a_factor_are_both_named(engine, small):
+    changes = {"lora.rank": 4, "train.compile": False, "optim.weight_decay": 0.05}
+    report = Bisection(engine, THIRD_STEP, "mlx-lm", small, changes).search()
+    found = [(c.stage, c.parts, list(c.factors)) for c in report.causes]
+    assert found == [
+        ("lora_init", (), ["lora.rank"]),
+        ("optimizer_step", ("optimizer",), []),
+        ("optimizer_step", (), ["optim.weight_decay"]),
+    ]
+
+
+def test_a_factor_that_a_part_never_honours_is_taken_with_the_part(engine, small):
+    """mlx-lm has no option for the mask: only another loss shows that the mask is the cause."""
+    recipe = small.override({"mask.end_shift": 0})
+    report = Bisection(engine, "mlx-lm", "mlx", recipe, {"mask.end_shift": 1}).search()
+    assert [list(c.factors) for c in report.causes] == [["mask.end_shift"]], report.answer()
