@@ -19,6 +19,7 @@ from parity.options import (
     recipe_options,
     timeout_option,
 )
+from parity.replay.command import replay
 
 
 class Group(click.Group):
@@ -286,6 +287,7 @@ def factors(recipe: str, settings: tuple[str, ...]) -> None:
 
 
 main.add_command(bisect)
+main.add_command(replay)
 
 
 if __name__ == "__main__":

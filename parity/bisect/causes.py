@@ -106,6 +106,9 @@ class Bisection:
         watch: Told what is being asked.
         repeats: How often each question is asked.
         origin: Name of the recipe, for command lines.
+        stages: What is asked, in this order.
+        notice: Told of each stage.
+        held: Factors in which the reference always differs from `recipe`.
     """
 
     def __init__(
@@ -120,11 +123,12 @@ class Bisection:
         origin: str = DEFAULT,
         stages: tuple[Stage, ...] = STAGES,
         notice: Callable[[str], None] = lambda _: None,
+        held: Mapping[str, Any] | None = None,
     ) -> None:
         self.engine, self.subject, self.reference = engine, subject, reference
         self.recipe, self.changes, self.origin = recipe, dict(changes), origin
         self.watch, self.repeats, self.stages = watch, repeats, stages
-        self.notice = notice
+        self.notice, self.held = notice, dict(held or {})
         self._recipes: set[str] = set()
         self._own, self._theirs = hybrid.sources(subject), hybrid.sources(reference)
         self._mixed = subject != reference and all(map(hybrid.swappable, (subject, reference)))
@@ -146,7 +150,8 @@ class Bisection:
         }
         mixed = {p: (self._own if p in kept else self._theirs)[p] for p in self._own}
         subject = hybrid.spec(mixed) if self._mixed else self.subject
-        changes = {"subject": subset} if subset else {}
+        sides = {"subject": subset, "reference": self.held}
+        changes = {side: changed for side, changed in sides.items() if changed}
         return Cell(stage, subject, self.reference, self.recipe, changes, self.origin)
 
     def record(self, stage: Stage, names: Names, parts: Names | None = None) -> Record:

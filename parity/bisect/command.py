@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 @click.option(
     "--set-subject", multiple=True, metavar="FACTOR=VALUE", help="Change a factor of the subject."
 )
+@click.option(
+    "--set-reference",
+    multiple=True,
+    metavar="FACTOR=VALUE",
+    help="Change the reference throughout.",
+)
 @click.option("--shipped", "as_shipped", is_flag=True, help="Let each path use its own defaults.")
 @click.option(
     "--check",
@@ -71,8 +77,8 @@ if TYPE_CHECKING:
 )
 @timeout_option
 def bisect(
-    recipe: str, settings: tuple[str, ...], set_subject: tuple[str, ...], seed: int, out: Path,
-    **asked: Any,
+    recipe: str, settings: tuple[str, ...], set_subject: tuple[str, ...],
+    set_reference: tuple[str, ...], seed: int, out: Path, **asked: Any,
 ) -> None:  # fmt: skip
     """Find what makes a subject differ from its reference.
 
@@ -93,9 +99,11 @@ def bisect(
 
     shared = recipes.load(recipe, settings).override({"seed.value": seed})
     changes = sides([("subject", text) for text in set_subject]).get("subject", {})
-    shared.override(changes)
+    held = sides([("reference", text) for text in set_reference]).get("reference", {})
+    for changed in (changes, held):
+        shared.override(changed)
     try:
-        verdict = _ask(shared, changes, recipe, out, **asked)
+        verdict = _ask(shared, changes, held, recipe, out, **asked)
     except KeyboardInterrupt:
         click.echo("stopped; the same command goes on where it was", err=True)
         sys.exit(130)
@@ -103,7 +111,7 @@ def bisect(
 
 
 def _ask(
-    shared: Recipe, changes: dict[str, Any], origin: str, out: Path, *,
+    shared: Recipe, changes: dict[str, Any], held: dict[str, Any], origin: str, out: Path, *,
     subject: str, reference: str, as_shipped: bool, command: str | None, repeats: int, timeout: float,
     **moving: Any,
 ) -> str:  # fmt: skip
@@ -129,7 +137,16 @@ def _ask(
             changes = {**own, **changes}
         click.echo(f"{len(changes)} factors differ: {', '.join(changes) or 'none'}", err=True)
         bisection = Bisection(
-            engine, subject, reference, shared, changes, _watch, repeats, origin, notice=_notice
+            engine,
+            subject,
+            reference,
+            shared,
+            changes,
+            _watch,
+            repeats,
+            origin,
+            notice=_notice,
+            held=held,
         )
         report = bisection.search()
     click.echo(report.answer())

@@ -136,7 +136,7 @@ class MlxStages(Path):
         """See `Path.train`."""
         setup = self.setup(recipe, inputs.group("adapter"))
         trace = Trace()
-        batches = recorded(trace, given(inputs) or setup.iterate(), lazy=True)
+        batches = recorded(trace, given(inputs, recipe) or setup.iterate(), lazy=True)
         with _mlx.compiled(recipe.train.compile), _mlx.restored_layer_class(setup.model):
             result = self.loop(recipe, setup, batches)
         trace.arrays.update({name: np.asarray(values) for name, values in result.items()})

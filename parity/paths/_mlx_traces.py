@@ -10,19 +10,20 @@ import numpy as np
 
 from parity.numerics import first_difference
 from parity.paths import _mlx
+from parity.paths._handed import handed
 from parity.paths._mlx import Batch, Loss, Setup, to_numpy
 from parity.paths.describe import row_digests, single
 from parity.recipe import Recipe
-from parity.trace import Array, Trace, canonical, each
+from parity.trace import Array, Trace, canonical
 
 
-def given(inputs: Trace) -> Iterator[Batch] | None:
+def given(inputs: Trace, recipe: Recipe) -> Iterator[Batch] | None:
     """Batches that were handed over, or None."""
     import mlx.core as mx
 
-    ids = [mx.array(value) for value in each(inputs.arrays, "batches/ids")]
-    lengths = [mx.array(value) for value in each(inputs.arrays, "batches/lengths")]
-    return zip(ids, lengths, strict=True) if ids else None
+    if "batches/ids.0" not in inputs.arrays:
+        return None
+    return ((mx.array(ids), mx.array(lengths)) for ids, lengths in handed(inputs, recipe))
 
 
 def recorded(

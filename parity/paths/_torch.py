@@ -13,8 +13,9 @@ import numpy as np
 
 from parity import resources
 from parity.errors import UnmatchedNames, Unsupported, UsageError
+from parity.paths._handed import handed
 from parity.recipe import Recipe
-from parity.trace import Array, Trace, canonical, each
+from parity.trace import Array, Trace, canonical
 
 Batch = tuple[Array, Array]
 """Ids (B, W) and lengths (B, 2), both int32."""
@@ -162,10 +163,9 @@ def padded(rows: list[tuple[list[int], int]], recipe: Recipe, padding: int) -> B
     return batch, np.array([(offset, len(ids)) for ids, offset in rows], np.int32)
 
 
-def given(inputs: Trace) -> Iterator[Batch] | None:
+def given(inputs: Trace, recipe: Recipe) -> Iterator[Batch] | None:
     """Batches that were handed over, or None."""
-    ids, lengths = (list(each(inputs.arrays, f"batches/{stem}")) for stem in ("ids", "lengths"))
-    return zip(ids, lengths, strict=True) if ids else None
+    return handed(inputs, recipe) if "batches/ids.0" in inputs.arrays else None
 
 
 def recorded(trace: Trace, batches: Iterator[Batch], prefix: str = "batches/") -> Iterator[Batch]:

@@ -165,7 +165,7 @@ class TorchStages(Path):
 
     def train(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `Path.train`."""
-        batches = _torch.given(inputs) or self.iterate(recipe, self.tokenizer(recipe))
+        batches = _torch.given(inputs, recipe) or self.iterate(recipe, self.tokenizer(recipe))
         trace = Trace()
         with self.adapted(recipe, inputs.group("adapter") or None) as model:
             result = self.loop(recipe, model, _torch.recorded(trace, batches))

@@ -107,7 +107,7 @@ class MlxLmPath(MlxPath):
         trace = Trace()
         norms: list[float] = []
         reports, _, adapter = self._train(
-            recipe, inputs.group("adapter"), given(inputs), False, trace, norms
+            recipe, inputs.group("adapter"), given(inputs, recipe), False, trace, norms
         )
         parts = recipe.train.accumulation
         losses = np.asarray([r["train_loss"] for r in reports], np.float64)

@@ -151,7 +151,7 @@ def _parts(result: Aggregate) -> Iterator[str]:
     head = ["probe", *map(str, result.seeds), "green of decided"]
     for pair, rows in grids(result).items():
         yield f"### {_plain(pair)}\n"
-        yield _table(head, [[row.title, *cells, green[row]] for row, cells in rows])
+        yield table(head, [[row.title, *cells, green[row]] for row, cells in rows])
     if result.cells:
         yield "<sub>" + ", ".join(f"{s} {name}" for name, s in SYMBOLS.items()) + "</sub>\n"
     yield from _tables(result)
@@ -210,11 +210,11 @@ def _tables(result: Aggregate) -> Iterator[str]:
             "over",
             "sign over seeds",
         ]
-        yield _table(head, [[c.row.pair, *curve_cells(c)] for c in result.curves])
+        yield table(head, [[c.row.pair, *curve_cells(c)] for c in result.curves])
     if result.passes:
         yield "### Greedy decode\n"
         head = ["pair", "prompt", "subject", "reference", "paired over seeds"]
-        yield _table(
+        yield table(
             head,
             [[p.row.pair, p.prompt, *rates(p), p.comparison.summary] for p in result.passes],
         )
@@ -228,7 +228,7 @@ def curve_cells(curve: Curve) -> list[str]:
     return [curve.quantity, *values, over_said(curve), sign_said(curve)]
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A pipe table; what could end a cell or start markup is escaped."""
 
     def line(cells: Iterable[str]) -> str:

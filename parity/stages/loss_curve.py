@@ -91,14 +91,23 @@ def decode_inputs(context: Context, adapter: dict[str, Array]) -> Trace:
 
 
 def aligned_training(context: Context) -> Pair:
-    """Both loops from one adapter; across frameworks also on one order of batches."""
+    """Both loops from one adapter; on one order of batches where each would draw its own.
+
+    Where the sizes of batches differ both are handed the larger ones, which a path cuts to its size.
+    """
     inputs = Trace().with_group("adapter", context.given("lora_init").group("adapter"))
-    if not context.exact:
+    sizes = {recipe.train.batch_size: recipe for recipe in context.recipes.values()}
+    if not context.exact or len(sizes) > 1:
         # MLX's batching orders the batches of both; the other path is handed them.
         side = next(
             (s for s in ("reference", "subject") if context.frameworks[s] == "mlx"), "reference"
         )
-        batches = context.capture(side, "batches", context.recipe, Trace())
+        largest = sizes[max(sizes)].train
+        drawn = {
+            "train.batch_size": largest.batch_size,
+            "train.accumulation": largest.accumulation,
+        }
+        batches = context.capture(side, "batches", context.recipe.override(drawn), Trace())
         inputs = inputs.with_group("batches", batches.arrays)
     return context.pair("train", inputs)
 
@@ -108,10 +117,14 @@ def _batches(a: Trace, b: Trace) -> Metric:
     ours, theirs = (list(each(t.group("batches"), "ids")) for t in (a, b))
     if not ours or not theirs:
         return nothing("batches")
+    what = "batch"
+    if len(ours) != len(theirs):
+        what = "row"
+        ours, theirs = ([row for batch in side for row in batch] for side in (ours, theirs))
     if len(ours) != len(theirs):
         return compare_exact("batches", np.array([len(ours)]), np.array([len(theirs)]))
     metrics = [
-        compare_exact(f"batch {i + 1}", x, y)
+        compare_exact(f"{what} {i + 1}", x, y)
         for i, (x, y) in enumerate(zip(ours, theirs, strict=True))
     ]
     bad = [m for m in metrics if m.verdict is Verdict.DIVERGE]

@@ -1,0 +1,198 @@
+"""Running a scenario and holding what comes out against what is expected."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from parity.bisect.causes import Bisection, Report
+from parity.bisect.environments import parse_range
+from parity.bisect.versions import Bisection as Versions
+from parity.cell import Cell
+from parity.engine import Engine
+from parity.engine import check as find_wrong_use
+from parity.errors import CaptureError, Unsupported, UsageError
+from parity.record import Verdict
+from parity.replay.scenario import Scenario, Share
+from parity.stages import STAGES, find
+
+Notice = Callable[[str], None]
+
+
+class Status(StrEnum):
+    """How a scenario came out."""
+
+    AS_EXPECTED = "as expected"
+    OTHERWISE = "not as expected"
+    NOT_RUN = "not run"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a scenario gave.
+
+    Attributes:
+        expected: The expectation in words.
+        found: What was found, in the same words.
+        answer: What the search said, whole.
+        points: Combinations of seed and sweep that were searched.
+        runs: Distinct runs of the subject.
+    """
+
+    name: str
+    title: str
+    source: str
+    status: Status
+    expected: str
+    found: str
+    answer: str = ""
+    points: int = 0
+    runs: int = 0
+    seconds: float = 0.0
+
+
+def play(scenario: Scenario, engine: Engine, notice: Notice = lambda _: None) -> Outcome:
+    """Runs one scenario."""
+    started = time.perf_counter()
+    answers: list[str] = []
+    runs = points = 0
+    found = ""
+    try:
+        find_wrong_use([scenario.subject, scenario.reference], next(scenario.recipes()))
+        if why := _missing(scenario, engine):
+            raise Unsupported(why)
+        asked = _versions if scenario.package else _search
+        for said, answer, count in asked(scenario, engine, notice):
+            points, runs = points + 1, runs + count
+            answers.append(answer)
+            found = said
+            if said != scenario.expect.words():
+                break
+        if scenario.expect.gates and found == scenario.expect.words():
+            found, answer = _gates(scenario, engine)
+            answers.append(answer)
+        fits = found == scenario.expect.words()
+        status = Status.AS_EXPECTED if fits else Status.OTHERWISE
+    except (Unsupported, CaptureError, UsageError) as error:
+        status, found = Status.NOT_RUN, str(error)
+    return Outcome(
+        scenario.name,
+        scenario.title,
+        scenario.source,
+        status,
+        scenario.expect.words(),
+        found,
+        "\n".join(dict.fromkeys(answers)),
+        points,
+        runs,
+        time.perf_counter() - started,
+    )
+
+
+def _missing(scenario: Scenario, engine: Engine) -> str:
+    """Why a path cannot be run here at all; empty if it can."""
+    if scenario.package:
+        return ""  # other versions bring what they need
+    for path in (scenario.subject, scenario.reference):
+        try:
+            engine.shipped(path, next(scenario.recipes()))
+        except Unsupported as error:
+            return str(error)
+    return ""
+
+
+Said = Iterable[tuple[str, str, int]]
+"""What was found in the words of `Expect`, the whole answer, and the runs it took."""
+
+
+def _search(scenario: Scenario, engine: Engine, notice: Notice) -> Said:
+    stages = scenario.stages()
+    for recipe in scenario.recipes():
+        report = Bisection(
+            engine,
+            scenario.subject,
+            scenario.reference,
+            recipe,
+            scenario.set_subject,
+            origin=scenario.recipe,
+            # The first stage is never judged: it is where the effective settings are read.
+            stages=(STAGES[0], *stages) if stages else STAGES,
+            notice=notice,
+            held=scenario.set_reference,
+        ).search()
+        yield _words(report), report.answer(), report.runs
+
+
+def _words(report: Report) -> str:
+    if report.verdict == "agree" and not report.skipped:
+        return "no cause"
+    if report.verdict != "found":
+        return f"{report.verdict}: {report.reason or '; '.join(report.skipped)}"
+    return ", ".join(
+        f"{cause.stage}: {' with '.join([*cause.factors, *cause.parts]) or cause.place}"
+        for cause in report.causes
+    )
+
+
+def _versions(scenario: Scenario, engine: Engine, notice: Notice) -> Said:
+    def progress(candidate: str, answer: object, left: int) -> None:
+        notice(f"{candidate}, about {left} left")
+
+    for recipe in scenario.recipes():
+        for probe in scenario.probes:
+            changes = {"subject": scenario.set_subject, "reference": scenario.set_reference}
+            cell = Cell(
+                find(probe),
+                scenario.subject,
+                scenario.reference,
+                recipe,
+                {side: values for side, values in changes.items() if values},
+                scenario.recipe,
+            )
+            search = Versions(engine, cell, progress=progress)
+            for change in search.each(*map(parse_range, scenario.package.split(","))):
+                where = change.found.first_bad
+                said = change.sentence()
+                yield (
+                    said if change.found.inconclusive else f"moved in {where}",
+                    said,
+                    change.runs,
+                )
+
+
+def _gates(scenario: Scenario, engine: Engine) -> tuple[str, str]:
+    """How many seeds pass each gate; the expectation's own words where all are as expected."""
+    passes: dict[str, list[bool]] = {}
+    for recipe in scenario.recipes():
+        cell = Cell(find("08"), scenario.subject, scenario.reference, recipe)
+        record = engine.run(cell)
+        if record.verdict in (Verdict.ERROR, Verdict.SKIP):
+            raise CaptureError(record.reason)
+        for side in ("subject", "reference"):
+            for gate, passed in record.passes[side].items():
+                passes.setdefault(gate, []).append(passed)
+    shares = {gate: _share(values) for gate, values in passes.items()}
+    told = ", ".join(f"{gate}: {sum(v)} of {len(v)}" for gate, v in passes.items())
+    for gate, share in scenario.expect.gates.items():
+        if shares.get(gate) != share:
+            return f"{share} should pass the gate {gate!r} ({told})", told
+    return scenario.expect.words(), f"passes, subject and reference together: {told}"
+
+
+def _share(values: list[bool]) -> Share:
+    return "all" if all(values) else "some" if any(values) else "none"
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """The outcomes as Markdown."""
+    from parity.report.markdown import table as written
+
+    head = ["scenario", "expected", "found", "", "searches", "runs", "seconds", "source"]
+    rows = [
+        (f"{o.name}: {o.title}", o.expected, o.found, o.status, f"{o.points}", f"{o.runs}",
+         f"{o.seconds:.0f}", o.source)
+        for o in outcomes
+    ]  # fmt: skip
+    return written(head, rows)

@@ -1,0 +1,147 @@
+"""Scenarios: real cases with the stage and the cause that are expected, read from TOML."""
+
+from __future__ import annotations
+
+import itertools
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from parity import recipe as recipes
+from parity import resources
+from parity.errors import UsageError
+from parity.paths.hybrid import LOOP, PARTS
+from parity.recipe import DEFAULT, Recipe, factor_names
+from parity.stages import find
+from parity.stages.base import Stage
+
+Factors = dict[str, Any]
+Share = Literal["none", "some", "all"]
+
+
+class Section(BaseModel):
+    """A frozen, strictly validated table; `set_subject` is written `set-subject`."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        alias_generator=lambda name: name.replace("_", "-"),
+        populate_by_name=True,
+    )
+
+
+class Expect(Section):
+    """What must come out.
+
+    Either a cause at a stage, or the release in which a package moved, or (with `agree`) that what was
+    suspected is none.
+    """
+
+    verdict: Literal["found", "agree"] = "found"
+    stage: str = ""
+    cause: tuple[str, ...] = ()
+    """Factors, or parts of a path, that make the difference together."""
+    release: str = ""
+    gates: dict[str, Share] = {}
+    """Prompt, or `teacher-forced`, to how many of the seeds pass on both sides."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Expect:
+        found = bool(self.stage and self.cause) or bool(self.release)
+        if (self.verdict == "found") != found:
+            raise ValueError("`found` needs stage and cause, or release; `agree` has none of them")
+        if self.stage:
+            find(self.stage)
+        known = {*factor_names(), *PARTS, LOOP}
+        if wrong := [name for name in self.cause if name not in known]:
+            raise ValueError(f"cause {wrong[0]!r} is neither a factor nor a part")
+        return self
+
+    def words(self) -> str:
+        """The expectation in one cell of a table."""
+        if self.release:
+            return f"moved in {self.release}"
+        if self.verdict == "agree":
+            return "no cause"
+        return f"{self.stage}: {' with '.join(self.cause)}"
+
+
+class Scenario(Section):
+    """One case.
+
+    Attributes:
+        title: The case in a few words.
+        source: Where it happened.
+        about: What is asked here, in a sentence or two.
+        package: A range of releases to be searched, as `parity bisect --package` takes it.
+        sweep: Factor to values, set on both sides; every combination must come out as expected.
+        set: Factors changed on both sides.
+        set_subject: Factors changed in the subject; among them the cause is sought.
+        set_reference: Factors in which the reference always differs.
+    """
+
+    title: str
+    source: Annotated[str, Field(pattern=r"^https://")]
+    about: str
+    recipe: str = DEFAULT
+    subject: str = "mlx"
+    reference: str = "mlx-lm"
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (3407,)
+    probes: tuple[str, ...] = ()
+    package: str = ""
+    set: Factors = {}
+    set_subject: Factors = {}
+    set_reference: Factors = {}
+    sweep: dict[str, list[Any]] = {}
+    expect: Expect
+    name: str = ""
+
+    def recipes(self) -> Iterator[Recipe]:
+        """The shared recipe of each seed and each point of the sweep."""
+        base = recipes.load(self.recipe).override(self.set)
+        for values in itertools.product(*self.sweep.values()):
+            point = base.override(dict(zip(self.sweep, values, strict=True)))
+            for seed in self.seeds:
+                yield point.override({"seed.value": seed})
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages that are asked; empty: all."""
+        return tuple(find(probe) for probe in self.probes)
+
+
+def names() -> list[str]:
+    """The scenarios of the fixtures."""
+    return sorted(file.stem for file in (resources.fixtures() / "scenarios").glob("*.toml"))
+
+
+def load(source: str) -> Scenario:
+    """A scenario by name or from a TOML file.
+
+    Raises:
+        UsageError: There is none, or it is not valid; the message names the value.
+    """
+    file = resources.fixtures() / "scenarios" / f"{source}.toml"
+    if source.endswith(".toml"):
+        file = Path(source)
+    if not file.is_file():
+        raise UsageError(
+            f"no scenario {source!r}: give a file ending in .toml or one of {', '.join(names())}"
+        )
+    try:
+        data = tomllib.loads(file.read_text(encoding="utf-8"))
+        scenario = Scenario.model_validate({**data, "name": file.stem})
+        for changes in (scenario.set_subject, scenario.set_reference):
+            next(scenario.recipes()).override(changes)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file}: not valid TOML: {error}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "scenario"
+        message = first["msg"].removeprefix("Value error, ")
+        raise UsageError(f"{file}: {where}: {message}, got {first['input']!r}") from None
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from None
+    return scenario
