@@ -244,7 +244,7 @@ class Engine:
         environments: dict[str, dict[str, Any]] = {}
         files: dict[str, None] = {}
         specs = {"subject": cell.subject, "reference": cell.reference, "referee": REFEREE}
-        frameworks = {side: resolve(specs[side]).framework for side in recipes}
+        kinds = {side: resolve(specs[side]) for side in recipes}
         double = referee_of(recipes["reference"])
 
         def note(side: str, trace: Trace) -> Trace:
@@ -263,7 +263,8 @@ class Engine:
             recipe=cell.recipe,
             recipes={**recipes, "referee": double},
             shipped=_Shipped(self, specs, cell.recipe),
-            frameworks=frameworks,
+            frameworks={side: kind.framework for side, kind in kinds.items()},
+            operations={s: kind.operations.get(cell.stage.name, "") for s, kind in kinds.items()},
             environments=environments,
             files=files,
             has_referee=double != recipes["reference"],

@@ -100,6 +100,8 @@ class MlxPath(MlxStages):
         """Freezes the base and puts LoRA into it."""
         from mlx_lm.tuner.utils import linear_to_lora_layers
 
+        if recipe.train.autocast != "none":
+            raise Unsupported(f"MLX has no autocast (train.autocast={recipe.train.autocast})")
         model.freeze()
         layers = len(model.layers)
         if recipe.lora.num_layers > layers:

@@ -41,6 +41,7 @@ FIXED: dict[str, Any] = {
     "mask.end_shift": 1,
     "optim.clip": "none",
     "train.accumulation_weighting": "mean",
+    "train.autocast": "none",
 }
 
 
@@ -77,6 +78,7 @@ class MlxLmPath(MlxPath):
 
         facts = {
             "accumulation.steps": args.grad_accumulation_steps,
+            "train.gradient_checkpointing": args.grad_checkpoint,
             "accumulation.weighting": "mean",
             "seed.rng": seen["rng"],
         }

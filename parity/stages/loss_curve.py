@@ -94,13 +94,25 @@ def aligned_training(context: Context) -> Pair:
     """Both loops from one adapter; across frameworks also on one order of batches."""
     inputs = Trace().with_group("adapter", context.given("lora_init").group("adapter"))
     if not context.exact:
-        # MLX's batching orders the batches of both; the other path is handed them.
-        side = next(
-            (s for s in ("reference", "subject") if context.frameworks[s] == "mlx"), "reference"
-        )
-        batches = context.capture(side, "batches", context.recipe, Trace())
-        inputs = inputs.with_group("batches", batches.arrays)
+        inputs = inputs.with_group("batches", _shared_batches(context).arrays)
     return context.pair("train", inputs)
+
+
+def _shared_batches(context: Context) -> Trace:
+    """The batches of both sides: MLX's where there is an MLX side, the other path is handed them.
+
+    Raises:
+        Unsupported: Neither side can make the recipe's batches; the reason is the first one's.
+    """
+    # `sorted` is stable: the reference comes before the subject.
+    sides = sorted(("reference", "subject"), key=lambda side: context.frameworks[side] != "mlx")
+    try:
+        return context.capture(sides[0], "batches", context.recipe, Trace())
+    except Unsupported as error:
+        try:
+            return context.capture(sides[1], "batches", context.recipe, Trace())
+        except Unsupported:
+            raise error from None
 
 
 def _batches(a: Trace, b: Trace) -> Metric:
