@@ -166,6 +166,8 @@ class Engine:
             except Exception as error:  # one broken cell must not end the run
                 reason = f"{type(error).__name__} while comparing: {error}"
                 verdict, detail = Verdict.ERROR, traceback.format_exc()
+        if aside := context.operations_aside:
+            result.findings.append(f"bits are not expected to be equal: {aside}")
         verdict, reason = (verdict, reason) if verdict else conclude(result.metrics)
         if verdict is Verdict.DIVERGE and self.repeat and result.metrics:
             verdict, reason = self._repeated(cell, context, result, reason)

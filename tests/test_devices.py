@@ -60,7 +60,7 @@ def test_another_device_is_refused(name, monkeypatch):
 def test_cuda_without_cuda_is_one_line_that_says_what_to_do(monkeypatch):
     monkeypatch.setattr(devices, "_without_cuda", lambda: "torch is built without CUDA: get it")
     with pytest.raises(
-        UsageError, match="--device cuda: torch is built without CUDA.*--device cpu"
+        UsageError, match=r"--device cuda: torch is built without CUDA.*--device cpu"
     ):
         devices.choose("cuda")
     assert devices.VARIABLE not in os.environ

@@ -158,6 +158,12 @@ def test_a_factor_it_cannot_honour_is_refused_with_the_reason(
         engine.capture("trl", method, small.override(changes), Trace())
 
 
+@pytest.mark.parametrize("path", ["mlx", "mlx-lm"])
+def test_mlx_has_no_autocast(path, engine, small):
+    with pytest.raises(Unsupported, match=r"train\.autocast"):
+        engine.capture(path, "lora_init", small.override({"train.autocast": "bfloat16"}), Trace())
+
+
 def test_a_prompt_is_masked_in_conversations(engine, small):
     recipe = small.override({"data.source": "chat", "mask.prompt": True})
     inputs = Trace(scalars={"texts": [], "conversations": []})
@@ -197,6 +203,7 @@ def test_bits_are_expected_only_where_the_operations_are_the_same(engine, small)
     record = engine.run(Cell(find("cross_entropy"), "trl", "hf", small))
     assert record.verdict is Verdict.AGREE, record.message()
     assert record.expectation == "noise floor"
+    assert "SFTTrainer computes head and loss in one function of its own" in record.findings[-1]
     assert engine.run(Cell(find("lora_init"), "trl", "hf", small)).verdict is Verdict.IDENTICAL
 
 
@@ -207,6 +214,6 @@ def test_a_run_that_was_not_measured_is_an_error(small):
     with pytest.raises(RuntimeError, match=f"reported {steps} steps, 7 were asked for"):
         fine.check(small.override({"train.steps": 7}))
     fine.gradient_norm[:] = [0.5] * steps
-    with pytest.raises(RuntimeError, match="the gradient norm is 0.5 at all 6 steps"):
+    with pytest.raises(RuntimeError, match=r"the gradient norm is 0\.5 at all 6 steps"):
         fine.check(small)
     fine.check(small.override({"optim.lr": 0.0}))

@@ -2,8 +2,9 @@
 
 The base model, LoRA's configuration, the tokenizer and decoding are those of path `hf`.
 Tokenization, collation, order, seeding, loss, clip, optimizer, schedule and loop are the trainer's.
-Its loss projects hidden states and takes the logarithm of the softmax in one function of its own:
-there `trl` and `hf` differ by rounding.
+Two things make `trl` and `hf` differ by rounding, and nothing else does: the trainer's loss projects
+hidden states and takes the logarithm of the softmax in one function of its own, and its forward pass
+covers the last position of a row as well, which no target follows.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from parity.paths.hf import HfPath
 from parity.recipe import Recipe
 from parity.trace import Array, Trace
 
-_FUSED = "SFTTrainer's own head and loss in one function, which rounds in its own way"
+_FUSED = "SFTTrainer computes head and loss in one function of its own"
 
 
 class TrlPath(HfPath):
@@ -41,11 +42,11 @@ class TrlPath(HfPath):
     name: ClassVar[str] = "trl"
     packages: ClassVar[tuple[str, ...]] = (*HfPath.packages, "trl", "accelerate", "datasets")
     operations: ClassVar[Mapping[str, str]] = {
-        "config": "SFTTrainer's own batches",
+        "config": "SFTTrainer makes other batches",
         "cross_entropy": _FUSED,
         "gradient": _FUSED,
         "loss_curve": _FUSED,
-        "greedy_decode": "an adapter of " + _FUSED,
+        "greedy_decode": _FUSED,
     }
 
     def __init__(self, cache: FilePath) -> None:

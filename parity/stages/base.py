@@ -134,6 +134,13 @@ class Context:
         )
 
     @property
+    def operations_aside(self) -> str:
+        """Why two paths of one framework are not expected bit-identical; empty elsewhere."""
+        if self.exact or len(set(self.frameworks.values())) > 1:
+            return ""
+        return "; ".join(filter(None, self.operations.values()))
+
+    @property
     def seed(self) -> int:
         """The seed of the cell."""
         return self.recipe.seed.value
