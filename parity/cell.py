@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from parity import devices
 from parity.recipe import DEFAULT, Recipe, load
 from parity.record import Metric, Verdict, worst
 from parity.stages.base import Stage
@@ -50,6 +51,8 @@ def reproduce(cell: Cell) -> str:
         f"parity run --probes {cell.stage.number:02d} --subject {cell.subject}",
         f"--reference {cell.reference} --seeds {cell.recipe.seed.value},",
     ]
+    if (device := devices.current()) != devices.DEFAULT:
+        words.append(f"--device {device}")
     if cell.origin != DEFAULT:
         words.append(f"--recipe {cell.origin}")
     named = load(cell.origin).override({"seed.value": cell.recipe.seed.value})

@@ -16,6 +16,7 @@ from parity.options import (
     EXIT_MISSING,
     EXIT_NOT_GREEN,
     EXIT_USAGE,
+    device_option,
     recipe_options,
     timeout_option,
 )
@@ -94,6 +95,7 @@ def main() -> None:
     type=click.IntRange(1, 64),
     help="Cells under way at once.",
 )
+@device_option
 @timeout_option
 @click.option("--expected", type=click.Path(path_type=Path, exists=True, dir_okay=False),
               help="Known divergences.  [default: the fixtures' file of each pair]")  # fmt: skip
@@ -194,6 +196,7 @@ def report(folder: Path) -> None:
     type=click.Path(path_type=Path, dir_okay=False),
     help="File of the trace.",
 )
+@device_option
 @timeout_option
 def capture(
     path: str,

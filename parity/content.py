@@ -16,6 +16,11 @@ from parity.paths.base import resolve
 from parity.recipe import Recipe
 from parity.worker import openblas
 
+# What a user may set for the worker's process and what changes its numbers.
+_VARIABLES = (
+    "MLX_", "PARITY_TORCH", "OMP_", "OPENBLAS_", "CUBLAS_", "CUDA_VISIBLE", "NVIDIA_TF32",
+)  # fmt: skip
+
 
 def of_recipe(recipe: Recipe) -> str:
     """A recipe's factors and the state of the files that it names."""
@@ -37,11 +42,7 @@ def of_path(spec: str) -> str:
     classes = {base for member in kind.made_of() for base in member.__mro__[:-1]}
     files = {getattr(sys.modules[base.__module__], "__file__", None) for base in classes}
     own = b"".join(Path(file).read_bytes() for file in sorted(f for f in files if f))
-    variables = {
-        k: v
-        for k, v in os.environ.items()
-        if k.startswith(("MLX_", "PARITY_TORCH", "OMP_", "OPENBLAS_"))
-    }
+    variables = {k: v for k, v in os.environ.items() if k.startswith(_VARIABLES)}
     parts = [spec, sys.version, *versions, str(openblas()), json.dumps(variables, sort_keys=True)]
     code = _package_code() + hashlib.sha256(own).hexdigest()
     return hashlib.sha256("\n".join([*parts, code]).encode()).hexdigest()[:16]

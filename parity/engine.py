@@ -166,6 +166,8 @@ class Engine:
             except Exception as error:  # one broken cell must not end the run
                 reason = f"{type(error).__name__} while comparing: {error}"
                 verdict, detail = Verdict.ERROR, traceback.format_exc()
+        if aside := context.operations_aside:
+            result.findings.append(f"bits are not expected to be equal: {aside}")
         verdict, reason = (verdict, reason) if verdict else conclude(result.metrics)
         if verdict is Verdict.DIVERGE and self.repeat and result.metrics:
             verdict, reason = self._repeated(cell, context, result, reason)
@@ -244,7 +246,7 @@ class Engine:
         environments: dict[str, dict[str, Any]] = {}
         files: dict[str, None] = {}
         specs = {"subject": cell.subject, "reference": cell.reference, "referee": REFEREE}
-        frameworks = {side: resolve(specs[side]).framework for side in recipes}
+        kinds = {side: resolve(specs[side]) for side in recipes}
         double = referee_of(recipes["reference"])
 
         def note(side: str, trace: Trace) -> Trace:
@@ -263,7 +265,8 @@ class Engine:
             recipe=cell.recipe,
             recipes={**recipes, "referee": double},
             shipped=_Shipped(self, specs, cell.recipe),
-            frameworks=frameworks,
+            frameworks={side: kind.framework for side, kind in kinds.items()},
+            operations={s: kind.operations.get(cell.stage.name, "") for s, kind in kinds.items()},
             environments=environments,
             files=files,
             has_referee=double != recipes["reference"],

@@ -21,6 +21,20 @@ def recipe_options(command: Any) -> Any:
     return command
 
 
+def _choose_device(_: click.Context, __: click.Parameter, name: str | None) -> None:
+    from parity import devices
+
+    devices.choose(name)
+
+
+device_option = click.option(
+    "--device",
+    metavar="cpu|cuda",
+    expose_value=False,
+    callback=_choose_device,
+    help="Where hf and trl compute; MLX chooses by itself.  [default: cpu]",
+)
+
 timeout_option = click.option(
     "--timeout",
     default=600.0,

@@ -5,6 +5,7 @@ A probe is a test that takes `cell`; its module says which stage with `STAGE = "
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         help="FACTOR=VALUE on the subject's side only",
     )
+    group.addoption("--device", default=None, help="where hf and trl compute: cpu or cuda (cpu)")
     group.addoption("--expected", default=None, help="file of known divergences (the fixtures')")
     group.addoption("--no-expected", action="store_true", help="expect no divergence")
     group.addoption("--parity-out", default=None, help="folder that takes the records")
@@ -46,9 +48,24 @@ _OPTIONS = ("--seeds", "--recipe", "--factor", "--subject-factor", "--subject", 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Refuses wrong use once, before each probe's module would."""
+    _choose_device(config)
     given = config.invocation_params.args
     if any(str(word).startswith(_OPTIONS) for word in given):
         _matrix(config, "config")
+
+
+def _choose_device(config: pytest.Config) -> None:
+    """Before any worker starts; a process of xdist has it from the one that started it."""
+    from parity import devices
+    from parity.errors import UsageError
+
+    name = config.getoption("--device")
+    if hasattr(config, "workerinput") or not (name or devices.VARIABLE in os.environ):
+        return
+    try:
+        devices.choose(name)
+    except UsageError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 def _matrix(config: pytest.Config, stage: str) -> Matrix:

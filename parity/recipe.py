@@ -143,6 +143,8 @@ class Train(Section):
     accumulation_weighting: Literal["mean", "token"] = "mean"
     compile: bool = True
     gradient_checkpointing: bool = False
+    autocast: Literal["none", "bfloat16"] = "none"
+    """Mixed precision: the dtype torch's autocast computes the forward pass in; weights stay."""
 
 
 class Decode(Section):

@@ -104,7 +104,7 @@ class Record(BaseModel):
     subject: Side
     reference: Side
     expectation: str = ""
-    """`identical` within one framework, `noise floor` across frameworks."""
+    """`identical` for the same operations in one framework, else `noise floor`."""
     verdict: Verdict
     reason: str
     """The verdict in one sentence."""

@@ -113,7 +113,9 @@ def test_a_path_that_is_not_there_is_not_run(case, engine):
 
 
 def test_every_point_of_a_sweep_is_searched(case, engine):
-    text = CASE.replace("[set]\n", '[sweep]\n"lora.scale" = [1.0, 2.0]\n"train.steps" = [2]\n[set]\n')
+    text = CASE.replace(
+        "[set]\n", '[sweep]\n"lora.scale" = [1.0, 2.0]\n"train.steps" = [2]\n[set]\n'
+    )
     outcome = play(case(text), engine)
     assert (outcome.status, outcome.points) == (Status.AS_EXPECTED, 2)
 

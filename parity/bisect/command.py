@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from parity.options import EXIT_GREEN, EXIT_NOT_GREEN, recipe_options, timeout_option
+from parity.options import (
+    EXIT_GREEN,
+    EXIT_NOT_GREEN,
+    device_option,
+    recipe_options,
+    timeout_option,
+)
 
 if TYPE_CHECKING:
     from parity.bisect.search import Answer
@@ -75,6 +81,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder of the result.",
 )
+@device_option
 @timeout_option
 def bisect(
     recipe: str, settings: tuple[str, ...], set_subject: tuple[str, ...],

@@ -157,6 +157,8 @@ def config_trace(recipe: Recipe, setup: Setup) -> Trace:
         "loss.denominator": "supervised tokens",
         "accumulation.steps": recipe.train.accumulation,
         "accumulation.weighting": recipe.train.accumulation_weighting,
+        "train.autocast": "none",
+        "train.gradient_checkpointing": recipe.train.gradient_checkpointing,
         "seed.value": recipe.seed.value,
         "seed.placement": recipe.seed.placement,
         **setup.facts,

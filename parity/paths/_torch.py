@@ -30,18 +30,34 @@ IGNORED = -100
 
 
 def device() -> Any:
-    """`PARITY_TORCH_DEVICE`, or the CPU: on hosted Macs MPS runs out of memory."""
+    """What `--device` says, or the CPU: on hosted Macs MPS runs out of memory."""
     import torch
 
-    return torch.device(os.environ.get("PARITY_TORCH_DEVICE", "cpu"))
+    return torch.device(os.environ.get("PARITY_TORCH_DEVICE") or "cpu")
 
 
 def prepare() -> None:
-    """One thread, and the same bits run after run: 1 and 2 threads differ by 2e-6 in a loss."""
+    """One thread, full float32, and the same bits run after run.
+
+    1 and 2 threads differ by 2e-6 in a loss. TF32 keeps 10 bits of a float32's mantissa, and sums in
+    half precision lose as many: on CUDA both are switched off.
+
+    Raises:
+        RuntimeError: CUDA is asked for and there is none, which torch would say much later.
+    """
     import torch
 
     if device().type == "cuda":
+        # Read when cuBLAS starts; without the first one its sums may come in another order.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+        if not torch.cuda.is_available():
+            raise RuntimeError(f"torch {torch.__version__} finds no CUDA")
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
 
@@ -51,12 +67,23 @@ def describe_torch() -> dict[str, Any]:
     import torch
 
     blas = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    cuda = device().type == "cuda"
+    named = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if cuda else {}
     return {
         "device": str(device()),
+        **named,
         "torch_threads": torch.get_num_threads(),
         "torch_blas": blas[1] if blas else None,
         "torch_float32_matmul": torch.get_float32_matmul_precision(),
     }
+
+
+def autocast(recipe: Recipe) -> Any:
+    """Mixed precision, or nothing of the kind."""
+    import torch
+
+    dtype, kind = recipe.train.autocast, device().type
+    return contextlib.nullcontext() if dtype == "none" else torch.autocast(kind, torch.bfloat16)
 
 
 def float64_throughout(dtype: str) -> contextlib.AbstractContextManager[Any]:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from parity.paths._torch import to_numpy
-from parity.paths.describe import single
-from parity.trace import Array, canonical, layer_of
+from parity.paths._torch import Batch, adapter_parameters, oriented, to_numpy
+from parity.paths.describe import row_digests, single
+from parity.trace import Array, Trace, canonical, layer_of
 
 
 @contextlib.contextmanager
@@ -105,6 +105,50 @@ def lora_facts(model: Any) -> dict[str, Any]:
         "dropout": single({getattr(m.lora_dropout["default"], "p", 0.0) for m in modules.values()}),
         "layers": sorted({n for name in modules if (n := layer_of(name)) is not None}),
         "modules": sorted({name.rpartition(".")[2] for name in modules}),
+    }
+
+
+def adapter_trace(model: Any) -> Trace:
+    """The adapter of a live PEFT model and what it says of itself; see `Path.lora_init`."""
+    parameters = adapter_parameters(model)
+    scalars = {
+        **lora_facts(model),
+        "trainable": sorted(parameters),
+        "dtype": single(set(dtype_census(parameters.values()))),
+    }
+    return Trace(scalars=scalars).with_group("adapter", oriented(parameters))
+
+
+def model_facts(model: Any) -> dict[str, Any]:
+    """Dtypes, rope, LoRA and seed, in the vocabulary of probe 00."""
+    import torch
+
+    parameters = adapter_parameters(model)
+    return {
+        "dtype.parameters": dtype_census(p for p in model.parameters() if not p.requires_grad),
+        "dtype.adapter": dtype_census(parameters.values()),
+        "rope.theta": rope_thetas(model),
+        "lora.trainable": len(parameters),
+        "lora.parameters": sum(p.numel() for p in parameters.values()),
+        "lora.names": sorted(parameters),
+        **{f"lora.{key}": value for key, value in lora_facts(model).items()},
+        "seed.value": torch.initial_seed(),
+    }
+
+
+def checkpointed(model: Any) -> bool:
+    """Whether any module of a live model forgets its activations."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def batch_facts(drawn: list[Batch], supervised: Array) -> dict[str, Any]:
+    """Micro-batches, and what is supervised in the first of them, in the words of probe 00."""
+    rows = range(len(drawn[0][0]))
+    return {
+        "batch.shapes": [list(ids.shape) for ids, _ in drawn],
+        "batch.rows": [row_digests(*batch) for batch in drawn],
+        "mask.supervised": [int((supervised[:, 0] == row).sum()) for row in rows],
+        "loss.denominator": "supervised tokens",
     }
 
 

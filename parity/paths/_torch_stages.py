@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from parity.paths import _torch
 from parity.paths import _torch_readback as readback
-from parity.paths._torch import IGNORED, Batch, to_numpy
+from parity.paths._torch import IGNORED, Batch, Loss, to_numpy
 from parity.paths._torch_work import (
     accumulate,
     completion_loss,
@@ -21,7 +22,6 @@ from parity.paths._torch_work import (
     supervised_positions,
 )
 from parity.paths.base import Path
-from parity.paths.describe import row_digests, single
 from parity.recipe import Recipe
 from parity.trace import Array, Trace, each
 
@@ -54,10 +54,26 @@ class TorchStages(Path):
     def loop(self, recipe: Recipe, model: Any, batches: Iterator[Batch]) -> dict[str, list[float]]:
         """Trains; returns loss, gradient norm and supervised tokens of each optimizer step."""
 
+    def rows(self, recipe: Recipe, tokenizer: Any) -> list[tuple[list[int], int]]:
+        """Ids and first supervised token (0: all) of each training row."""
+        return _torch.rows(recipe, tokenizer)
+
+    @contextlib.contextmanager
+    def criterion(self, recipe: Recipe) -> Iterator[Loss]:
+        """The live loss, taking logits."""
+        with self.pristine(recipe) as model:
+            yield model.loss_function
+
+    @contextlib.contextmanager
+    def updates(self, recipe: Recipe, parameters: list[Any]) -> Iterator[Callable[[], None]]:
+        """Clip, optimizer and schedule: each call takes a step and clears the gradients."""
+        optimizer, schedule = _torch.make_optimizer(recipe, parameters)
+        yield lambda: _torch.update(recipe, parameters, optimizer, schedule)
+
     def tokenization(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `Path.tokenization`."""
         tokenizer, trace = self.tokenizer(recipe), Trace()
-        for index, (ids, offset) in enumerate(_torch.rows(recipe, tokenizer)):
+        for index, (ids, offset) in enumerate(self.rows(recipe, tokenizer)):
             trace.arrays[f"row.{index}"] = np.asarray(ids, np.int32)
             trace.arrays[f"offset.{index}"] = np.asarray(offset, np.int32)
         texts = [tokenizer(text)["input_ids"] for text in inputs.scalars["texts"]]
@@ -109,24 +125,18 @@ class TorchStages(Path):
         import torch
 
         targets = _torch.labels(recipe, inputs.arrays["ids"], inputs.arrays["lengths"])
-        with self.pristine(recipe) as model:
-            logits = torch.tensor(inputs.arrays["logits"], device=model.device).to(model.dtype)
-            arrays = _torch.probed_loss(model.loss_function, logits, targets)
-            each_token = _torch.token_losses(model.loss_function, logits, inputs.arrays["ids"])
+        dtype = getattr(torch, recipe.model.dtype)
+        with self.criterion(recipe) as loss:
+            logits = torch.tensor(inputs.arrays["logits"], device=_torch.device()).to(dtype)
+            arrays = _torch.probed_loss(loss, logits, targets)
+            each_token = _torch.token_losses(loss, logits, inputs.arrays["ids"])
             arrays["token_loss"] = each_token.astype(_torch.loss_dtype(recipe))
         return Trace(arrays, {"tokens": int((targets != IGNORED).sum())})
 
     def lora_init(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `Path.lora_init`."""
         with self.adapted(recipe) as model:
-            parameters = _torch.adapter_parameters(model)
-            dtypes = readback.dtype_census(parameters.values())
-            scalars = {
-                **readback.lora_facts(model),
-                "trainable": sorted(parameters),
-                "dtype": single(set(dtypes)),
-            }
-            return Trace(scalars=scalars).with_group("adapter", _torch.oriented(parameters))
+            return readback.adapter_trace(model)
 
     def gradient(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `Path.gradient`; without dropout, whose masks no two frameworks share."""
@@ -152,15 +162,15 @@ class TorchStages(Path):
 
         weights = inputs.group("weight")
         parameters = {name: torch.nn.Parameter(live(value)) for name, value in weights.items()}
-        optimizer, schedule = _torch.make_optimizer(recipe, parameters.values())
         trace, step = Trace(), 0
-        while fed := inputs.group(f"gradient.{step}"):
-            _torch.check_names(parameters, fed)
-            for name, parameter in parameters.items():
-                parameter.grad = live(fed[name])
-            _torch.update(recipe, list(parameters.values()), optimizer, schedule)
-            trace = trace.with_group(f"weight.{step}", _torch.oriented(parameters))
-            step += 1
+        with self.updates(recipe, list(parameters.values())) as update:
+            while fed := inputs.group(f"gradient.{step}"):
+                _torch.check_names(parameters, fed)
+                for name, parameter in parameters.items():
+                    parameter.grad = live(fed[name])
+                update()
+                trace = trace.with_group(f"weight.{step}", _torch.oriented(parameters))
+                step += 1
         return trace
 
     def train(self, recipe: Recipe, inputs: Trace) -> Trace:
@@ -195,35 +205,24 @@ class TorchStages(Path):
 
     def config(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `Path.config`."""
-        import torch
-
         tokenizer = self.tokenizer(recipe)
-        size = recipe.train.batch_size
         drawn = list(itertools.islice(self.iterate(recipe, tokenizer), SHOWN))
+        targets = _torch.labels(recipe, *drawn[0])
         with self.adapted(recipe) as model:
-            parameters = _torch.adapter_parameters(model)
-            base = [p for p in model.parameters() if not p.requires_grad]
-            optimizer, schedule = _torch.make_optimizer(recipe, parameters.values())
-            supervised = supervised_positions(recipe, model, *drawn[0])
+            parameters = _torch.adapter_parameters(model).values()
+            optimizer, schedule = _torch.make_optimizer(recipe, parameters)
+            supervised = supervised_positions(model.get_base_model().loss_function, targets)
             scalars = {
-                "dtype.parameters": readback.dtype_census(base),
-                "dtype.adapter": readback.dtype_census(parameters.values()),
-                "rope.theta": readback.rope_thetas(model),
-                "lora.trainable": len(parameters),
-                "lora.parameters": sum(p.numel() for p in parameters.values()),
-                "lora.names": sorted(parameters),
-                **{f"lora.{key}": value for key, value in readback.lora_facts(model).items()},
+                **readback.model_facts(model),
                 **readback.optimizer_facts(optimizer, schedule, recipe.train.steps),
+                **readback.batch_facts(drawn, supervised),
+                "batch.pad_id": _torch.padding_id(tokenizer),
                 "clip.mode": recipe.optim.clip,
                 "clip.value": None if recipe.optim.clip == "none" else recipe.optim.clip_value,
-                "batch.shapes": [list(ids.shape) for ids, _ in drawn],
-                "batch.pad_id": _torch.padding_id(tokenizer),
-                "batch.rows": [row_digests(*batch) for batch in drawn],
-                "mask.supervised": [int((supervised[:, 0] == row).sum()) for row in range(size)],
-                "loss.denominator": "supervised tokens",
                 "accumulation.steps": recipe.train.accumulation,
                 "accumulation.weighting": recipe.train.accumulation_weighting,
-                "seed.value": torch.initial_seed(),
+                "train.autocast": recipe.train.autocast,
+                "train.gradient_checkpointing": readback.checkpointed(model),
                 "seed.placement": recipe.seed.placement,
             }
         return Trace({"supervised": supervised}, scalars)

@@ -8,7 +8,7 @@ import numpy as np
 
 from parity.numerics import first_difference
 from parity.paths import _torch
-from parity.paths._torch import IGNORED, Batch, to_numpy
+from parity.paths._torch import IGNORED, Batch, Loss, to_numpy
 from parity.recipe import Recipe
 from parity.trace import Array
 
@@ -27,29 +27,29 @@ def accumulate(recipe: Recipe, model: Any, parts: list[Batch]) -> tuple[float, i
     total = 0.0
     for (ids, _), target in zip(parts, targets, strict=True):
         shifted = _torch.ids_tensor(target)
-        loss = model(
-            input_ids=_torch.ids_tensor(ids[:, :-1]),
-            labels=shifted,
-            shift_labels=shifted,
-            use_cache=False,
-            **count,
-        ).loss
+        with _torch.autocast(recipe):
+            loss = model(
+                input_ids=_torch.ids_tensor(ids[:, :-1]),
+                labels=shifted,
+                shift_labels=shifted,
+                use_cache=False,
+                **count,
+            ).loss
         share = loss if by_token else loss / len(parts)
         share.backward()
         total += share.item()
     return total, tokens
 
 
-def supervised_positions(recipe: Recipe, model: Any, ids: Array, lengths: Array) -> Array:
-    """What the live loss supervises in a batch: (row, position, target id), (K, 3) int64.
+def supervised_positions(loss_function: Loss, targets: Array) -> Array:
+    """What a live loss supervises of targets (B, T): (row, position, target id), (K, 3) int64.
 
-    Flat logits over a vocabulary just large enough for the ids.
+    Flat logits over a vocabulary just large enough for the targets.
     """
     import torch
 
-    targets = _torch.labels(recipe, ids, lengths)
-    logits = torch.zeros(*targets.shape, int(ids.max()) + 2, device=model.device)
-    arrays = _torch.probed_loss(model.get_base_model().loss_function, logits, targets)
+    logits = torch.zeros(*targets.shape, max(int(targets.max()), 0) + 2, device=_torch.device())
+    arrays = _torch.probed_loss(loss_function, logits, targets)
     where = np.argwhere(arrays["supervised"])
     return np.column_stack([where, arrays["targets"][tuple(where.T)]]).astype(np.int64)
 

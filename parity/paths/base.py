@@ -74,7 +74,10 @@ class Path:
 
     name: ClassVar[str]
     framework: ClassVar[str]
-    """`mlx` or `torch`; two paths of one framework are expected bit-identical."""
+    """`mlx` or `torch`; two paths of one framework are expected bit-identical, `operations` aside."""
+    operations: ClassVar[Mapping[str, str]] = {}
+    """Stage → what is computed there otherwise than usual in the framework. Two paths of one
+    framework that differ in it are expected to agree within the noise floor in that stage."""
     packages: ClassVar[tuple[str, ...]] = ()
     """Distributions whose versions belong to the environment of a trace."""
     fixed: ClassVar[Mapping[str, Any]] = {}

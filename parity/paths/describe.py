@@ -20,6 +20,7 @@ from parity.trace import Array
 # Variables that change what the frameworks compute or where.
 _VARIABLES = (
     "MLX_", "OMP_NUM", "OPENBLAS_", "VECLIB_", "PARITY_TORCH", "HF_HUB_OFFLINE", "PYTORCH_",
+    "CUBLAS_", "CUDA_VISIBLE", "NVIDIA_TF32",
 )  # fmt: skip
 
 

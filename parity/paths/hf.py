@@ -151,7 +151,21 @@ class HfPath(TorchStages):
         Raises:
             Unsupported: More layers, or other modules, than the model has.
         """
-        from peft import LoraConfig, get_peft_model
+        from peft import get_peft_model
+
+        config = self.lora_config(base, recipe)
+        if recipe.train.gradient_checkpointing:
+            # Before PEFT, which sees it and makes the frozen embedding's output require a gradient.
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        return get_peft_model(base, config)
+
+    def lora_config(self, base: Any, recipe: Recipe) -> Any:
+        """PEFT's configuration of the recipe's adapter.
+
+        Raises:
+            Unsupported: More layers, or other modules, than the model has.
+        """
+        from peft import LoraConfig
 
         lora, layers = recipe.lora, base.config.get_text_config().num_hidden_layers
         if lora.num_layers > layers:
@@ -159,11 +173,8 @@ class HfPath(TorchStages):
         present = {name.rpartition(".")[2] for name, _ in base.named_modules()}
         if missing := sorted(set(lora.target_modules) - present):
             raise Unsupported(f"the model has no modules {missing} (lora.target_modules)")
-        if recipe.train.gradient_checkpointing:
-            # Before PEFT, which sees it and makes the frozen embedding's output require a gradient.
-            base.gradient_checkpointing_enable({"use_reentrant": False})
         last = list(range(layers - lora.num_layers, layers))
-        config = LoraConfig(
+        return LoraConfig(
             task_type="CAUSAL_LM",
             r=lora.rank,
             lora_alpha=lora.scale * lora.rank,
@@ -171,7 +182,6 @@ class HfPath(TorchStages):
             target_modules=list(lora.target_modules),
             layers_to_transform=None if lora.num_layers == -1 else last,
         )
-        return get_peft_model(base, config)
 
     def iterate(self, recipe: Recipe, tokenizer: Any) -> Iterator[Batch]:
         """Endless batches: all rows shuffled anew each epoch, an incomplete batch dropped."""

@@ -36,6 +36,7 @@ class MlxLmPath(MlxPath):
 
     name: ClassVar[str] = "mlx-lm"
     fixed: ClassVar[Mapping[str, Any]] = {
+        **MlxPath.fixed,
         "model.weights": "stored",
         "data.pad_multiple": 32,
         "data.pad_extra": 1,
@@ -71,6 +72,7 @@ class MlxLmPath(MlxPath):
 
         facts = {
             "accumulation.steps": args.grad_accumulation_steps,
+            "train.gradient_checkpointing": args.grad_checkpoint,
             "accumulation.weighting": "mean",
             "seed.rng": seen["rng"],
         }

@@ -108,6 +108,7 @@ class Context:
         recipes: The recipe of each side (and of the referee), which a search may have changed.
         shipped: Each side's recipe with its own defaults.
         frameworks: The framework of each side.
+        operations: What each side computes otherwise than usual in its framework at this stage.
         environments: Filled with the environment that each side's traces come from.
         files: Filled with the files of the traces, in the order of their use.
         capture: Runs one method of one side.
@@ -118,6 +119,7 @@ class Context:
     recipes: Mapping[str, Recipe]
     shipped: Mapping[str, Recipe]
     frameworks: Mapping[str, str]
+    operations: Mapping[str, str]
     environments: dict[str, dict[str, Any]]
     files: dict[str, None]
     has_referee: bool
@@ -127,7 +129,16 @@ class Context:
     @property
     def exact(self) -> bool:
         """Whether both sides do the same operations in the same framework."""
-        return self.frameworks["subject"] == self.frameworks["reference"]
+        return all(
+            side["subject"] == side["reference"] for side in (self.frameworks, self.operations)
+        )
+
+    @property
+    def operations_aside(self) -> str:
+        """Why two paths of one framework are not expected bit-identical; empty elsewhere."""
+        if self.exact or len(set(self.frameworks.values())) > 1:
+            return ""
+        return "; ".join(filter(None, self.operations.values()))
 
     @property
     def seed(self) -> int:

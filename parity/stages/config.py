@@ -5,7 +5,8 @@ The vocabulary (scalars of `Path.config`): `dtype.parameters` and `dtype.adapter
 `lora.scale`, `lora.dropout`, `lora.layers`, `lora.modules`, `optim.class`, `optim.betas`,
 `optim.eps`, `optim.weight_decay`, `optim.bias_correction`, `optim.lr` [per step], `clip.mode`,
 `clip.value`, `batch.shapes`, `batch.pad_id`, `batch.rows`, `mask.supervised` [per row],
-`loss.denominator`, `accumulation.steps`, `accumulation.weighting`, `seed.value`, `seed.placement`, `seed.rng`;
+`loss.denominator`, `accumulation.steps`, `accumulation.weighting`, `train.autocast`,
+`train.gradient_checkpointing`, `seed.value`, `seed.placement`, `seed.rng`;
 array `supervised` (K, 3) of (row, position, target id) in the first batch.
 """
 
@@ -93,6 +94,7 @@ VOCABULARY: dict[str, Say] = {
     "rope.theta": _theta,
     "dtype.parameters": _plain("dtype of the base weights"),
     "dtype.adapter": _plain("dtype of the adapter"),
+    "train.autocast": _plain("autocast of the forward pass"),
     "lora.layers": _layers,
     "lora.scale": _plain("LoRA scale (alpha / rank)"),
     "lora.rank": _plain("LoRA rank"),
@@ -111,6 +113,7 @@ VOCABULARY: dict[str, Say] = {
     "clip.value": _plain("clip at"),
     "accumulation.steps": _plain("micro-batches a step"),
     "accumulation.weighting": _plain("micro-batches are weighted by"),
+    "train.gradient_checkpointing": _plain("gradient checkpointing"),
     "seed.value": _plain("seed"),
     "seed.placement": _plain("the seed is set"),
     "seed.rng": _plain("state of the random generator after LoRA init"),
@@ -133,7 +136,7 @@ class Config:
         """Compares settings, not arrays: a difference is a sentence."""
         a, b = context.both("config", context.recipes, Trace())
         result = Comparison()
-        # Across frameworks batches are handed over, so their order and width decide nothing.
+        # Without bit-identity batches are handed over, so their order and width decide nothing.
         skipped = () if context.exact else _SUPERVISION
         for key, say in VOCABULARY.items():
             if key not in a.scalars and key not in b.scalars:

@@ -8,6 +8,7 @@ import numpy as np
 
 from parity.errors import CaptureError, Unsupported
 from parity.numerics import compare_exact, compare_group, compare_series, nothing
+from parity.recipe import Recipe
 from parity.record import Metric, Verdict
 from parity.stages.base import Comparison, Context, Pair
 from parity.trace import Array, Trace, each
@@ -96,20 +97,37 @@ def aligned_training(context: Context) -> Pair:
     Where the sizes of batches differ both are handed the larger ones, which a path cuts to its size.
     """
     inputs = Trace().with_group("adapter", context.given("lora_init").group("adapter"))
-    sizes = {recipe.train.batch_size: recipe for recipe in context.recipes.values()}
+    sizes = {recipe.train.batch_size: recipe.train for recipe in context.recipes.values()}
     if not context.exact or len(sizes) > 1:
-        # MLX's batching orders the batches of both; the other path is handed them.
-        side = next(
-            (s for s in ("reference", "subject") if context.frameworks[s] == "mlx"), "reference"
+        largest = sizes[max(sizes)]
+        batches = _shared_batches(
+            context,
+            context.recipe.override(
+                {
+                    "train.batch_size": largest.batch_size,
+                    "train.accumulation": largest.accumulation,
+                }
+            ),
         )
-        largest = sizes[max(sizes)].train
-        drawn = {
-            "train.batch_size": largest.batch_size,
-            "train.accumulation": largest.accumulation,
-        }
-        batches = context.capture(side, "batches", context.recipe.override(drawn), Trace())
         inputs = inputs.with_group("batches", batches.arrays)
     return context.pair("train", inputs)
+
+
+def _shared_batches(context: Context, recipe: Recipe) -> Trace:
+    """The batches of both sides: MLX's where there is an MLX side, the other path is handed them.
+
+    Raises:
+        Unsupported: Neither side can make the recipe's batches; the reason is the first one's.
+    """
+    # `sorted` is stable: the reference comes before the subject.
+    sides = sorted(("reference", "subject"), key=lambda side: context.frameworks[side] != "mlx")
+    try:
+        return context.capture(sides[0], "batches", recipe, Trace())
+    except Unsupported as error:
+        try:
+            return context.capture(sides[1], "batches", recipe, Trace())
+        except Unsupported:
+            raise error from None
 
 
 def _batches(a: Trace, b: Trace) -> Metric:

@@ -1,0 +1,219 @@
+"""Path `trl`: the real SFTTrainer, observed and not changed, on exactly what it is handed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from parity import resources
+from parity.cell import Cell
+from parity.errors import Unsupported
+from parity.paths._trl import Seen
+from parity.record import Verdict
+from parity.stages import find
+from parity.trace import Trace, canonical
+from parity.worker import environment
+
+BARE = """
+import json, sys
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.numpy import load_file, save_file
+from transformers import AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+model, lr, *jobs = sys.argv[1:]
+torch.set_num_threads(1)
+targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+for data in jobs:
+    options = {}
+    if data.endswith(".jsonl"):
+        rows = Dataset.from_list([json.loads(line) for line in open(data)])
+    else:
+        given = load_file(data)
+        steps = range(len(given) // 2)
+        ids = [row for step in steps for row in given[f"ids.{step}"].tolist()]
+        ends = [n for step in steps for n in given[f"lengths.{step}"][:, 1].tolist()]
+        # one position past the end is supervised, as in mlx-lm
+        labels = [
+            [-100] + [id if at <= n else -100 for at, id in enumerate(row[1:], 1)]
+            for row, n in zip(ids, ends)
+        ]
+        rows = Dataset.from_dict({"input_ids": ids, "labels": labels})
+        options["dataset_kwargs"] = {"skip_prepare_dataset": True}
+        options["train_sampling_strategy"] = "sequential"
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            "output", use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=6,
+            per_device_train_batch_size=6, optim="adamw_torch", learning_rate=float(lr),
+            lr_scheduler_type="constant", max_grad_norm=0.0, seed=3407, report_to="none",
+            save_strategy="no", model_init_kwargs={"attn_implementation": "eager"}, **options,
+        ),
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(model),
+        peft_config=LoraConfig(
+            task_type="CAUSAL_LM", r=8, lora_alpha=16, lora_dropout=0.0, target_modules=targets
+        ),
+    )
+    trainer.train()
+    adapter = [(k, p) for k, p in trainer.model.named_parameters() if p.requires_grad]
+    save_file({k: p.detach().numpy().T.copy() for k, p in adapter}, data.rpartition("/")[2] + ".out")
+"""
+
+OWN = {
+    "data.source": "mixed",
+    "data.pad_extra": 0,
+    "data.pad_multiple": 1,
+    "mask.end_shift": 0,
+    "seed.placement": "before_load",
+}
+"""What SFTTrainer does with rows and a checkpoint that nobody prepared for it."""
+
+
+@pytest.fixture(scope="module")
+def handed_over(engine, small):
+    return engine.capture("mlx", "batches", small, Trace()).arrays
+
+
+@pytest.fixture(scope="module")
+def bare(engine, small, handed_over, tmp_path_factory):
+    """Adapters of a script that nobody looks into, on rows and on batches."""
+    folder = tmp_path_factory.mktemp("bare")
+    save_file(handed_over, folder / "batches.safetensors")
+    rows = str(resources.data_dir("mixed") / "train.jsonl")
+    words = [resources.model_dir(small.model.source), str(small.optim.lr), rows]
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, *words, str(folder / "batches.safetensors")],
+        env=environment("torch", engine.cache),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {
+        file: {canonical(k): v for k, v in load_file(folder / f"{file}.out").items()}
+        for file in ("train.jsonl", "batches.safetensors")
+    }
+
+
+@pytest.mark.parametrize("file", ["train.jsonl", "batches.safetensors"])
+def test_an_instrumented_run_ends_like_a_bare_script(file, bare, engine, small, handed_over):
+    recipe, inputs = small, Trace().with_group("batches", handed_over)
+    if file == "train.jsonl":
+        recipe, inputs = small.override(OWN), Trace()
+    adapter = engine.capture("trl", "train", recipe, inputs).group("adapter")
+    assert adapter.keys() == bare[file].keys()
+    assert len(adapter) == 252
+    for name, value in bare[file].items():
+        assert adapter[name].tobytes() == value.tobytes(), name
+    assert any(np.any(v) for k, v in adapter.items() if k.endswith("lora_b")), "nothing was trained"
+
+
+def test_batches_handed_over_are_trained_on_as_given(engine, small, handed_over):
+    inputs = Trace().with_group("batches", handed_over)
+    ours, theirs = (engine.capture(path, "train", small, inputs) for path in ("trl", "hf"))
+    for name, value in handed_over.items():
+        np.testing.assert_array_equal(ours.arrays[f"batches/{name}"], value, err_msg=name)
+    np.testing.assert_array_equal(ours.arrays["tokens"], theirs.arrays["tokens"])
+    np.testing.assert_allclose(ours.arrays["loss"], theirs.arrays["loss"], rtol=1e-5)
+    norms = ours.arrays["gradient_norm"]
+    np.testing.assert_allclose(norms, theirs.arrays["gradient_norm"], rtol=1e-4)
+    assert not np.array_equal(norms, norms.round(4)), "norms are read from tensors, not from a log"
+
+
+def test_its_own_batches_are_those_it_trains_on(engine, small):
+    recipe = small.override(OWN)
+    shown = engine.capture("trl", "batches", recipe, Trace()).arrays
+    trained = engine.capture("trl", "train", recipe, Trace()).group("batches")
+    assert shown.keys() == trained.keys()
+    assert len(shown) == 12
+    assert all(np.array_equal(value, trained[name]) for name, value in shown.items())
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "reason"),
+    [
+        ("train", {}, "data.pad_extra=1"),
+        ("train", {"data.pad_extra": 0}, "mask.end_shift=1"),
+        ("lora_init", {"optim.clip": "value"}, "optim.clip=value"),
+        ("lora_init", {"optim.bias_correction": False}, "optim.bias_correction=false"),
+        ("lora_init", {"optim.name": "adam"}, "optim.name=adam"),
+        ("lora_init", {"train.accumulation": 2}, "train.accumulation_weighting=mean"),
+        ("lora_init", {"model.dtype": "float64"}, "float32"),
+        ("lora_init", {"mask.prompt": True}, "mask.prompt"),
+        ("lora_init", {"data.append_eos": False}, "data.append_eos=false"),
+    ],
+)
+def test_a_factor_it_cannot_honour_is_refused_with_the_reason(
+    method, changes, reason, engine, small
+):
+    with pytest.raises(Unsupported, match=reason):
+        engine.capture("trl", method, small.override(changes), Trace())
+
+
+@pytest.mark.parametrize("path", ["mlx", "mlx-lm"])
+def test_mlx_has_no_autocast(path, engine, small):
+    with pytest.raises(Unsupported, match=r"train\.autocast"):
+        engine.capture(path, "lora_init", small.override({"train.autocast": "bfloat16"}), Trace())
+
+
+def test_a_prompt_is_masked_in_conversations(engine, small):
+    recipe = small.override({"data.source": "chat", "mask.prompt": True})
+    inputs = Trace(scalars={"texts": [], "conversations": []})
+    ours, theirs = (engine.capture(path, "tokenization", recipe, inputs) for path in ("trl", "hf"))
+    assert ours.digest() == theirs.digest()
+    assert ours.arrays["offset.0"] > 1
+
+
+@pytest.mark.parametrize("reference", ["hf", "mlx-lm"])
+def test_what_differs_as_shipped_is_named(reference, engine, small):
+    record = engine.run(Cell(find("config"), "trl", reference, small))
+    assert record.verdict.green, record.message()
+    said = "\n".join(record.findings)
+    for what in (
+        "autocast of the forward pass: bfloat16 in the subject, none",
+        "gradient checkpointing: True in the subject, False",
+        "gradient clip: norm in the subject, none",
+        "learning rate at step 2: 0.0025 in the subject, 0.003",
+        "the seed is set: before_load in the subject, before_lora",
+    ):
+        assert f"as shipped: {what}" in said
+    own = {
+        "hf": "weight decay: 0 in the subject, 0.01",
+        "mlx-lm": "the subject supervises 1 position fewer per row",
+    }
+    assert f"as shipped: {own[reference]}" in said
+
+
+def test_bits_are_expected_only_where_the_operations_are_the_same(engine, small):
+    def exact(stage, subject, reference):
+        return engine.context(Cell(find(stage), subject, reference, small)).exact
+
+    assert exact("logits", "trl", "hf")
+    assert not exact("gradient", "trl", "hf")
+    assert exact("gradient", "trl", "trl")
+    assert not exact("logits", "trl", "mlx")
+    record = engine.run(Cell(find("cross_entropy"), "trl", "hf", small))
+    assert record.verdict is Verdict.AGREE, record.message()
+    assert record.expectation == "noise floor"
+    assert "SFTTrainer computes head and loss in one function of its own" in record.findings[-1]
+    assert engine.run(Cell(find("lora_init"), "trl", "hf", small)).verdict is Verdict.IDENTICAL
+
+
+def test_a_run_that_was_not_measured_is_an_error(small):
+    steps = small.train.steps
+    fine = Seen(loss=[1.0] * steps, gradient_norm=[*map(float, range(steps))], tokens=[1] * steps)
+    fine.check(small)
+    with pytest.raises(RuntimeError, match=f"reported {steps} steps, 7 were asked for"):
+        fine.check(small.override({"train.steps": 7}))
+    fine.gradient_norm[:] = [0.5] * steps
+    with pytest.raises(RuntimeError, match=r"the gradient norm is 0\.5 at all 6 steps"):
+        fine.check(small)
+    fine.check(small.override({"optim.lr": 0.0}))
