@@ -16,7 +16,7 @@ FAULTS = [
     # The second turn begins at 11.
     ("ShiftedCache", "mlx-lm", "turn 2, position 11", "mlx-examples/issues/1000"),
     # The third is the first that should have seen the second.
-    ("StaleCache", "mlx-lm", "turn 3, position 19", "mlx-examples/issues/1000"),
+    ("StaleCache", "mlx-lm", "turn 3, position 16", "mlx-examples/issues/1000"),
     # Position 64 is the first that must not see position 0.
     ("UncutCache", "hf", "turn 6, position 64", "mlx-lm/issues/390"),
 ]
@@ -39,7 +39,7 @@ def test_a_wrong_cache_is_placed(path, reference, where, link, engine, small):
 def test_a_torch_cache_that_is_wrong_is_placed(engine, small):
     record = engine.run(Cell(find("10"), "tests.cache_paths:StaleTorchCache", "hf", small))
     assert record.first_divergence["metric"] == PREFILL
-    assert record.first_divergence["where"] == "turn 3, position 19"
+    assert record.first_divergence["where"] == "turn 3, position 16"
     assert record.facts["subject cache: turn"] == 3
 
 
@@ -58,7 +58,7 @@ def test_a_clean_cache_is_green_in_every_mode(reference, engine, small):
 
 
 def test_the_conversation_crosses_the_sliding_window_in_a_reply_and_at_once():
-    assert [turn_of(position) for position in (0, 10, 11, 18, 19, ENDS[-1] - 1)] == [
+    assert [turn_of(position) for position in (0, 10, 11, 15, 16, ENDS[-1] - 1)] == [
         1, 1, 2, 2, 3, len(TURNS),
     ]  # fmt: skip
     assert turn_of(63) == turn_of(64) == 6  # even turns are replies

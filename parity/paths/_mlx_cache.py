@@ -10,9 +10,6 @@ import numpy as np
 from parity.paths._mlx import to_numpy
 from parity.trace import Array, Trace, each
 
-TRIMMED = 2
-"""The turn that is taken out of the cache and fed again."""
-
 
 def kv_cache_trace(model: Any, make: Callable[[Any], list[Any]], inputs: Trace) -> Trace:
     """See `Path.kv_cache`.
@@ -20,7 +17,7 @@ def kv_cache_trace(model: Any, make: Callable[[Any], list[Any]], inputs: Trace) 
     Args:
         model: In evaluation mode, its adapter in place.
         make: Makes a fresh cache for it.
-        inputs: `turn.N` (n,) int32.
+        inputs: `turn.N` (n,) int32; scalar `trim`.
     """
     import mlx.core as mx
 
@@ -45,11 +42,10 @@ def kv_cache_trace(model: Any, make: Callable[[Any], list[Any]], inputs: Trace) 
         }
     )
     trace.arrays["positions"], trace.arrays["steps"] = generated(model, make(model), turns)
-    windows = [size for entry in cache if (size := getattr(entry, "max_size", None))]
     trace.scalars = {
-        "window": min(windows, default=None),
+        "window": getattr(getattr(model, "args", None), "sliding_window", None),
         "caches": sorted({type(entry).__name__ for entry in cache}),
-        "untrimmed": trimmed(trace, forward, make(model), turns),
+        "untrimmed": trimmed(trace, forward, make(model), turns[: inputs.scalars["trim"] + 1]),
     }
     return trace
 
@@ -93,13 +89,13 @@ def generated(model: Any, cache: list[Any], turns: list[Array]) -> tuple[Array, 
 def trimmed(
     trace: Trace, forward: Callable[..., Array], cache: list[Any], turns: list[Array]
 ) -> str:
-    """Adds `trimmed` (n, V), or says why the cache gives nothing back."""
+    """Adds `trimmed` (n, V) of the last turn, or says why the cache gives nothing back."""
     from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
-    for turn in turns[: TRIMMED + 1]:
+    for turn in turns:
         forward(turn, cache)
     if not can_trim_prompt_cache(cache):
         return "mlx-lm cannot trim it"
-    trim_prompt_cache(cache, len(turns[TRIMMED]))
-    trace.arrays["trimmed"] = forward(turns[TRIMMED], cache)
+    trim_prompt_cache(cache, len(turns[-1]))
+    trace.arrays["trimmed"] = forward(turns[-1], cache)
     return ""

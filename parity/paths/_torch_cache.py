@@ -10,9 +10,6 @@ import numpy as np
 from parity.paths._torch import ids_tensor, to_numpy
 from parity.trace import Array, Trace, each
 
-TRIMMED = 2
-"""The turn that is taken out of the cache and fed again."""
-
 
 def kv_cache_trace(model: Any, make: Callable[[Any], Any], inputs: Trace) -> Trace:
     """See `Path.kv_cache`.
@@ -20,7 +17,7 @@ def kv_cache_trace(model: Any, make: Callable[[Any], Any], inputs: Trace) -> Tra
     Args:
         model: A PeftModel in evaluation mode.
         make: Makes a fresh cache for it, or None for the one that transformers makes by itself.
-        inputs: `turn.N` (n,) int32.
+        inputs: `turn.N` (n,) int32; scalar `trim`.
     """
     import torch
 
@@ -46,11 +43,10 @@ def kv_cache_trace(model: Any, make: Callable[[Any], Any], inputs: Trace) -> Tra
         )
         trace.arrays["positions"], trace.arrays["steps"] = generated(model, make(model), turns)
         layers = list(getattr(cache, "layers", ()))
-        windows = [layer.sliding_window for layer in layers if hasattr(layer, "sliding_window")]
         trace.scalars = {
-            "window": min(windows, default=None),
+            "window": getattr(model.config.get_text_config(), "sliding_window", None),
             "caches": sorted({type(part).__name__ for part in layers or [cache]}),
-            "untrimmed": trimmed(trace, model, make(model), turns),
+            "untrimmed": trimmed(trace, model, make(model), turns[: inputs.scalars["trim"] + 1]),
         }
     return trace
 
@@ -114,11 +110,11 @@ def generated(model: Any, cache: Any, turns: list[Array]) -> tuple[Array, Array]
 
 
 def trimmed(trace: Trace, model: Any, cache: Any, turns: list[Array]) -> str:
-    """Adds `trimmed` (n, V), or says why the cache gives nothing back."""
-    _, cache = fed(model, turns[: TRIMMED + 1], cache)
+    """Adds `trimmed` (n, V) of the last turn, or says why the cache gives nothing back."""
+    _, cache = fed(model, turns, cache)
     try:
-        cache.crop(-len(turns[TRIMMED]))
+        cache.crop(-len(turns[-1]))
     except (RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
         return f"transformers cannot crop it: {error}"
-    trace.arrays["trimmed"], _ = fed(model, [turns[TRIMMED]], cache)
+    trace.arrays["trimmed"], _ = fed(model, [turns[-1]], cache)
     return ""

@@ -12,11 +12,12 @@ from parity.stages.base import Comparison, Context, Pair
 from parity.stages.gradient import filled
 from parity.trace import Array, Trace
 
-TURNS = (11, 8, 23, 12, 9, 14, 70, 13)
+TURNS = (11, 5, 30, 7, 8, 9, 70, 6)
 """Tokens of each turn, replies being the odd ones. The sliding window of the tiny models (64) is
 reached in a reply, crossed again and again, and shorter than one turn."""
 ENDS = tuple(int(end) for end in np.cumsum(TURNS))
 TRIMMED = 2
+"""The turn that is taken out of the cache and fed again."""
 MODES = {
     "prefill": "turns fed at once",
     "steps": "replies token by token",
@@ -53,7 +54,7 @@ def conversation(context: Context) -> Trace:
         f"turn.{index}": rng.integers(1, context.vocabulary, length).astype(np.int32)
         for index, length in enumerate(TURNS)
     }
-    return Trace(turns).with_group("adapter", filled(init, rng))
+    return Trace(turns, {"trim": TRIMMED}).with_group("adapter", filled(init, rng))
 
 
 def positions(trace: Trace, mode: str) -> Array:

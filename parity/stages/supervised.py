@@ -204,10 +204,8 @@ def _conclude(
             note=said or f"{len(differences)} rows",
         )
     )
-    if bad:
-        result.findings.append(f"{name.removeprefix('supervised tokens, ')}: {said}")
-        if not result.facts:
-            result.facts |= patterns(differences)
+    if bad:  # of the first that diverges
+        result.facts = result.facts or patterns(differences)
 
 
 def sentence(differences: list[Difference], pieces: Mapping[str, str]) -> str:
