@@ -36,14 +36,14 @@ train                   optional `adapter/<name>` to start from (else the path's
                         `batches/ids.N`, `batches/lengths.N` → `loss` (steps,), `gradient_norm`
                         (steps,) before any clip, `tokens` (steps,), `adapter/<name>` at the end,
                         `batches/...` as trained on
-kv_cache                `adapter/<name>`, `turn.N` (n,) ids of a conversation, T in all, odd turns
-                        being replies; scalar `trim` → `uncached` (T, V) logits, each turn from a forward over the
-                        prefix it ends; `lengthened` (T,) how far these move when the forward goes on
-                        to the end; `prefill` (T, V) each turn at once through one cache; `steps`
-                        (K, V) at `positions` (K,): the path's own generation over all turns, the
-                        replies forced on it; where the cache can be trimmed `trimmed` (n, V): turn
-                        `trim` taken back and fed again; scalars `window` int or none, `caches` [name],
-                        `untrimmed` why not
+kv_cache                `adapter/<name>`, `turn.N` (n,) ids of a conversation of T tokens, odd turns
+                        being replies; scalar `trim` → `uncached` (T, V) logits, each turn from a
+                        forward over the prefix it ends; `lengthened` (T,) how far these move when
+                        the forward goes on to the end; `prefill` (T, V) each turn at once through
+                        one cache; `steps` (K, V) at `positions` (K,): the path's own generation over
+                        all turns, the replies forced on it; where the cache can be trimmed `trimmed`
+                        (n, V): turn `trim` taken back and fed again, else scalar `untrimmed` why
+                        not; scalars `window` int or none, `caches` [name]
 decode                  `adapter/<name>`; scalars `prompts` [str], `expected` str → `ids.N`
                         generated, `margin.N` top-1 minus top-2 logit at each of them, `completion_loss` (P,)
                         teacher-forced on `expected`; scalars `text` [str]
