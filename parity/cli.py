@@ -266,7 +266,7 @@ def list_() -> None:
         click.echo(f"  {name:<10} {target}")
     click.echo("probes")
     for stage in BY_NUMBER:
-        click.echo(f"  {stage.number:02d} {stage.name:<15} {stage.question}")
+        click.echo(f"  {stage.number:02d} {stage.name:<20} {stage.question}")
     click.echo("models     " + ", ".join([*resources.names("models"), *resources.EXTRA_MODELS]))
     click.echo("data       " + ", ".join(resources.names("data")))
     click.echo("recipes    " + ", ".join(resources.names("recipes")))
