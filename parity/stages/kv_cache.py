@@ -137,12 +137,15 @@ def _placed(
     over = ~(gaps <= metric.tolerance)  # not a number is over, too
     first = int(at[over.argmax()])
     turns = {turn_of(int(position)) for position in at[over]}
+    gap = float(gaps[over.argmax()])
+    where = f"turn {turn_of(first)}, position {first}"
     note = (
-        f"first off at turn {turn_of(first)}, position {first}, by {gaps[over.argmax()]:.3g}; "
+        f"first off at {where}, by {gap:.3g}, later by up to {np.nanmax(gaps):.3g}; "
         f"{int(over.sum())} of {len(at)} positions in {len(turns)} turns"
     )
-    where = f"turn {turn_of(first)}, position {first}"
-    return metric.model_copy(update={"name": name, "where": where, "note": note}), first
+    # The value is that of the place; the minimum required tolerance stays the greatest of all.
+    update = {"name": name, "value": gap, "where": where, "note": note}
+    return metric.model_copy(update=update), first
 
 
 def _greedy(name: str, trace: Trace, mode: str, at: Array, metric: Metric) -> Metric:
