@@ -265,11 +265,14 @@ def _passes(rows: Mapping[Row, Sequence[Record]]) -> tuple[Passes, ...]:
 
 
 def _first(cells: Cells) -> Iterator[First]:
+    from parity.stages import flow
+
     pairs: dict[str, list[Row]] = defaultdict(list)
     for row, by_seed in cells.items():
         if any(state(r) not in NOT_RED for r in by_seed.values()):
             pairs[row.pair].append(row)
     for rows in pairs.values():
+        rows.sort(key=lambda row: (flow(row.stage), row.probe))
         # What diverges says more than what is missing before it.
         ranked = [
             (name, row, seeds)
@@ -280,7 +283,7 @@ def _first(cells: Cells) -> Iterator[First]:
         name, row, seeds = ranked[0]
         record = cells[row][seeds[0]]
         reason = record.expected or record.reason if record else "no record came"
-        later = tuple(other for other in rows if other.probe > row.probe)
+        later = tuple(rows[rows.index(row) + 1 :])
         every = [r for other in rows for r in cells[other].values() if r]
         hints = tuple(dict.fromkeys(hint for r in every for hint in r.hints))
         yield First(row, name, seeds, reason, record, later, hints)

@@ -263,14 +263,14 @@ def list_() -> None:
     """Show paths, probes, models, data and recipes."""
     from parity import resources
     from parity.paths.base import registered
-    from parity.stages import STAGES
+    from parity.stages import BY_NUMBER
 
     click.echo("paths")
     for name, target in sorted(registered().items()):
         click.echo(f"  {name:<10} {target}")
     click.echo("probes")
-    for stage in STAGES:
-        click.echo(f"  {stage.number:02d} {stage.name:<15} {stage.question}")
+    for stage in BY_NUMBER:
+        click.echo(f"  {stage.number:02d} {stage.name:<20} {stage.question}")
     click.echo("models     " + ", ".join([*resources.names("models"), *resources.EXTRA_MODELS]))
     click.echo("data       " + ", ".join(resources.names("data")))
     click.echo("recipes    " + ", ".join(resources.names("recipes")))

@@ -70,6 +70,59 @@ def padding_supervised(record: Record) -> str | None:
     )
 
 
+def padding_absent(record: Record) -> str | None:
+    """The mask is the same on batches handed over; only rows as wide as their own batch differ."""
+    rows = record.facts.get("rows that fill their batch", 0)
+    if not rows:
+        return None
+    return (
+        f"the {'subject' if rows > 0 else 'reference'} pads to a width without + 1: the longest row "
+        f"of a batch has no position behind it ({_link('unsloth-zoo#672')})"
+    )
+
+
+def prompt_supervised(record: Record) -> str | None:
+    """Targets from the first token of a prompt on."""
+    rows = record.facts.get("rows whose prompt is supervised", 0)
+    if not rows:
+        return None
+    side = "subject" if rows > 0 else "reference"
+    return f"the {side} learns the prompts as well: no prompt mask ({_link('mlx-lm#584')})"
+
+
+def last_token(record: Record) -> str | None:
+    """One target less at the end of every row, which is EOS."""
+    missing = record.facts.get("positions per row at the last token", 0)
+    if not missing:
+        return None
+    return (
+        f"the {'subject' if missing < 0 else 'reference'} does not learn the last token of a row: a "
+        f"mask of `steps < lengths` over lengths less one ({_link('unsloth-zoo#684')})"
+    )
+
+
+def cache(record: Record) -> str | None:
+    """Where a cache begins to give other logits than no cache."""
+    for side in ("subject", "reference"):
+        turn, at, start, window = (
+            record.facts.get(f"{side} cache: {what}", 0)
+            for what in ("turn", "position", "start of the turn", "window")
+        )
+        if window and window - 1 <= at <= window + 1:
+            return (
+                f"the {side}'s cache is right up to position {at - 1:g} and its sliding window is "
+                f"{window:g}: what it keeps is not cut there, or one token early or late "
+                f"({_link('mlx-lm#390')})"
+            )
+        if turn > 1 and at == start:
+            return (
+                f"the {side}'s cache is off from the first token of turn {turn:g} on: positions that "
+                "do not go on where the turn before ended, or a turn that is not in the cache "
+                f"({_link('mlx-examples#1000')})"
+            )
+    return None
+
+
 def silent_cast(record: Record) -> str | None:
     """A dtype that differs."""
     for metric in _diverging(record):
@@ -195,6 +248,7 @@ def logsumexp(record: Record) -> str | None:
 
 
 RULES: tuple[Rule, ...] = (
-    double_bos, silent_cast, rope, prompt_offset, padding_supervised, lora_scale, last_layers,
+    double_bos, silent_cast, rope, prompt_offset, padding_supervised, padding_absent,
+    prompt_supervised, last_token, cache, lora_scale, last_layers,
     seed_placement, clip, bias_correction, weight_decay, logsumexp,
 )  # fmt: skip

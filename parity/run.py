@@ -14,7 +14,7 @@ from parity.engine import Engine
 from parity.errors import UsageError
 from parity.recipe import DEFAULT, Recipe
 from parity.record import Record
-from parity.stages import STAGES, find
+from parity.stages import BY_NUMBER, find
 from parity.stages.base import Stage
 
 REFERENCES = ("mlx-lm", "hf")
@@ -35,7 +35,7 @@ class Matrix:
     origin: str = DEFAULT
 
     def cells(self) -> list[Cell]:
-        """Seed by seed in the order of the stages, so that early answers come early."""
+        """Seed by seed, so that early answers come early."""
         return [
             Cell(
                 stage,
@@ -75,9 +75,9 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 
 def parse_probes(names: Iterable[str]) -> tuple[Stage, ...]:
-    """Stages by number or name in the order of the road; none given means all."""
+    """Stages by number or name in the order of their numbers; none given means all."""
     wanted = [find(part) for name in names for part in name.split(",")]
-    return tuple(stage for stage in STAGES if stage in wanted) if wanted else STAGES
+    return tuple(stage for stage in BY_NUMBER if stage in wanted) if wanted else BY_NUMBER
 
 
 def default_folder() -> Path:

@@ -23,7 +23,7 @@ from parity.report import html, markdown, terminal
 from parity.trace import loads
 
 STAGES = ("config", "tokenization", "logits", "cross_entropy", "lora_init", "gradient",
-          "optimizer_step", "loss_curve", "greedy_decode")  # fmt: skip
+          "optimizer_step", "loss_curve", "greedy_decode", "supervised_positions", "kv_cache")  # fmt: skip
 SEEDS = (3407, 0, 1)
 REFERENCES = ("mlx-lm", "hf")
 
@@ -48,7 +48,12 @@ def record(
 
 
 def matrix(seeds: Iterable[int] = SEEDS) -> list[Record]:
-    return [record(p, seed, reference=r) for p in range(9) for seed in seeds for r in REFERENCES]
+    return [
+        record(p, seed, reference=r)
+        for p in range(len(STAGES))
+        for seed in seeds
+        for r in REFERENCES
+    ]
 
 
 def put(records: list[Record], *others: Record) -> list[Record]:
@@ -240,6 +245,17 @@ def test_the_first_divergence_of_a_pair_is_named_in_the_order_of_the_stages() ->
     assert [r.probe for r in found.failures()] == [2, 6, 7, 6, 7]  # a row each, then again
 
 
+def test_the_first_divergence_is_first_in_the_flow_of_data() -> None:
+    """The supervised positions, probe 09, stand before the cross-entropy, probe 03."""
+    wrong = [record(p, 0, "diverge") for p in (3, 8, 9, 10)]
+    found = aggregate(put(matrix(), *wrong))
+    (first,) = found.first
+    assert first.row.probe == 9
+    assert [row.probe for row in first.later] == [3, 10, 8]
+    shown = [row.probe for row in found.cells if row.reference == "hf"]
+    assert shown == sorted(shown)
+
+
 # Reports
 
 
@@ -264,7 +280,7 @@ def test_order_of_records_does_not_matter(tmp_path: Path) -> None:
     assert [f.name for f in files] == names
     for one, other in zip(files, again, strict=True):
         assert one.read_bytes() == other.read_bytes(), one.name
-    assert len(pd.read_csv(files[1])) == 18
+    assert len(pd.read_csv(files[1])) == len(STAGES) * len(REFERENCES)
 
 
 def test_the_page_holds_each_record_and_loads_nothing() -> None:
@@ -310,11 +326,11 @@ def test_the_terminal_fits_80_columns_and_plain_ascii() -> None:
     text = screen(records)
     grid = text[: text.index("identical")].splitlines()
     assert max(map(len, grid)) <= 80
-    assert re.search(r"06 optimizer step +(= ){14}= +(✗ ){14}✗", text)
+    assert re.search(r"06 optimizer step +={15} +✗{15}", text)
     assert "and 12 more" in text
     assert "PARITY diverge" in text.splitlines()[-1]
     plain = screen(records, encoding="ascii")
-    assert re.search(r"06 optimizer step +(= ){14}= +(x ){14}x", plain)
+    assert re.search(r"06 optimizer step +={15} +x{15}", plain)
 
 
 def test_more_seeds_than_columns_are_counted() -> None:

@@ -25,7 +25,7 @@ def search(engine, recipe, changes, subject="mlx", reference="mlx-lm"):
     [
         ("data.append_eos", False, "tokenization"),
         ("model.weights", "bfloat16", "logits"),
-        ("mask.end_shift", 0, "cross_entropy"),
+        ("mask.end_shift", 0, "supervised_positions"),
         ("lora.rank", 4, "lora_init"),
         ("optim.eps", 1e-4, "optimizer_step"),
         ("data.pad_multiple", 8, "loss_curve"),

@@ -112,7 +112,7 @@ def test_rope_is_known_by_its_growth_with_the_position(tmp_path, engine, small):
 
 @pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
 def test_clean_cells_give_no_hint(reference, engine, small):
-    for stage in STAGES[:7]:
+    for stage in STAGES[: STAGES.index(find("loss_curve"))]:
         found = engine.run(Cell(stage, "mlx", reference, small))
         assert found.verdict.green, found.message()
         assert not found.hints
@@ -130,6 +130,34 @@ def test_clean_cells_give_no_hint(reference, engine, small):
         ({"facts": {"gradient bound, B = 0": 1.0}}, "of the subject's gradient exceeds 1"),
         ({"facts": {"gradient bound, B = 0": -1.0}}, "of the reference's gradient exceeds 1"),
         ({"facts": {"positions per row at the start": 2}}, "2 more at the start"),
+        (
+            {"facts": {"rows that fill their batch": -3}},
+            "the reference pads to a width without + 1",
+        ),
+        ({"facts": {"rows whose prompt is supervised": 3}}, "the subject learns the prompts"),
+        ({"facts": {"positions per row at the last token": 1}}, "the reference does not learn"),
+        (
+            {
+                "facts": {
+                    "reference cache: turn": 4,
+                    "reference cache: position": 63,
+                    "reference cache: start of the turn": 42,
+                    "reference cache: window": 64,
+                }
+            },
+            "the reference's cache is right up to position 62",
+        ),
+        (
+            {
+                "facts": {
+                    "subject cache: turn": 2,
+                    "subject cache: position": 11,
+                    "subject cache: start of the turn": 11,
+                    "subject cache: window": 0,
+                }
+            },
+            "off from the first token of turn 2",
+        ),
         ({"facts": {"first layers without LoRA": -2}}, "the reference leaves the first 2 layers"),
     ],
 )
@@ -147,6 +175,8 @@ def test_made_up_fingerprints(fields, says):
         {"facts": {"first update ratio": 1.0}},
         {"facts": {"first gap / weight": 1e-5, "first gap / weight, cosine": 0.5}},
         {"facts": {"positions per row past the end": 2}},
+        {"facts": {"subject cache: turn": 2, "subject cache: position": 13,
+                   "subject cache: start of the turn": 11, "subject cache: window": 64}},
         {"facts": {"least gradient off": 1.0, "share below it": 0.5, "share off above it": 0.1}},
         {"facts": {"least gradient off": 1.0, "share below it": 0.0, "share off above it": 1.0}},
         {"facts": {"LoRA scale ratio": 1.0}},

@@ -23,12 +23,14 @@ from parity.trace import dumps, write_atomically
 # Which factors are likely at which stage. This orders the search; it decides nothing.
 LIKELY: dict[str, tuple[str, ...]] = {
     "tokenization": ("data.", "mask.prompt", "model.source"),
+    "supervised_positions": ("mask.", "data."),
     "logits": ("model.",),
     "cross_entropy": ("mask.", "model.dtype"),
     "lora_init": ("lora.", "seed.value", "seed.placement"),
     "gradient": ("lora.", "mask.", "model."),
     "optimizer_step": ("optim.",),
     "loss_curve": ("train.", "data.", "seed.data"),
+    "kv_cache": ("model.",),
     "greedy_decode": ("decode.",),
 }
 LIKELIER = 16.0

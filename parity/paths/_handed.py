@@ -8,8 +8,8 @@ from parity.recipe import Recipe
 from parity.trace import Array, Trace, each
 
 
-def handed(inputs: Trace, recipe: Recipe) -> Iterator[tuple[Array, Array]]:
-    """Ids (B, W) and lengths (B, 2) of `batches/…`, larger batches cut to the recipe's size.
+def handed(inputs: Trace, recipe: Recipe | None) -> Iterator[tuple[Array, Array]]:
+    """Ids (B, W) and lengths (B, 2) of `batches/…`, larger batches cut to a recipe's size.
 
     So a path that accumulates over micro-batches of 2 trains on the same rows as one with batches
     of 6.
@@ -17,9 +17,9 @@ def handed(inputs: Trace, recipe: Recipe) -> Iterator[tuple[Array, Array]]:
     Raises:
         ValueError: A batch cannot be cut evenly.
     """
-    size = recipe.train.batch_size
     pairs = (each(inputs.arrays, f"batches/{stem}") for stem in ("ids", "lengths"))
     for ids, lengths in zip(*pairs, strict=True):
+        size = recipe.train.batch_size if recipe else len(ids)
         if len(ids) > size and len(ids) % size:
             raise ValueError(f"a batch of {len(ids)} rows cannot be cut into batches of {size}")
         for start in range(0, len(ids), size):

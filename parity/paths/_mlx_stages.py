@@ -12,6 +12,7 @@ import numpy as np
 
 from parity.paths import _mlx
 from parity.paths._mlx import Batch, Setup, to_numpy
+from parity.paths._mlx_cache import kv_cache_trace
 from parity.paths._mlx_traces import (
     config_trace,
     cross_entropy_trace,
@@ -20,6 +21,7 @@ from parity.paths._mlx_traces import (
     lora_init_trace,
     optimizer_trace,
     recorded,
+    supervised_trace,
 )
 from parity.paths.base import Path
 from parity.recipe import Recipe
@@ -82,6 +84,12 @@ class MlxStages(Path):
         recorded(trace, itertools.islice(setup.iterate(), count), prefix="")
         return trace
 
+    def supervised_positions(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `Path.supervised_positions`."""
+        setup = self.setup(recipe)
+        own = itertools.islice(setup.iterate(), inputs.scalars.get("count", 0))
+        return supervised_trace(setup, given(inputs) or own)
+
     def logits(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `Path.logits`."""
         import mlx.core as mx
@@ -141,6 +149,17 @@ class MlxStages(Path):
             result = self.loop(recipe, setup, batches)
         trace.arrays.update({name: np.asarray(values) for name, values in result.items()})
         return trace.with_group("adapter", _mlx.adapter(setup.model))
+
+    def kv_cache(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `Path.kv_cache`."""
+        setup = self.setup(recipe, inputs.group("adapter"))
+        return kv_cache_trace(setup.model.eval(), self.prompt_cache, inputs)
+
+    def prompt_cache(self, model: Any) -> list[Any]:
+        """A fresh KV cache, one entry a layer, as mlx-lm makes it."""
+        from mlx_lm.models.cache import make_prompt_cache
+
+        return list(make_prompt_cache(model))
 
     def decode(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `Path.decode`."""

@@ -17,8 +17,8 @@ from parity.recipe import Recipe
 from parity.trace import Array, Trace, canonical
 
 
-def given(inputs: Trace, recipe: Recipe) -> Iterator[Batch] | None:
-    """Batches that were handed over, or None."""
+def given(inputs: Trace, recipe: Recipe | None = None) -> Iterator[Batch] | None:
+    """Batches that were handed over, cut to the size of a recipe if one is given; or None."""
     import mlx.core as mx
 
     if "batches/ids.0" not in inputs.arrays:
@@ -58,8 +58,23 @@ def cross_entropy_trace(loss_function: Loss, recipe: Recipe, inputs: Trace) -> T
     import mlx.core as mx
     from mlx_lm.tuner.trainer import default_loss
 
-    logits = mx.array(inputs.arrays["logits"]).astype(getattr(mx, recipe.model.dtype))
     ids, lengths = mx.array(inputs.arrays["ids"]), mx.array(inputs.arrays["lengths"])
+    logits = mx.array(inputs.arrays["logits"]).astype(getattr(mx, recipe.model.dtype))
+    arrays, tokens = probed_loss(loss_function, logits, ids, lengths)
+    supervised = arrays["supervised"]
+    token_loss = np.zeros(supervised.shape, np.float32)
+    for row, position in np.ndindex(*supervised.shape):
+        only = mx.array([[position + 1, position + 1]])
+        one = default_loss(lambda _, row=row: logits[row : row + 1], ids[row : row + 1], only)[0]
+        token_loss[row, position] = one.item()
+    return Trace({**arrays, "token_loss": token_loss}, {"tokens": tokens})
+
+
+def probed_loss(
+    loss_function: Loss, logits: Any, ids: Any, lengths: Any
+) -> tuple[dict[str, Array], int]:
+    """`loss` (), `supervised` (B, T) and `targets` (B, T) of a live loss; the tokens it counts."""
+    import mlx.core as mx
 
     def loss_of(values: Any) -> Any:
         return loss_function(lambda _: values, ids, lengths)
@@ -67,18 +82,12 @@ def cross_entropy_trace(loss_function: Loss, recipe: Recipe, inputs: Trace) -> T
     loss, tokens = loss_of(logits)
     slope = to_numpy(mx.grad(lambda values: loss_of(values)[0])(logits).astype(mx.float32))
     supervised = np.abs(slope).max(axis=-1) > 0
-    token_loss = np.zeros(supervised.shape, np.float32)
-    for row, position in np.ndindex(*supervised.shape):
-        only = mx.array([[position + 1, position + 1]])
-        one = default_loss(lambda _, row=row: logits[row : row + 1], ids[row : row + 1], only)[0]
-        token_loss[row, position] = one.item()
     arrays = {
         "loss": to_numpy(loss),
         "supervised": supervised,
         "targets": np.where(supervised, slope.argmin(axis=-1), -1).astype(np.int32),
-        "token_loss": token_loss,
     }
-    return Trace(arrays, {"tokens": int(tokens.item())})
+    return arrays, int(tokens.item())
 
 
 def optimizer_trace(optimizer: Any, clip: Callable[[Any], Any] | None, inputs: Trace) -> Trace:
@@ -172,11 +181,21 @@ def supervised_positions(loss_function: Loss, ids: Array, lengths: Array) -> Arr
     Found from the gradient of the loss with respect to flat logits over a vocabulary just large
     enough for the ids.
     """
-    recipe = Recipe()
-    vocabulary = int(ids.max()) + 1
-    flat_logits = np.zeros((*ids[:, 1:].shape, vocabulary), np.float32)
-    inputs = Trace({"logits": flat_logits, "ids": ids, "lengths": lengths})
-    trace = cross_entropy_trace(loss_function, recipe, inputs)
-    where = np.argwhere(trace.arrays["supervised"])
-    targets = trace.arrays["targets"][where[:, 0], where[:, 1]]
-    return np.column_stack([where, targets]).astype(np.int64)
+    import mlx.core as mx
+
+    # Two at least: over one entry every softmax is flat.
+    flat_logits = mx.zeros((*ids[:, 1:].shape, int(ids.max()) + 2))
+    arrays, _ = probed_loss(loss_function, flat_logits, mx.array(ids), mx.array(lengths))
+    where = np.argwhere(arrays["supervised"])
+    return np.column_stack([where, arrays["targets"][tuple(where.T)]]).astype(np.int64)
+
+
+def supervised_trace(setup: Setup, batches: Iterator[Batch]) -> Trace:
+    """What the live loss supervises in each batch."""
+    trace, targets = Trace(), set()
+    for index, (ids, lengths) in enumerate(recorded(trace, batches, prefix="")):
+        found = supervised_positions(setup.loss, to_numpy(ids), to_numpy(lengths))
+        trace.arrays[f"supervised.{index}"] = found
+        targets |= set(found[:, 2].tolist())
+    trace.scalars["pieces"] = {str(i): setup.tokenizer.decode([i]) for i in sorted(targets)}
+    return trace

@@ -190,8 +190,8 @@ def padded(rows: list[tuple[list[int], int]], recipe: Recipe, padding: int) -> B
     return batch, np.array([(offset, len(ids)) for ids, offset in rows], np.int32)
 
 
-def given(inputs: Trace, recipe: Recipe) -> Iterator[Batch] | None:
-    """Batches that were handed over, or None."""
+def given(inputs: Trace, recipe: Recipe | None = None) -> Iterator[Batch] | None:
+    """Batches that were handed over, cut to the size of a recipe if one is given; or None."""
     return handed(inputs, recipe) if "batches/ids.0" in inputs.arrays else None
 
 

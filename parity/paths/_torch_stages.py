@@ -14,6 +14,7 @@ import numpy as np
 from parity.paths import _torch
 from parity.paths import _torch_readback as readback
 from parity.paths._torch import IGNORED, Batch, Loss, to_numpy
+from parity.paths._torch_cache import kv_cache_trace
 from parity.paths._torch_work import (
     accumulate,
     completion_loss,
@@ -102,6 +103,19 @@ class TorchStages(Path):
             pass
         return trace
 
+    def supervised_positions(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `Path.supervised_positions`."""
+        tokenizer, trace, targets = self.tokenizer(recipe), Trace(), set()
+        own = itertools.islice(self.iterate(recipe, tokenizer), inputs.scalars.get("count", 0))
+        batches = _torch.recorded(trace, _torch.given(inputs) or own, prefix="")
+        with self.criterion(recipe) as loss:
+            for index, batch in enumerate(batches):
+                found = supervised_positions(loss, _torch.labels(recipe, *batch))
+                trace.arrays[f"supervised.{index}"] = found
+                targets |= set(found[:, 2].tolist())
+        trace.scalars["pieces"] = {str(i): tokenizer.decode([i]) for i in sorted(targets)}
+        return trace
+
     def logits(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `Path.logits`."""
         import torch
@@ -182,6 +196,15 @@ class TorchStages(Path):
             adapter = _torch.oriented(_torch.adapter_parameters(model))
         trace.arrays.update({name: np.asarray(values) for name, values in result.items()})
         return trace.with_group("adapter", adapter)
+
+    def kv_cache(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `Path.kv_cache`."""
+        with self.adapted(recipe, inputs.group("adapter")) as model:
+            return kv_cache_trace(model.eval(), self.prompt_cache, inputs)
+
+    def prompt_cache(self, model: Any) -> Any:
+        """A fresh KV cache; None leaves it to transformers, which makes one when it is asked to."""
+        return None
 
     def decode(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `Path.decode`."""

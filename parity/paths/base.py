@@ -18,6 +18,11 @@ logits                  `ids.N` (B, T); scalar `modules` bool → `logits.N` (B,
                         (float64 from a float64 run); with `modules`, `module.N/<name>` outputs in
                         the order of calls, scalar `order` [name]; scalar `dtype`; outputs of
                         modules named in `replace/<name>` are replaced by these
+supervised_positions    `batches/ids.N`, `batches/lengths.N`, or scalar `count` of the path's own
+                        micro-batches → `ids.N` (B, W), `lengths.N` (B, 2), `supervised.N` (K, 3) of
+                        (row, position, target id): the loss depends on the logits at input
+                        `position`, whose target is the row's token `position` + 1; scalar `pieces`
+                        {target id: text}
 cross_entropy           `logits` (B, T, V), `ids` (B, T + 1), `lengths` (B, 2) → `loss` (),
                         `supervised` (B, T) bool, `targets` (B, T) id or -1, `token_loss` (B, T);
                         scalar `tokens`
@@ -31,6 +36,14 @@ train                   optional `adapter/<name>` to start from (else the path's
                         `batches/ids.N`, `batches/lengths.N` → `loss` (steps,), `gradient_norm`
                         (steps,) before any clip, `tokens` (steps,), `adapter/<name>` at the end,
                         `batches/...` as trained on
+kv_cache                `adapter/<name>`, `turn.N` (n,) ids of a conversation of T tokens, odd turns
+                        being replies; scalar `trim` → `uncached` (T, V) logits, each turn from a
+                        forward over the prefix it ends; `lengthened` (T,) how far these move when
+                        the forward goes on to the end; `prefill` (T, V) each turn at once through
+                        one cache; `steps` (K, V) at `positions` (K,): the path's own generation over
+                        all turns, the replies forced on it; where the cache can be trimmed `trimmed`
+                        (n, V): turn `trim` taken back and fed again, else scalar `untrimmed` why
+                        not; scalars `window` int or none, `caches` [name]
 decode                  `adapter/<name>`; scalars `prompts` [str], `expected` str → `ids.N`
                         generated, `margin.N` top-1 minus top-2 logit at each of them, `completion_loss` (P,)
                         teacher-forced on `expected`; scalars `text` [str]
@@ -58,12 +71,14 @@ GROUP = "parity.paths"
 METHODS = (
     "tokenization",
     "batches",
+    "supervised_positions",
     "logits",
     "cross_entropy",
     "lora_init",
     "gradient",
     "optimizer_step",
     "train",
+    "kv_cache",
     "decode",
     "config",
 )
@@ -124,6 +139,10 @@ class Path:
         """Batches in the order they are trained on."""
         raise self._unsupported("batches")
 
+    def supervised_positions(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """Which targets the path's real loss depends on."""
+        raise self._unsupported("supervised positions")
+
     def logits(self, recipe: Recipe, inputs: Trace) -> Trace:
         """Logits of the base model."""
         raise self._unsupported("logits")
@@ -147,6 +166,10 @@ class Path:
     def train(self, recipe: Recipe, inputs: Trace) -> Trace:
         """The path's training loop."""
         raise self._unsupported("train")
+
+    def kv_cache(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """A conversation with a cache and without one."""
+        raise self._unsupported("KV cache")
 
     def decode(self, recipe: Recipe, inputs: Trace) -> Trace:
         """Greedy decoding with a given adapter."""

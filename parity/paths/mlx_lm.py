@@ -23,6 +23,7 @@ from parity import resources
 from parity.errors import Unsupported
 from parity.paths import _mlx
 from parity.paths._mlx import Batch, Setup, to_numpy
+from parity.paths._mlx_cache import kv_cache_trace
 from parity.paths._mlx_settings import lora_parameters, lr_schedule, optimizer_config
 from parity.paths._mlx_traces import config_trace, decode_trace, given, recorded
 from parity.paths.describe import defaults
@@ -119,21 +120,33 @@ class MlxLmPath(MlxPath):
         trace.arrays["tokens"] = tokens.reshape(-1, parts).sum(axis=1)
         return trace.with_group("adapter", adapter)
 
-    def decode(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """Saves the adapter, loads it back with `mlx_lm.load`, streams greedily."""
+    def kv_cache(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """As `mlx_lm.chat` does: the adapter saved and loaded back, one prompt cache for all turns."""
+        model, _ = self._reloaded(recipe, inputs.group("adapter"))
+        return kv_cache_trace(model, self.prompt_cache, inputs)
+
+    def _reloaded(self, recipe: Recipe, adapter: Mapping[str, Array]) -> tuple[Any, Any]:
+        """Model and tokenizer with an adapter that was saved and loaded with `mlx_lm.load`."""
         import mlx.core as mx
         import mlx_lm
 
-        if self.donors.keys() & {"loader", "wiring"}:
-            return super().decode(recipe, inputs)  # `mlx_lm.load` would make its own model
+        if self.donors.keys() & {"loader", "wiring"}:  # `mlx_lm.load` would make its own model
+            setup = self.setup(recipe, adapter)
+            return setup.model.eval(), setup.tokenizer
         setup = self.setup(recipe)
-        names = _mlx.renamed(setup.model, inputs.group("adapter"))
+        names = _mlx.renamed(setup.model, adapter)
         with tempfile.TemporaryDirectory() as folder:
             mx.save_safetensors(f"{folder}/adapters.safetensors", names)
             FilePath(folder, "adapter_config.json").write_text(
                 json.dumps(self._arguments(recipe, folder)), encoding="utf-8"
             )
-            model, tokenizer = mlx_lm.load(self.checkpoint(recipe), adapter_path=folder)[:2]
+            return mlx_lm.load(self.checkpoint(recipe), adapter_path=folder)[:2]  # type: ignore[no-any-return]
+
+    def decode(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """Saves the adapter, loads it back with `mlx_lm.load`, streams greedily."""
+        import mlx_lm
+
+        model, tokenizer = self._reloaded(recipe, inputs.group("adapter"))
 
         def generate(prompt: str) -> Iterator[tuple[int, Any]]:
             for answer in mlx_lm.stream_generate(

@@ -45,7 +45,7 @@ def shown(total: int) -> Iterator[tuple[Callable[[Record], None], Callable[[str]
             pair = f"{record.subject.path} vs {record.reference.path}"
             style = _STYLES[record.verdict]
             progress.console.print(
-                f"[{style}]{record.verdict:<12}[/] {record.probe:02d} {record.stage:<15} {pair:<16} "
+                f"[{style}]{record.verdict:<12}[/] {record.probe:02d} {record.stage:<20} {pair:<16} "
                 f"seed {record.seed:<6} {record.seconds:5.1f} s"
                 + ("" if record.verdict.green else f"  {_escape(record.reason)}"),
                 soft_wrap=True,

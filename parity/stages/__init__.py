@@ -11,24 +11,36 @@ from parity.stages.config import Config
 from parity.stages.cross_entropy import CrossEntropy
 from parity.stages.decode import Decode
 from parity.stages.gradient import Gradient
+from parity.stages.kv_cache import KvCache
 from parity.stages.logits import Logits
 from parity.stages.lora_init import LoraInit
 from parity.stages.loss_curve import LossCurve
 from parity.stages.optimizer_step import OptimizerStep
+from parity.stages.supervised import SupervisedPositions
 from parity.stages.tokenization import Tokenization
 
 STAGES: tuple[Stage, ...] = (
     Config(),
     Tokenization(),
+    SupervisedPositions(),
     Logits(),
     CrossEntropy(),
     LoraInit(),
     Gradient(),
     OptimizerStep(),
     LossCurve(),
+    KvCache(),
     Decode(),
 )
 """In the order in which data flows, which is the order of the search for a cause."""
+
+BY_NUMBER = tuple(sorted(STAGES, key=lambda stage: stage.number))
+"""In the order in which they are run and shown; a number stays with its probe for good."""
+
+
+def flow(name: str) -> int:
+    """Where a stage stands in the flow of data; one that is not known stands last."""
+    return next((at for at, stage in enumerate(STAGES) if stage.name == name), len(STAGES))
 
 
 def find(name: str) -> Stage:
@@ -40,5 +52,5 @@ def find(name: str) -> Stage:
     for stage in STAGES:
         if name in (stage.name, str(stage.number), f"{stage.number:02d}"):
             return stage
-    known = ", ".join(f"{stage.number:02d} {stage.name}" for stage in STAGES)
+    known = ", ".join(f"{stage.number:02d} {stage.name}" for stage in BY_NUMBER)
     raise UsageError(f"unknown probe {name!r}: give a number or name of {known}")

@@ -169,22 +169,12 @@ class Context:
                 return None
             return self._optional("referee", method, recipes["referee"], inputs)
 
-        def moved(side: str) -> Trace | None:
-            rng = np.random.default_rng(self.seed)
-            # Optimizers work on float32 weights whatever the model computes in.
-            dtype = "float32" if method == "optimizer_step" else recipes[side].model.dtype
-            arrays = {name: perturb(v, rng, dtype) for name, v in inputs.arrays.items()}
-            recipe = nudged(recipes[side]) if method in OPTIMIZES else recipes[side]
-            if recipe is recipes[side] and all(arrays[n] is v for n, v in inputs.arrays.items()):
-                return None
-            return self._optional(side, method, recipe, Trace(arrays, inputs.scalars))
-
         def perturbed() -> Trace | None:
-            return moved("reference")
+            return self.moved("reference", method, recipes["reference"], inputs)
 
         def own() -> Trace | None:
             half = recipes["subject"].model.dtype in ("bfloat16", "float16")
-            return moved("subject") if half else None
+            return self.moved("subject", method, recipes["subject"], inputs) if half else None
 
         def reduction() -> float:
             if method == "cross_entropy":
@@ -192,6 +182,17 @@ class Context:
             return loss_noise(self) if method in REDUCES else 0.0
 
         return Pair(subject, reference, self.exact, referee, perturbed, own, reduction)
+
+    def moved(self, side: str, method: str, recipe: Recipe, inputs: Trace) -> Trace | None:
+        """One side with its inputs moved by one ulp, or None where nothing can be moved."""
+        rng = np.random.default_rng(self.seed)
+        # Optimizers work on float32 weights whatever the model computes in.
+        dtype = "float32" if method == "optimizer_step" else recipe.model.dtype
+        arrays = {name: perturb(v, rng, dtype) for name, v in inputs.arrays.items()}
+        moved = nudged(recipe) if method in OPTIMIZES else recipe
+        if moved is recipe and all(arrays[n] is v for n, v in inputs.arrays.items()):
+            return None
+        return self._optional(side, method, moved, Trace(arrays, inputs.scalars))
 
     def _optional(self, side: str, method: str, recipe: Recipe, inputs: Trace) -> Trace | None:
         from parity.errors import CaptureError, Unsupported

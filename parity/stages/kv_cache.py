@@ -1,0 +1,171 @@
+"""Stage 10: a conversation with a KV cache and without one, on each path and across them."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from parity.numerics import Noise, compare, compare_exact
+from parity.record import Metric, Verdict
+from parity.stages.base import Comparison, Context, Pair
+from parity.stages.gradient import filled
+from parity.trace import Array, Trace
+
+TURNS = (11, 5, 30, 7, 8, 9, 70, 6)
+"""Tokens of each turn, replies being the odd ones. The sliding window of the tiny models (64) is
+reached in a reply, crossed again and again, and shorter than one turn."""
+ENDS = tuple(int(end) for end in np.cumsum(TURNS))
+TRIMMED = 2
+"""The turn that is taken out of the cache and fed again."""
+MODES = {
+    "prefill": "turns fed at once",
+    "steps": "replies token by token",
+    "trimmed": "cache trimmed and fed again",
+}
+
+
+class KvCache:
+    """Cached against uncached logits on each path; cached logits across the paths."""
+
+    number: ClassVar[int] = 10
+    name: ClassVar[str] = "kv_cache"
+    question: ClassVar[str] = (
+        "Does decoding with a cache give what decoding without one gives, turn by turn?"
+    )
+
+    def run(self, context: Context) -> Comparison:
+        """On one path rounding decides, across paths the noise around the reference."""
+        inputs = conversation(context)
+        pair = context.pair("kv_cache", inputs)
+        result = Comparison()
+        for side, trace in (("subject", pair.subject), ("reference", pair.reference)):
+            moved = context.moved(side, "kv_cache", context.recipes[side], inputs)
+            _within(side, trace, moved, result)
+        _across(pair, result)
+        return result
+
+
+def conversation(context: Context) -> Trace:
+    """Seeded random ids in turns, and an adapter whose B is not zero."""
+    rng = context.rng(KvCache.number)
+    init = context.given("lora_init").group("adapter")
+    turns = {
+        f"turn.{index}": rng.integers(1, context.vocabulary, length).astype(np.int32)
+        for index, length in enumerate(TURNS)
+    }
+    return Trace(turns, {"trim": TRIMMED}).with_group("adapter", filled(init, rng))
+
+
+def positions(trace: Trace, mode: str) -> Array:
+    """Where in the conversation the logits of a mode stand."""
+    if mode == "steps":
+        return trace.arrays["positions"]
+    if mode == "trimmed":
+        return np.arange(ENDS[TRIMMED - 1], ENDS[TRIMMED])
+    return np.arange(ENDS[-1])
+
+
+def turn_of(position: int) -> int:
+    """The turn, from 1, in which a position stands."""
+    return int(np.searchsorted(ENDS, position, side="right")) + 1
+
+
+def _within(side: str, trace: Trace, moved: Trace | None, result: Comparison) -> None:
+    """One path against itself.
+
+    What rounding explains is measured on its logits without a cache: how far they move when the
+    adapter moves by one ulp, and when the forward goes on beyond the prefix.
+    """
+    uncached = trace.arrays["uncached"]
+    for mode, what in MODES.items():
+        if mode not in trace.arrays:
+            result.findings.append(f"{side}: {what}: {trace.scalars['untrimmed']}")
+            continue
+        at = positions(trace, mode)
+        rounding = {} if moved is None else {mode: moved.arrays["uncached"][at]}
+        noise = Noise(False, perturbed=rounding, own={mode: trace.arrays["lengthened"]})
+        metric = compare(mode, trace.arrays[mode], uncached[at], noise)
+        metric, first = _placed(metric, f"{what}, {side}", trace.arrays[mode], uncached[at], at)
+        result.metrics.append(metric)
+        result.metrics.append(_greedy(f"greedy tokens, {what}, {side}", trace, mode, at, metric))
+        if first is not None and f"{side} cache: turn" not in result.facts:
+            result.facts |= {
+                f"{side} cache: turn": turn_of(first),
+                f"{side} cache: position": first,
+                f"{side} cache: start of the turn": (0, *ENDS)[turn_of(first) - 1],
+                f"{side} cache: window": trace.scalars["window"] or 0,
+            }
+    if f"{side} cache: turn" in result.facts:
+        window = trace.scalars["window"]
+        result.findings.append(
+            f"the {side}'s cache: {', '.join(trace.scalars['caches'])}"
+            + (f", sliding window {window}" if window else "")
+        )
+
+
+def _across(pair: Pair, result: Comparison) -> None:
+    """Logits that came through a cache, path against path."""
+    off = False
+    for mode in ("prefill", "steps"):
+        at, theirs = (positions(trace, mode) for trace in (pair.subject, pair.reference))
+        same = compare_exact(f"positions, {MODES[mode]}", at, theirs)
+        if same.verdict is not Verdict.IDENTICAL:
+            result.metrics.append(same)
+            continue
+        values = pair.subject.arrays[mode], pair.reference.arrays[mode]
+        metric = compare(mode, *values, pair.noise)
+        name = f"{MODES[mode]}, both through their caches"
+        metric, first = _placed(metric, name, *values, at)
+        result.metrics.append(metric)
+        off |= first is not None
+    if off:
+        values = pair.subject.arrays["uncached"], pair.reference.arrays["uncached"]
+        if compare("uncached", *values, pair.noise).verdict is Verdict.DIVERGE:
+            result.findings.append(
+                "the logits without a cache differ as well: not the caches alone"
+            )
+
+
+def _placed(
+    metric: Metric, name: str, subject: Array, reference: Array, at: Array
+) -> tuple[Metric, int | None]:
+    """The metric with the turn and position at which it first diverges, and that position."""
+    if metric.verdict is not Verdict.DIVERGE or subject.shape != reference.shape:
+        return metric.model_copy(update={"name": name}), None
+    gaps = np.abs(subject.astype(np.float64) - reference).max(axis=-1)
+    over = ~(gaps <= metric.tolerance)  # not a number is over, too
+    first = int(at[over.argmax()])
+    turns = {turn_of(int(position)) for position in at[over]}
+    gap = float(gaps[over.argmax()])
+    where = f"turn {turn_of(first)}, position {first}"
+    note = (
+        f"first off at {where}, by {gap:.3g}, later by up to {np.nanmax(gaps):.3g}; "
+        f"{int(over.sum())} of {len(at)} positions in {len(turns)} turns"
+    )
+    # The value is that of the place; the minimum required tolerance stays the greatest of all.
+    update = {"name": name, "value": gap, "where": where, "note": note}
+    return metric.model_copy(update=update), first
+
+
+def _greedy(name: str, trace: Trace, mode: str, at: Array, metric: Metric) -> Metric:
+    """The most likely tokens, which may differ where two are nearer than rounding can tell."""
+    uncached = trace.arrays["uncached"][at]
+    ours, theirs = trace.arrays[mode].argmax(-1), uncached.argmax(-1)
+    found = compare_exact(name, ours, theirs)
+    if found.verdict is not Verdict.DIVERGE:
+        return found
+    top = np.sort(uncached[ours != theirs], axis=-1)
+    margins = top[:, -1] - top[:, -2]
+    # Both of two logits may move by the tolerance.
+    near = bool((margins <= 2 * metric.tolerance).all())
+    where = int(at[(ours != theirs).argmax()])
+    place = f"turn {turn_of(where)}, position {where}"
+    return found.model_copy(
+        update={
+            "verdict": Verdict.AGREE if near else Verdict.DIVERGE,
+            "where": place,
+            "note": f"{int((ours != theirs).sum())} tokens differ, first at {place}; greatest "
+            f"margin {margins.max():.3g}" + (": near ties, decided by rounding" if near else ""),
+        }
+    )

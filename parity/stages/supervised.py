@@ -1,0 +1,304 @@
+"""Stage 09: which targets each path's real loss supervises, on batches given and on its own."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+
+from parity.numerics import nothing
+from parity.record import Metric, Verdict
+from parity.stages.base import Comparison, Context
+from parity.trace import Trace, each
+
+ROWS = 6  # distinct rows of the recipe that are handed over
+LONG, CUT = 24, 17  # tokens of a row, and the width at which it is cut
+SHOWN = 4  # targets that a sentence names
+MOST = 64  # micro-batches that are drawn from a path
+
+Target = tuple[int, int]
+"""(index of a token in its row, id that is supervised there)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A training row: its ids, and the index of the first token that is to be learned."""
+
+    ids: tuple[int, ...]
+    start: int
+    title: str
+
+
+@dataclass
+class Difference:
+    """What one side alone supervises in a row."""
+
+    row: Row
+    subject: set[Target] = field(default_factory=set)
+    reference: set[Target] = field(default_factory=set)
+    both: set[Target] = field(default_factory=set)
+    mixed: bool = False
+    """Equal rows are supervised in several ways, and not in the same several."""
+
+    @property
+    def count(self) -> int:
+        """Targets that differ."""
+        return len(self.subject) + len(self.reference) or int(self.mixed)
+
+
+class SupervisedPositions:
+    """The mask on batches handed over, then what each path makes of the rows by itself."""
+
+    number: ClassVar[int] = 9
+    name: ClassVar[str] = "supervised_positions"
+    question: ClassVar[str] = "Do both train on the same targets?"
+
+    def run(self, context: Context) -> Comparison:
+        """Compares sets of (row, token, id); there is no rounding here."""
+        texts = Trace(scalars={"texts": [], "conversations": []})
+        tokens = context.given("tokenization", texts)
+        offsets = each(tokens.arrays, "offset")
+        known = [
+            Row(tuple(ids.tolist()), max(int(offset), 1), f"training row {index}")
+            for index, (ids, offset) in enumerate(
+                zip(each(tokens.arrays, "row"), offsets, strict=True)
+            )
+        ]
+        result = Comparison()
+        handed, inputs = batches(known)
+        a, b = context.both("supervised_positions", context.recipes, inputs)
+        for index, (what, rows) in enumerate(handed):
+            differences = [Difference(row) for row in rows]
+            for difference, ours, theirs in zip(
+                differences, *(_by_row(t, index, len(rows)) for t in (a, b)), strict=True
+            ):
+                _fill(difference, {ours}, {theirs})
+            _conclude(result, f"supervised tokens, {what}", differences, a, b)
+        agreed = all(metric.verdict.green for metric in result.metrics)
+        self._own(context, known, agreed, result)
+        return result
+
+    def _own(self, context: Context, known: list[Row], agreed: bool, result: Comparison) -> None:
+        """Rows of the paths' own batches, matched by content: order and width do not matter."""
+        size = context.recipe.train.batch_size
+        count = min(MOST, max(1, -(-len(known) // size)))
+        inputs = Trace(scalars={"count": count})
+        a, b = context.both("supervised_positions", context.recipes, inputs)
+        found = [matched(trace, known) for trace in (a, b)]
+        name = "supervised tokens, own batches"
+        for side, (rows, strangers) in zip(("subject", "reference"), found, strict=True):
+            if strangers:
+                result.metrics.append(_strangers(side, strangers, sum(map(len, rows.values()))))
+            if unseen := len({row.ids for row in known} - {row.ids for row in rows}):
+                result.findings.append(
+                    f"{side}: {unseen} of {len({row.ids for row in known})} distinct rows do not "
+                    f"come in its first {count} batches"
+                )
+        ours, theirs = (rows for rows, _ in found)
+        differences = [Difference(row) for row in ours if row in theirs]
+        for difference in differences:
+            _fill(difference, set(ours[difference.row]), set(theirs[difference.row]))
+        _conclude(result, name, differences, a, b)
+        if agreed and (filled := _filled(differences)):
+            result.facts["rows that fill their batch"] = filled
+
+
+def batches(known: list[Row]) -> tuple[list[tuple[str, list[Row]]], Trace]:
+    """Three batches made of the recipe's rows: named rows, and inputs of both paths.
+
+    With and without padding behind the longest row; then rows of one token and more, a row cut at
+    the width, and prompts that end anywhere, in padding too.
+    """
+    own = list({row.ids: row for row in reversed(known)}.values())[::-1][:ROWS]
+    long = [token for row in own for token in row.ids]
+    long = (long * (LONG // len(long) + 1))[:LONG]
+
+    def part(length: int, offset: int) -> Row:
+        cut = f"row of {length} tokens" + (f", prompt of {offset}" if offset else "")
+        return Row(tuple(long[:length]), max(offset, 1), cut)
+
+    odd = [part(CUT, 0), part(1, 0), part(2, 0), part(CUT - 1, 0), part(9, 1), part(9, 4)]
+    odd += [part(9, 8), part(9, 9), part(9, 12), part(CUT, 6), part(CUT, CUT)]
+    longest = max(len(row.ids) for row in own)
+    handed = [
+        ("padded rows", own, longest + 1),
+        ("rows without padding", own, longest),
+        ("short, cut and masked rows", odd, CUT),
+    ]
+    inputs = Trace()
+    for index, (_, rows, width) in enumerate(handed):
+        ids = np.zeros((len(rows), max(2, width)), np.int32)
+        for line, row in zip(ids, rows, strict=True):
+            line[: len(row.ids)] = row.ids
+        # 0 and 1 both say that all of a row is learned; rows of plain text say 0.
+        pairs = [(row.start if row.start > 1 else 0, len(row.ids)) for row in rows]
+        inputs.arrays[f"batches/ids.{index}"] = ids
+        inputs.arrays[f"batches/lengths.{index}"] = np.array(pairs, np.int32)
+    return [(what, rows) for what, rows, _ in handed], inputs
+
+
+def matched(
+    trace: Trace, known: list[Row]
+) -> tuple[dict[Row, list[frozenset[Target]]], list[tuple[int, ...]]]:
+    """What is supervised in each known row of a path's batches, and rows that are not known.
+
+    A row is known by its tokens, not by the length that the path says it has.
+    """
+    rows = sorted({row.ids: row for row in reversed(known)}.values(), key=lambda r: -len(r.ids))
+    found: dict[Row, list[frozenset[Target]]] = defaultdict(list)
+    strangers = []
+    for index, ids in enumerate(each(trace.arrays, "ids")):
+        supervised = _by_row(trace, index, len(ids))
+        for line, targets in zip(ids.tolist(), supervised, strict=True):
+            row = next((r for r in rows if tuple(line[: len(r.ids)]) == r.ids), None)
+            # A batch that is too narrow cuts its rows.
+            row = row or next((r for r in rows if r.ids[: len(line)] == tuple(line)), None)
+            if row is None:
+                strangers.append(tuple(line))
+            else:
+                found[row].append(targets)
+    return dict(found), strangers
+
+
+def _by_row(trace: Trace, index: int, rows: int) -> list[frozenset[Target]]:
+    by_row: list[set[Target]] = [set() for _ in range(rows)]
+    for row, position, target in trace.arrays[f"supervised.{index}"].tolist():
+        by_row[row].add((position + 1, target))
+    return [frozenset(targets) for targets in by_row]
+
+
+def _fill(
+    difference: Difference, ours: set[frozenset[Target]], theirs: set[frozenset[Target]]
+) -> None:
+    mine, other = set().union(*ours), set().union(*theirs)
+    difference.subject, difference.reference = mine - other, other - mine
+    difference.both = mine & other
+    difference.mixed = ours != theirs
+
+
+def _conclude(
+    result: Comparison, name: str, differences: list[Difference], a: Trace, b: Trace
+) -> None:
+    """One metric of all rows; the first divergence also leaves words and facts."""
+    bad = [difference for difference in differences if difference.count]
+    total = sum(len(d.both) + len(d.subject) + len(d.reference) for d in differences)
+    if not total:
+        result.metrics.append(nothing(name))
+        return
+    count = sum(difference.count for difference in bad)
+    said = sentence(differences, {**b.scalars["pieces"], **a.scalars["pieces"]}) if bad else ""
+    first = min(bad[0].subject | bad[0].reference, default=(0, 0))[0] if bad else 0
+    result.metrics.append(
+        Metric(
+            name=name,
+            verdict=Verdict.DIVERGE if bad else Verdict.IDENTICAL,
+            value=float(count),
+            tolerance=0.0,
+            minimum_required_tolerance=float(count),
+            mismatched=count,
+            total=total,
+            where=f"{bad[0].row.title}, token {first}" if bad else "",
+            note=said or f"{len(differences)} rows",
+        )
+    )
+    if bad:  # of the first that diverges
+        result.facts = result.facts or patterns(differences)
+
+
+def sentence(differences: list[Difference], pieces: Mapping[str, str]) -> str:
+    """What each side alone supervises, the first few by token, id and text."""
+    bad = [difference for difference in differences if difference.count]
+    parts = []
+    for side in ("subject", "reference"):
+        alone = [(d.row, target) for d in bad for target in sorted(getattr(d, side))]
+        if not alone:
+            continue
+        shown = [
+            f"token {index} of {row.title} (id {token} {pieces.get(str(token), '')!r}, "
+            f"{place(row, index)})"
+            for row, (index, token) in alone[:SHOWN]
+        ]
+        more = f" and {len(alone) - SHOWN} more" if len(alone) > SHOWN else ""
+        parts.append(f"the {side} alone supervises {', '.join(shown)}{more}")
+    if not parts:
+        return f"equal rows are supervised in several ways, first {bad[0].row.title}"
+    return f"{'; '.join(parts)}; {len(bad)} of {len(differences)} rows differ"
+
+
+def place(row: Row, index: int) -> str:
+    """Where in its row a token stands."""
+    length = len(row.ids)
+    if index >= length:
+        return "one past the end" if index == length else "padding"
+    if index < row.start:
+        return "in the prompt"
+    return "the last token" if index == length - 1 else "inside"
+
+
+def patterns(differences: Iterable[Difference]) -> dict[str, float]:
+    """Targets that the subject supervises more (+) or fewer (-), where all rows agree in it."""
+    kinds: dict[str, list[int]] = defaultdict(list)
+    prompts = []
+    for difference in differences:
+        counts = Counter(_kinds(difference))
+        row = difference.row
+        whole = 1 in {index for index, _ in difference.subject | difference.reference}
+        if row.start > 1 and whole and counts["at the start"]:
+            prompts.append(int(np.sign(counts.pop("at the start"))))
+        if difference.both:  # a row of nothing but prompt has no start and no end
+            for kind in ("at the start", "at the last token", "past the end"):
+                kinds[kind].append(counts[kind])
+    facts = {
+        f"positions per row {kind}": float(counts[0])
+        for kind, counts in kinds.items()
+        if counts[0] and len(set(counts)) == 1
+    }
+    if prompts and len(set(prompts)) == 1:
+        facts["rows whose prompt is supervised"] = float(sum(prompts))
+    return facts
+
+
+def _kinds(difference: Difference) -> dict[str, int]:
+    length, begin = len(difference.row.ids), min((i for i, _ in difference.both), default=0)
+    counts: Counter[str] = Counter()
+    for sign, targets in ((1, difference.subject), (-1, difference.reference)):
+        for index, _ in targets:
+            if index >= length:
+                counts["past the end"] += sign
+            elif index < begin:
+                counts["at the start"] += sign
+            elif index == length - 1:
+                counts["at the last token"] += sign
+    return counts
+
+
+def _filled(differences: list[Difference]) -> float:
+    """Rows in which one side alone (+ the reference) has the one past the end, and no others differ.
+
+    Where the mask is the same, a position that is not there has no padding to stand in.
+    """
+    bad = [d for d in differences if d.subject or d.reference]
+    sides = {(bool(d.subject), bool(d.reference)) for d in bad}
+    ends = all(i == len(d.row.ids) for d in bad for i, _ in d.subject | d.reference)
+    if not ends or len(sides) != 1 or sides == {(True, True)}:
+        return 0.0
+    return float(len(bad) if sides == {(False, True)} else -len(bad))
+
+
+def _strangers(side: str, strangers: list[tuple[int, ...]], rest: int) -> Metric:
+    count = len(strangers)
+    return Metric(
+        name=f"rows of the {side}'s batches",
+        verdict=Verdict.DIVERGE,
+        value=float(count),
+        tolerance=0.0,
+        minimum_required_tolerance=float(count),
+        mismatched=count,
+        total=count + rest,
+        where=f"rows of the {side}'s batches",
+        note=f"{count} rows of the {side}'s batches are none of the training rows, the first "
+        f"{list(strangers[0][:SHOWN])}…",
+    )

@@ -1,0 +1,65 @@
+"""A cache that is wrong in one way turns probe 10, which names the first turn and position."""
+
+from __future__ import annotations
+
+import pytest
+
+from parity.cell import Cell
+from parity.record import Verdict
+from parity.stages import find
+from parity.stages.kv_cache import ENDS, TURNS, turn_of
+
+PREFILL = "turns fed at once, subject"
+
+FAULTS = [
+    # Which reference is used decides nothing here: it is the subject against itself.
+    # The second turn begins at 11.
+    ("ShiftedCache", "mlx-lm", "turn 2, position 11", "mlx-examples/issues/1000"),
+    # The third is the first that should have seen the second.
+    ("StaleCache", "mlx-lm", "turn 3, position 16", "mlx-examples/issues/1000"),
+    # Position 64 is the first that must not see position 0.
+    ("UncutCache", "hf", "turn 6, position 64", "mlx-lm/issues/390"),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "reference", "where", "link"), FAULTS, ids=[fault[0] for fault in FAULTS]
+)
+def test_a_wrong_cache_is_placed(path, reference, where, link, engine, small):
+    record = engine.run(Cell(find("10"), f"tests.cache_paths:{path}", reference, small))
+    assert record.verdict is Verdict.DIVERGE, record.message()
+    assert record.first_divergence["metric"] == PREFILL
+    assert record.first_divergence["where"] == where
+    assert where in record.reason
+    assert [link in hint for hint in record.hints] == [True], record.message()
+    # The other side's own cache is in order.
+    assert not any(m.name.endswith(", reference") for m in record.metrics if not m.verdict.green)
+
+
+def test_a_torch_cache_that_is_wrong_is_placed(engine, small):
+    record = engine.run(Cell(find("10"), "tests.cache_paths:StaleTorchCache", "hf", small))
+    assert record.first_divergence["metric"] == PREFILL
+    assert record.first_divergence["where"] == "turn 3, position 16"
+    assert record.facts["subject cache: turn"] == 3
+
+
+@pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
+def test_a_clean_cache_is_green_in_every_mode(reference, engine, small):
+    record = engine.run(Cell(find("10"), "mlx", reference, small))
+    assert record.verdict.green, record.message()
+    names = [metric.name for metric in record.metrics]
+    for mode in ("turns fed at once", "replies token by token", "cache trimmed and fed again"):
+        for side in ("subject", "reference"):
+            assert f"{mode}, {side}" in names
+            assert f"greedy tokens, {mode}, {side}" in names
+    assert not record.hints
+    across = next(m for m in record.metrics if m.name.startswith("turns fed at once, both"))
+    assert across.verdict is (Verdict.IDENTICAL if reference == "mlx-lm" else Verdict.AGREE)
+
+
+def test_the_conversation_crosses_the_sliding_window_in_a_reply_and_at_once():
+    assert [turn_of(position) for position in (0, 10, 11, 15, 16, ENDS[-1] - 1)] == [
+        1, 1, 2, 2, 3, len(TURNS),
+    ]  # fmt: skip
+    assert turn_of(63) == turn_of(64) == 6  # even turns are replies
+    assert max(TURNS) > 64

@@ -1,0 +1,108 @@
+"""What one side alone supervises is named by row, token and text, and known patterns by a hint."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from parity.cell import Cell
+from parity.record import Verdict
+from parity.stages import find
+from parity.stages.supervised import Difference, Row, batches, matched, patterns, place
+from parity.trace import Trace
+
+PROBE = find("09")
+CHAT = {"data.source": "chat", "mask.prompt": True}
+NARROW = {"data.pad_multiple": 1, "data.pad_extra": 0}
+
+FAULTS = [
+    ("end", {}, {"mask.end_shift": 0}, ["reference alone", "one past the end"], "mlx-lm/issues/1697"),
+    ("last", {}, {"mask.end_shift": -1}, ["reference alone", "the last token"], "unsloth-zoo/issues/684"),
+    ("start", {}, {"mask.start_shift": 1}, ["reference alone", "token 1 of"], "mlx-lm/issues/584"),
+    ("header", CHAT, {"mask.start_shift": -2}, ["subject alone", "in the prompt"], "mlx-lm/issues/584"),
+    ("prompt", CHAT, {"mask.prompt": False}, ["subject alone", "in the prompt"], "no prompt mask"),
+    ("narrow", {}, NARROW, ["reference alone", "one past the end"], "unsloth-zoo/issues/672"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
+@pytest.mark.parametrize(
+    ("base", "changes", "words", "link"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS]
+)
+def test_what_one_side_alone_supervises_is_said(
+    base, changes, words, link, reference, engine, small
+):
+    recipe = small.override(base)
+    record = engine.run(Cell(PROBE, "mlx", reference, recipe, {"subject": changes}))
+    assert record.verdict is Verdict.DIVERGE, record.message()
+    for word in words:
+        assert word in record.reason
+    assert any(link in hint for hint in record.hints), record.message()
+
+
+@pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
+@pytest.mark.parametrize("base", [{}, CHAT, {"data.source": "mixed"}, {"data.max_length": 7}])
+def test_clean_cells_are_identical(base, reference, engine, small):
+    """Order and width of the batches differ across frameworks; what is supervised does not."""
+    record = engine.run(Cell(PROBE, "mlx", reference, small.override(base)))
+    assert record.verdict is Verdict.IDENTICAL, record.message()
+    assert [metric.name.partition(", ")[2] for metric in record.metrics] == [
+        "padded rows", "rows without padding", "short, cut and masked rows", "own batches",
+    ]  # fmt: skip
+    assert not record.hints
+
+
+def test_another_width_alone_supervises_the_same(engine, small):
+    """A row of nine tokens has padding behind it at a width of 32, too."""
+    cell = Cell(PROBE, "mlx", "mlx-lm", small, {"subject": {"data.pad_extra": 0}})
+    assert engine.run(cell).verdict is Verdict.IDENTICAL
+
+
+def test_rows_that_nobody_knows_are_no_match(engine, small):
+    cell = Cell(PROBE, "mlx", "mlx-lm", small, {"subject": {"data.append_eos": False}})
+    record = engine.run(cell)
+    assert record.verdict is Verdict.DIVERGE
+    assert "are none of the training rows" in record.reason
+
+
+ROW = Row((5, 6, 7, 8, 9), 3, "training row 0")
+
+
+def test_rows_are_matched_by_their_tokens():
+    rows = [ROW, Row((5, 6), 1, "training row 1")]
+    ids = [[5, 6, 7, 8, 9, 0], [5, 6, 0, 0, 0, 0], [1, 2, 0, 0, 0, 0]]
+    arrays = {"ids.0": np.array(ids), "supervised.0": np.array([(0, 4, 0), (1, 0, 6)])}
+    found, strangers = matched(Trace(arrays), rows)
+    assert found == {ROW: [frozenset({(5, 0)})], rows[1]: [frozenset({(1, 6)})]}
+    assert strangers == [(1, 2, 0, 0, 0, 0)]
+    cut = {"ids.0": np.array([[5, 6, 7, 8]]), "supervised.0": np.zeros((0, 3), int)}
+    assert list(matched(Trace(cut), [ROW])[0]) == [ROW]
+
+
+def test_batches_are_of_the_rows_and_of_every_kind():
+    handed, inputs = batches([ROW])
+    assert [what for what, _ in handed] == [
+        "padded rows", "rows without padding", "short, cut and masked rows",
+    ]  # fmt: skip
+    assert inputs.arrays["batches/ids.0"].shape == (1, 6)
+    assert inputs.arrays["batches/ids.1"].tolist() == [[5, 6, 7, 8, 9]]
+    assert inputs.arrays["batches/lengths.1"].tolist() == [[3, 5]]
+    lengths = inputs.arrays["batches/lengths.2"]
+    width = inputs.arrays["batches/ids.2"].shape[1]
+    assert lengths[:, 1].max() == width
+    assert lengths[:, 1].min() == 1
+    assert (lengths[:, 0] > lengths[:, 1]).any()
+
+
+def test_places_and_patterns():
+    assert [place(ROW, index) for index in (1, 3, 4, 5, 6)] == [
+        "in the prompt", "inside", "the last token", "one past the end", "padding",
+    ]  # fmt: skip
+    both = {(3, 8), (4, 9)}
+    header = Difference(ROW, subject={(2, 7)}, both=both)
+    assert patterns([header]) == {"positions per row at the start": 1}
+    prompt = Difference(ROW, reference={(1, 6), (2, 7)}, both=both)
+    assert patterns([prompt, prompt]) == {"rows whose prompt is supervised": -2}
+    last = Difference(ROW, reference={(4, 9)}, both={(3, 8)})
+    assert patterns([last]) == {"positions per row at the last token": -1}
+    assert patterns([last, header]) == {}
