@@ -331,8 +331,8 @@ def make_optimizer(recipe: Recipe, parameters: Iterable[Any]) -> tuple[Any, Any]
     from transformers import get_scheduler
 
     o = recipe.optim
-    # One tensor after the other: the fused and grouped kernels round differently.
-    options: dict[str, Any] = {"foreach": False, "fused": False}
+    # The fused kernel rounds differently. Whether tensors are grouped is left to torch, as in trainers.
+    options: dict[str, Any] = {"fused": False}
     if o.name == "sgd":
         kind: Any = torch.optim.SGD
     else:
@@ -366,9 +366,9 @@ def update(recipe: Recipe, parameters: list[Any], optimizer: Any, schedule: Any)
 
     limit = recipe.optim.clip_value
     if recipe.optim.clip == "value":
-        torch.nn.utils.clip_grad_value_(parameters, limit, foreach=False)
+        torch.nn.utils.clip_grad_value_(parameters, limit)
     elif recipe.optim.clip == "norm":
-        torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=False)
+        torch.nn.utils.clip_grad_norm_(parameters, limit)
     optimizer.step()
     schedule.step()
     optimizer.zero_grad()

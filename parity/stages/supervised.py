@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from parity.errors import Unsupported
 from parity.numerics import nothing
 from parity.record import Metric, Verdict
 from parity.stages.base import Comparison, Context
@@ -86,7 +87,11 @@ class SupervisedPositions:
         size = context.recipe.train.batch_size
         count = min(MOST, max(1, -(-len(known) // size)))
         inputs = Trace(scalars={"count": count})
-        a, b = context.both("supervised_positions", context.recipes, inputs)
+        try:
+            a, b = context.both("supervised_positions", context.recipes, inputs)
+        except Unsupported as error:
+            result.findings.append(f"the paths' own batches were not compared: {error}")
+            return
         found = [matched(trace, known) for trace in (a, b)]
         name = "supervised tokens, own batches"
         for side, (rows, strangers) in zip(("subject", "reference"), found, strict=True):
