@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
-from parity.paths import _torch
+from parity.paths import _torch, _torch_modules
 from parity.paths import _torch_readback as readback
 from parity.paths._torch import IGNORED, Batch, to_numpy
 from parity.paths._torch_work import (
@@ -94,7 +94,7 @@ class TorchStages(Path):
         watched = inputs.scalars.get("modules", False)
         with self.pristine(recipe) as model, torch.no_grad():
             for index, ids in enumerate(each(inputs.arrays, "ids")):
-                with readback.module_outputs(model, watched, inputs.group("replace")) as seen:
+                with _torch_modules.module_outputs(model, watched, inputs.group("replace")) as seen:
                     logits = model(input_ids=_torch.ids_tensor(ids), use_cache=False).logits
                 trace.scalars["dtype"] = readback.dtype_name(logits.dtype)
                 trace.arrays[f"logits.{index}"] = to_numpy(logits.float())
@@ -130,17 +130,31 @@ class TorchStages(Path):
 
     def gradient(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `Path.gradient`; without dropout, whose masks no two frameworks share."""
-        still = recipe.override({"lora.dropout": 0.0})
+        still, replace = recipe.override({"lora.dropout": 0.0}), inputs.group("replace")
+        watched = inputs.scalars.get("modules", False) or bool(replace)
+        if watched:  # a layer that is run again in the backward pass would be seen twice
+            still = still.override({"train.gradient_checkpointing": False})
+        batch = inputs.arrays["ids"], inputs.arrays["lengths"]
         with self.adapted(still, inputs.group("adapter")) as model:
             model.train()
-            batch = inputs.arrays["ids"], inputs.arrays["lengths"]
-            loss, tokens = accumulate(still, model, [batch])
+            with _torch_modules.gradients(model, replace) if watched else nullcontext() as found:
+                loss, tokens = accumulate(still, model, [batch])
             parameters = _torch.adapter_parameters(model)
             norm = _torch.gradient_norm(parameters.values())
             gradient = _torch.oriented({name: p.grad for name, p in parameters.items()})
+            if watched:
+                with _torch_modules.gradients(model, replace, arguments=True) as entering:
+                    accumulate(still, model, [batch])
         dtype = _torch.loss_dtype(recipe)
         arrays = {"loss": np.asarray(loss, dtype), "norm": np.asarray(norm, dtype)}
-        return Trace(arrays, {"tokens": tokens}).with_group("gradient", gradient)
+        trace = Trace(arrays, {"tokens": tokens}).with_group("gradient", gradient)
+        for group, tensors in (
+            (("activation", found.outputs), ("input", entering.inputs)) if watched else ()
+        ):
+            named = {name: to_numpy(value) for name, value in tensors.items()}
+            trace = trace.with_group(group, named)
+            trace.scalars["order"] = found.order
+        return trace
 
     def optimizer_step(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `Path.optimizer_step`."""
