@@ -181,7 +181,8 @@ class Bisection:
         # No factor explains it: the code itself differs, and the place inside the stage is named.
         record = self.record(stage, ())
         cell = self.cell(stage, ())
-        place = locate(self.engine, cell, record)
+        found = locate(self.engine, cell, record)
+        place = found.sentence
         said = "; ".join(report.settings)
         sentence = (
             f"{stage.name} (probe {stage.number:02d}) diverges under equal recipes: "

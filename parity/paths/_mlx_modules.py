@@ -109,54 +109,56 @@ def gradients(model: Any, loss: Loss, batch: Batch, replace: Mapping[str, Array]
     """Differentiates with respect to zeros that are added to each module's output and argument.
 
     The gradient that arrives at an output named in `replace` is replaced on its way back. Arguments
-    have a pass of their own: a copy for each module that shares one changes the order in which its
-    gradients are summed, and with it the last bits of all others.
+    have a pass of their own, in which the gradients of the first arrive at the outputs: a copy for
+    each module that shares one changes the order in which its gradients are summed.
     """
     import mlx.core as mx
 
-    zeros: list[dict[str, Any]] = [{}, {}]
+    zeros: tuple[dict[str, Any], dict[str, Any]] = {}, {}
 
-    def measure(at: int) -> Tap:
+    def measured(at: int) -> Tap:
         def tap(name: str, array: Any) -> Any:
             zeros[at][name] = mx.zeros(array.shape, array.dtype)
             return array
 
         return tap
 
-    with tapped(model, measure(0), measure(1)):
+    with tapped(model, measured(0), measured(1)):
         loss(model, *batch)  # never evaluated: shapes are known without
     parameters = model.trainable_parameters()
+    arriving = {
+        name: mx.array(replace[name]).astype(zero.dtype)
+        for name, zero in zeros[0].items()
+        if name in replace and zero.shape == replace[name].shape
+    }
 
-    def function(at: int) -> Callable[..., Any]:
-        def added(name: str, array: Any, zeros: Mapping[str, Any]) -> Any:
-            return array + zeros[name]
+    def answered(name: str, array: Any) -> Any:
+        return _answering(array, arriving[name]) if name in arriving else array
 
-        def answered(name: str, array: Any) -> Any:
-            if name in replace and array.shape == replace[name].shape:
-                return _answering(array, mx.array(replace[name]).astype(array.dtype))
-            return array
+    def at_outputs(parameters: Any, zeros: Mapping[str, Any]) -> Any:
+        model.update(parameters)
+        with tapped(model, lambda name, array: answered(name, array) + zeros[name]):
+            return loss(model, *batch)
 
-        def run(parameters: Any, zeros: Mapping[str, Any]) -> Any:
-            model.update(parameters)
-            output: Tap = lambda n, a: added(n, answered(n, a), zeros)  # noqa: E731
-            taps = (output,) if at == 0 else (answered, lambda n, a: added(n, a, zeros))
-            with tapped(model, *taps):
-                return loss(model, *batch)
-
-        return run
+    def at_arguments(zeros: Mapping[str, Any]) -> Any:
+        with tapped(model, answered, lambda name, array: array + zeros[name]):
+            return loss(model, *batch)
 
     try:
-        (value, tokens), (found, outputs) = mx.value_and_grad(function(0), (0, 1))(
+        (value, tokens), (found, outputs) = mx.value_and_grad(at_outputs, (0, 1))(
             parameters, zeros[0]
         )
         mx.eval(value, tokens, found, outputs)
-        _, inputs = mx.value_and_grad(function(1), 1)(parameters, zeros[1])
-        mx.eval(inputs)
     finally:
         model.update(parameters)
+    arriving = {**outputs, **arriving}
+    _, inputs = mx.value_and_grad(at_arguments)(zeros[1])
+    mx.eval(inputs)
     # In the order of calls, whatever order the trees come back in.
-    ordered = [{n: at[n] for n in known} for at, known in zip((outputs, inputs), zeros, strict=True)]
-    return Gradients(value, tokens, found, *ordered)
+    outputs, inputs = (
+        {n: at[n] for n in zero} for at, zero in zip((outputs, inputs), zeros, strict=True)
+    )
+    return Gradients(value, tokens, found, outputs, inputs)
 
 
 def _answering(array: Any, gradient: Any) -> Any:

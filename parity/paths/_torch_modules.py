@@ -79,22 +79,37 @@ class Gradients:
     inputs: dict[str, Any] = field(default_factory=dict)
 
 
-@contextlib.contextmanager
-def gradients(
-    model: Any, replace: Mapping[str, Array], arguments: bool = False
-) -> Iterator[Gradients]:
-    """Collects gradients at modules, at outputs or at arguments, during a pass there and back.
+def watch(model: Any, run: Callable[[], Any], replace: Mapping[str, Any]) -> tuple[Any, Gradients]:
+    """What a forward and backward pass returns, and the gradients at the modules on the way.
 
     The gradient that arrives at an output named in `replace` is replaced on its way back. What the
-    whole model returns is named `LOGITS`. Arguments want a pass of their own: a view for each module
-    that shares one changes the order in which its gradients are summed.
+    whole model returns is named `LOGITS`. Arguments have a pass of their own, in which the gradients
+    of the first arrive at the outputs: a view for each module that shares one changes the order in
+    which its gradients are summed. The parameters keep their gradients of the first pass.
     """
+    found = Gradients()
+    with _hooks(model, found, replace, arguments=False):
+        result = run()
+    kept = [(p, p.grad) for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    again = Gradients()
+    with _hooks(model, again, {**found.outputs, **replace}, arguments=True):
+        run()
+    for parameter, gradient in kept:
+        parameter.grad = gradient
+    found.inputs = again.inputs
+    return result, found
+
+
+@contextlib.contextmanager
+def _hooks(
+    model: Any, found: Gradients, replace: Mapping[str, Any], arguments: bool
+) -> Iterator[None]:
     import torch
 
-    found = Gradients()
     calls: Counter[str] = Counter()
 
-    def watched(tensor: Any, name: str, group: dict[str, Any], given: Array | None = None) -> Any:
+    def watched(tensor: Any, name: str, group: dict[str, Any], given: Any = None) -> Any:
         """A view, so that what two modules return or share is told apart."""
         view = tensor.view_as(tensor)
 
@@ -149,7 +164,7 @@ def gradients(
             handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
         handles.append(module.register_forward_hook(after(name)))
     try:
-        yield found
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from parity.paths import _torch, _torch_modules
+from parity.paths import _torch
 from parity.paths import _torch_readback as readback
 from parity.paths._torch import IGNORED, Batch, to_numpy
+from parity.paths._torch_modules import Gradients, module_outputs, watch
 from parity.paths._torch_work import (
     accumulate,
     completion_loss,
@@ -94,7 +96,7 @@ class TorchStages(Path):
         watched = inputs.scalars.get("modules", False)
         with self.pristine(recipe) as model, torch.no_grad():
             for index, ids in enumerate(each(inputs.arrays, "ids")):
-                with _torch_modules.module_outputs(model, watched, inputs.group("replace")) as seen:
+                with module_outputs(model, watched, inputs.group("replace")) as seen:
                     logits = model(input_ids=_torch.ids_tensor(ids), use_cache=False).logits
                 trace.scalars["dtype"] = readback.dtype_name(logits.dtype)
                 trace.arrays[f"logits.{index}"] = to_numpy(logits.float())
@@ -136,25 +138,20 @@ class TorchStages(Path):
             still = still.override({"train.gradient_checkpointing": False})
         batch = inputs.arrays["ids"], inputs.arrays["lengths"]
         with self.adapted(still, inputs.group("adapter")) as model:
-            model.train()
-            with _torch_modules.gradients(model, replace) if watched else nullcontext() as found:
-                loss, tokens = accumulate(still, model, [batch])
+            run, found = partial(accumulate, still, model.train(), [batch]), Gradients()
+            if watched:
+                (loss, tokens), found = watch(model, run, replace)
+            else:
+                loss, tokens = run()
             parameters = _torch.adapter_parameters(model)
             norm = _torch.gradient_norm(parameters.values())
             gradient = _torch.oriented({name: p.grad for name, p in parameters.items()})
-            if watched:
-                with _torch_modules.gradients(model, replace, arguments=True) as entering:
-                    accumulate(still, model, [batch])
         dtype = _torch.loss_dtype(recipe)
         arrays = {"loss": np.asarray(loss, dtype), "norm": np.asarray(norm, dtype)}
-        trace = Trace(arrays, {"tokens": tokens}).with_group("gradient", gradient)
-        for group, tensors in (
-            (("activation", found.outputs), ("input", entering.inputs)) if watched else ()
-        ):
-            named = {name: to_numpy(value) for name, value in tensors.items()}
-            trace = trace.with_group(group, named)
-            trace.scalars["order"] = found.order
-        return trace
+        trace = Trace(arrays, {"tokens": tokens} | ({"order": found.order} if watched else {}))
+        for group, tensors in (("activation", found.outputs), ("input", found.inputs)):
+            trace = trace.with_group(group, {n: to_numpy(value) for n, value in tensors.items()})
+        return trace.with_group("gradient", gradient)
 
     def optimizer_step(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `Path.optimizer_step`."""

@@ -40,10 +40,9 @@ class Gradient:
             result.facts |= scale_facts(*tensors, what)
         return result
 
-    def pairs(self, context: Context, modules: bool = False) -> Iterator[tuple[Pair, str]]:
-        """Both gradients of one batch, at B = 0 and at B ≠ 0; with those at each module if asked."""
+    def pairs(self, context: Context) -> Iterator[tuple[Pair, str]]:
+        """Both gradients of one batch, at B = 0 and at B ≠ 0."""
         for rows, what in self.inputs(context):
-            rows.scalars |= {"modules": True} if modules else {}
             yield context.pair("gradient", rows), what
 
     def inputs(self, context: Context) -> Iterator[tuple[Trace, str]]:

@@ -1,0 +1,27 @@
+"""The place inside a stage: the first bad module, forward or backward, or training step."""
+
+from __future__ import annotations
+
+from parity.bisect.locate_backward import backward
+from parity.bisect.locate_forward import forward
+from parity.bisect.locate_step import step
+from parity.bisect.place import Place
+from parity.cell import Cell
+from parity.engine import Engine
+from parity.errors import CaptureError, UnmatchedNames, Unsupported
+from parity.record import Record
+
+
+def locate(engine: Engine, cell: Cell, record: Record) -> Place:
+    """Names the place; empty where the stage has none to name."""
+    context = engine.context(cell)
+    try:
+        if cell.stage.name == "logits":
+            return forward(context)
+        if cell.stage.name == "gradient":
+            return backward(context)
+        if cell.stage.name == "loss_curve":
+            return step(context, record)
+    except (Unsupported, CaptureError, UnmatchedNames, KeyError) as error:
+        return Place(f"the place could not be named: {error}")
+    return Place()
