@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from parity.bisect.locate import locate
-from parity.bisect.minimize import Answer, Hypothesis, Watch, minimize
+from parity.bisect.minimize import Answer, Hypothesis, Question, Watch, minimize
+from parity.bisect.place import Place
 from parity.cell import Cell, reproduce
 from parity.engine import Engine
 from parity.recipe import DEFAULT, Recipe
@@ -46,6 +47,21 @@ class Cause:
 
 
 @dataclass
+class Visit:
+    """One stage on the path of a search: its verdict, and what was asked to explain it."""
+
+    probe: int
+    stage: str
+    verdict: str
+    reason: str
+    seconds: float = 0.0
+    """Of the verdict alone."""
+    factors: tuple[str, ...] = ()
+    questions: list[Question] = field(default_factory=list)
+    place: Place | None = None
+
+
+@dataclass
 class Report:
     """What a bisection found."""
 
@@ -58,6 +74,8 @@ class Report:
     settings: list[str] = field(default_factory=list)
     """What the effective configuration says differs, in words."""
     ledger: list[Hypothesis] = field(default_factory=list)
+    path: list[Visit] = field(default_factory=list)
+    """Stages in the order in which they were asked."""
     differing: int = 0
     runs: int = 0
     """Distinct recipes that the subject was run under."""
@@ -66,7 +84,7 @@ class Report:
     def answer(self) -> str:
         """The sentence a maintainer acts on, with what shows it."""
         if self.verdict == "agree":
-            return f"{self.subject} and {self.reference} agree at every stage: {self.reason}"
+            return f"{self.subject} and {self.reference} agree: {self.reason}"
         lines = []
         for cause in self.causes:
             lines += [cause.sentence, *(f"  hint: {hint}" for hint in cause.hints)]
@@ -76,10 +94,10 @@ class Report:
         return "\n".join(lines)
 
     def save(self, folder: Path) -> list[Path]:
-        """Writes bisect.json and bisect.md."""
-        write_atomically(folder / "bisect.json", dumps(asdict(self), indent=1).encode())
-        write_atomically(folder / "bisect.md", markdown(self).encode())
-        return [folder / "bisect.json", folder / "bisect.md"]
+        """Writes bisect.json, bisect.md and bisect.html."""
+        from parity.report.bisect import render
+
+        return save(folder, asdict(self), markdown(self), render(self))
 
 
 class Bisection:
@@ -131,13 +149,13 @@ class Bisection:
         """Runs the whole search."""
         started = time.perf_counter()
         report = Report(self.subject, self.reference, differing=len(self.changes))
-        config = self.record(self.stages[0], tuple(self.changes))
+        config = self._visit(self.stages[0], tuple(self.changes), report)
         report.settings = [
             m.note for m in config.metrics if m.verdict is Verdict.DIVERGE and m.note
         ]
         rest = tuple(self.changes)
         for stage in self.stages[1:]:
-            record = self.record(stage, rest)
+            record = self._visit(stage, rest, report)
             self.notice(f"probe {stage.number:02d} {stage.name}: {record.verdict}")
             if record.verdict is Verdict.DIVERGE:
                 found = self._explain(stage, rest, report)
@@ -152,9 +170,17 @@ class Bisection:
             if report.causes:
                 report.verdict = "found"
             else:
-                report.reason = "no probe diverges"
+                report.reason = "no probe diverges at any stage"
         report.runs, report.seconds = len(self._recipes), time.perf_counter() - started
         return report
+
+    def _visit(self, stage: Stage, names: tuple[str, ...], report: Report) -> Record:
+        started = time.perf_counter()
+        record = self.record(stage, names)
+        seconds = time.perf_counter() - started
+        visit = Visit(stage.number, stage.name, str(record.verdict), record.reason, seconds)
+        report.path.append(visit)
+        return record
 
     def _explain(self, stage: Stage, names: tuple[str, ...], report: Report) -> set[str]:
         """Adds the causes of a divergence at one stage; returns the factors they are made of."""
@@ -172,6 +198,7 @@ class Bisection:
         if names and oracle(frozenset()) is not Answer.DIVERGES:
             search = minimize(names, oracle, weights, self.repeats, self.watch)
             report.ledger += search.ledger
+            report.path[-1].factors, report.path[-1].questions = names, search.questions
             if search.verdict != "found":
                 report.verdict, report.reason = "inconclusive", search.reason
                 return set()
@@ -181,7 +208,7 @@ class Bisection:
         # No factor explains it: the code itself differs, and the place inside the stage is named.
         record = self.record(stage, ())
         cell = self.cell(stage, ())
-        found = locate(self.engine, cell, record)
+        report.path[-1].place = found = locate(self.engine, cell, record)
         place = found.sentence
         said = "; ".join(report.settings)
         sentence = (
@@ -207,6 +234,18 @@ class Bisection:
         )
         hints = list(record.hints)
         return Cause(stage.name, values, sentence, "", hints, reproduce(self.cell(stage, names)))
+
+
+def save(folder: Path, data: Any, text: str, page: str) -> list[Path]:
+    """Writes what a search found as JSON, Markdown and HTML."""
+    files = {
+        folder / "bisect.json": dumps(data, indent=1),
+        folder / "bisect.md": text,
+        folder / "bisect.html": page,
+    }
+    for file, content in files.items():
+        write_atomically(file, content.encode())
+    return list(files)
 
 
 def shipped(

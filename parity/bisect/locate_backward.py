@@ -87,15 +87,16 @@ class Seen:
         Where a gradient differs at an output and no module after it is off, it is what is between
         the modules: then the one around them is named.
         """
-        bad, order = self._inner(self._passing()), list(self.outputs)
-        for name, metric in self.outputs.items():
-            if not differs(metric):
-                continue
-            around, at = self.around(name), order.index(name)
-            takers = [n for n in order[at + 1 :] if self.around(n) == around]
-            if not any(m == taker or m.startswith(f"{taker}.") for taker in takers for m in bad):
-                bad.append(around or (LOSS if name == LOGITS else f"what follows {name}"))
-        return list(dict.fromkeys(bad))
+        order = [*self.outputs, LOSS]
+        bad = {name: order.index(name) for name in self._inner(self._passing())}
+        for at, (name, metric) in enumerate(self.outputs.items()):
+            around = self.around(name)
+            takers = [n for n in order[at + 1 : -1] if self.around(n) == around]
+            explained = any(m == n or m.startswith(f"{n}.") for n in takers for m in bad)
+            if differs(metric) and not explained:
+                who = around or (LOSS if name == LOGITS else f"what follows {name}")
+                bad[who] = order.index(who) if who in order else at
+        return sorted(bad, key=lambda name: -bad[name])
 
     def around(self, name: str) -> str:
         """The module that a module stands in; empty for the whole model."""
@@ -128,7 +129,7 @@ def _place(context: Context, rows: Trace, seen: Seen, what: str) -> Place:
     recipe = context.recipes["subject"]
     replaced = Seen(seen.pair, context.capture("subject", "gradient", recipe, given))
     alone = replaced.alone()
-    name, said = _first(seen, alone)
+    name, said = _first(seen, replaced, alone)
     walk = [
         Mark(n, m.value, m.floor, differs(m), n in alone)
         for n, m in reversed(list(seen.outputs.items()))
@@ -137,48 +138,52 @@ def _place(context: Context, rows: Trace, seen: Seen, what: str) -> Place:
     return Place(sentence, name, "backward", walk)
 
 
-def _first(seen: Seen, alone: list[str]) -> tuple[str, str]:
+def _first(seen: Seen, replaced: Seen, alone: list[str]) -> tuple[str, str]:
     """The place, and in words what is wrong there."""
-    loss = seen.outputs.get(LOGITS)
+    loss, off = seen.outputs.get(LOGITS), seen.off()
     if loss is not None and differs(loss):
         return LOSS, f"the gradient of the loss at the logits differs already: {how_much(loss)}"
-    if name := next(iter(seen.off() or alone), ""):
-        passed, own = seen.inputs.get(name), seen.own(name)
-        said = f"first bad module {name}: the gradient at its output agrees, "
-        tensors = ", ".join(tensor.rpartition(".")[2] for tensor in own)
-        if passed is not None and differs(passed):
-            said += f"the one that it passes on differs: {how_much(passed)}"
-            said += f"; so do those of its own {tensors}" if own else ""
-        elif own:
-            said += f"those of its own {tensors} differ: {how_much(seen.parameters[own[0]])}"
-        else:
-            said = f"first bad module {name}"
-        return name, said + _between(seen, name)
-    fine = LOSS
-    for name, metric in reversed(list(seen.outputs.items())):
-        if differs(metric):
-            said = f"gradients agree down to {fine} and differ from {name} on: {how_much(metric)}"
-            return name, said
-        fine = name
-    tensor = next(iter(seen.off_parameters))
-    return tensor, f"only adapters differ, first {tensor}: {how_much(seen.parameters[tensor])}"
+    if not alone:
+        at = f" (at the logits {how_much(loss)})" if loss is not None else ""
+        return "", f"no module is off by itself: what differs has piled up since the loss{at}"
+    # Handed the reference's gradient a module has no errors of others, and its own stands out.
+    if off and off[0] in alone:
+        name = off[0]
+        said = f"the gradient at its output agrees, {_wrong(seen, name)}{_between(seen, name)}"
+    else:
+        name = alone[0]
+        said = (
+            f"handed the reference's gradient, {_wrong(replaced, name)}{_between(replaced, name)}"
+        )
+    return name, f"first bad module {name}: {said}"
+
+
+def _wrong(seen: Seen, name: str) -> str:
+    """What of a module's gradients differs."""
+    passed, own = seen.inputs.get(name), seen.own(name)
+    tensors = ", ".join(tensor.rpartition(".")[2] for tensor in own)
+    if passed is not None and differs(passed):
+        also = f"; so do those of its own {tensors}" if own else ""
+        return f"the one that it passes on differs: {how_much(passed)}{also}"
+    if own:
+        return f"those of its own {tensors} differ: {how_much(seen.parameters[own[0]])}"
+    inner = [m for n, m in seen.outputs.items() if seen.around(n) == name and differs(m)]
+    return f"those inside it differ: {how_much(max(inner, key=lambda m: m.value))}" if inner else ""
 
 
 def _between(seen: Seen, name: str) -> str:
     """Where inside a module that has others inside, none of which is off."""
     inner = [n for n in seen.outputs if seen.around(n) == name]
-    if not inner:
-        return ""
     sides = {
         word: ", ".join(
             n.removeprefix(f"{name}.") for n in inner if differs(seen.outputs[n]) is bad
         )
         for word, bad in (("agree", False), ("differ", True))
     }
-    if not sides["differ"]:
+    if inner and not sides["differ"]:
         return " (inside it gradients agree at all modules: it is what goes past them)"
     said = " and ".join(f"{word} at {names}" for word, names in sides.items() if names)
-    return f" (between its modules, where gradients {said})"
+    return f" (between its modules, where gradients {said})" if inner else ""
 
 
 def _extent(seen: Seen) -> str:
@@ -187,20 +192,25 @@ def _extent(seen: Seen) -> str:
     if not off:
         return f"none of {every} gradients of the adapter differs beyond its floor"
     layers = sorted({n for name in off if (n := layer_of(name)) is not None})
-    where = ""
-    if layers:
-        span = f"layers {layers[0]} to {layers[-1]}" if layers[1:] else f"layer {layers[0]}"
-        where = f" ({span})"
-    return f"{len(off)} of {every} gradients of the adapter differ{where}"
+    span = f"layers {layers[0]} to {layers[-1]}" if layers[1:] else f"layer {[*layers, 0][0]}"
+    worst = max((seen.parameters[n] for n in off), key=lambda m: m.value / (m.floor or 1e-300))
+    return (
+        f"{len(off)} of {every} gradients of the adapter differ{f' ({span})' if layers else ''}, "
+        f"most {worst.name}: {how_much(worst)}"
+    )
 
 
 def _confirmed(replaced: Seen, name: str, alone: list[str]) -> str:
     layers = len({n for name in replaced.outputs if (n := layer_of(name)) is not None})
     left = [n for n in replaced.off_parameters if n.rpartition(".")[0] not in alone]
     said = "handed the reference's gradient at every module, "
+    if not alone:
+        return said + (
+            f"{len(left)} gradients of the adapter still differ" if left else "none does"
+        )
     if alone == [name] and not left:
         return f"confirmed: {said}only {counted(alone, layers)} is off by itself"
-    said += f"off by itself: {counted(alone, layers)}" if alone else "no module is off by itself"
+    said += f"off by itself: {counted(alone, layers)}"
     return said + (f"; {len(left)} other gradients of the adapter still differ" if left else "")
 
 
