@@ -57,12 +57,18 @@ class Version:
 
 def render(report: Report) -> str:
     """The page of a search over factors and places."""
-    causes = {name for cause in report.causes for name in cause.factors}
+    causes: dict[str, set[str]] = {}
+    for cause in report.causes:
+        causes.setdefault(cause.stage, set()).update(cause.factors)
     return _page(
         title=f"{report.subject} against {report.reference}",
         verdict=report.verdict,
         report=report,
-        strips={id(visit): strip(visit, causes) for visit in report.path if visit.questions},
+        strips={
+            id(visit): strip(visit, causes.get(visit.stage, set()))
+            for visit in report.path
+            if visit.questions
+        },
         grids={id(v.place): grid(v.place) for v in report.path if v.place and v.place.walk},
         changes=[],
     )
@@ -94,16 +100,18 @@ def grid(place: Place) -> Grid:
     """The walk laid out by layer, kinds in the order of calls."""
     walk = place.walk[::-1] if place.kind == "backward" else place.walk
     layers: dict[int, dict[str, Mark]] = {}
-    others, kinds = [], dict[str, None]()
+    others = []
     for mark in walk:
         match = re.match(r"layers\.(\d+)(?:\.(.+))?$", mark.name)
         if match is None:
             others.append(mark)
             continue
         kind = match[2] or "the layer itself"
-        kinds[kind] = None
         layers.setdefault(int(match[1]), {})[kind] = mark
     columns = sorted(layers)
+    # In the order of calls of the layer that shows most: the first may lack some.
+    fullest = sorted(layers.values(), key=len, reverse=True)
+    kinds = dict.fromkeys(kind for layer in fullest for kind in layer)
     rows = [(kind, [layers[layer].get(kind) for layer in columns]) for kind in kinds]
     return Grid(columns, rows, others)
 
