@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from parity.report.html import templates
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 TEMPLATE = "bisect.html.j2"
 STATES = {"found": "diverge", "agree": "agree", "inconclusive": "inconclusive"}
 ANSWERS = {"diverges": "diverge", "agrees": "agree", "unknown": "inconclusive"}
+UNASKED = "unasked"
 OUTCOMES = {"good": "agree", "bad": "diverge", "gap": "skip", "flaky": "inconclusive"}
-MARKS = {**SYMBOLS, "agree": "✓"}
+MARKS = {**SYMBOLS, "agree": "✓", UNASKED: "·"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Version:
     """At which steps it was asked, from 1."""
     ends: bool
     """Whether the change lies at it."""
+    count: int = 1
+    """How many versions that were not asked stand here together."""
 
 
 def render(report: Report) -> str:
@@ -126,15 +130,30 @@ def axis(change: Change) -> list[Version]:
     for name in found.candidates:
         asked = told.get(name, [])
         states = {OUTCOMES.get(outcome, "error") for _, outcome, _ in asked}
-        state = states.pop() if len(states) == 1 else "inconclusive" if states else "missing"
+        state = states.pop() if len(states) == 1 else "inconclusive" if states else UNASKED
         said = asked[-1][2] if asked else "not asked"
         order = [step for step, _, _ in asked]
         versions.append(Version(name, state, said, order, name == found.first_bad))
     return versions
 
 
+def together(versions: Sequence[Version]) -> list[Version]:
+    """The same with neighbours that were not asked as one entry."""
+    short: list[Version] = []
+    for unasked, run in groupby(versions, key=lambda version: version.state == UNASKED):
+        group = list(run)
+        if unasked and len(group) > 1:
+            name = f"{group[0].name} … {group[-1].name}"
+            short.append(
+                replace(group[0], name=name, said=f"{len(group)} not asked", count=len(group))
+            )
+        else:
+            short += group
+    return short
+
+
 def _page(**values: object) -> str:
     environment = templates()
-    environment.filters |= {"number": number, "key": id}
+    environment.filters |= {"number": number, "key": id, "together": together}
     environment.globals |= {"states": STATES, "answers": ANSWERS, "marks": MARKS}
     return str(environment.get_template(TEMPLATE).render(**{"command": "", **values}))
