@@ -252,6 +252,8 @@ def test_the_display_shows_what_is_known(capsys):
     console.print(live.last)
     screen.progress("0.30", Said("gap", "no wheel"), 4)
     console.print(live.last)
+    screen.notice("probe 05 gradient: agree")
+    console.print(live.last)
     text = console.export_text()
     for words in ("✗✓", "about 3 left", "a cause is among factor1", "0.30: no wheel", "about 4"):
         assert words in text

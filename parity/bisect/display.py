@@ -58,7 +58,10 @@ class Screen:
 
     def notice(self, text: str) -> None:
         """See `Display.notice`."""
+        from rich.text import Text
+
         self._live.console.print(text, markup=False)
+        self._live.update(Text("asking on …", style="dim"), refresh=True)
 
     def progress(self, candidate: str, answer: Answer, left: int) -> None:
         """See `Display.progress`."""
