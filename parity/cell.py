@@ -57,13 +57,14 @@ def reproduce(cell: Cell) -> str:
         words.append(f"--recipe {cell.origin}")
     named = load(cell.origin).override({"seed.value": cell.recipe.seed.value})
     for name, (value, _) in cell.recipe.difference(named).items():
-        words.append(f"--set {_setting(name, value)}")
+        words.append(f"--set {setting(name, value)}")
     for side, changes in cell.changes.items():
-        words += [f"--set-{side} {_setting(name, value)}" for name, value in changes.items()]
+        words += [f"--set-{side} {setting(name, value)}" for name, value in changes.items()]
     return " ".join(words)
 
 
-def _setting(name: str, value: Any) -> str:
+def setting(name: str, value: Any) -> str:
+    """`FACTOR=VALUE` as a word of a command line."""
     # Bare words are read as strings; everything else is TOML, of which JSON's values are a part.
     plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w./-]*", value)
     return shlex.quote(f"{name}={value if plain else json.dumps(value, ensure_ascii=False)}")

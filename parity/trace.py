@@ -156,6 +156,15 @@ def canonical(name: str) -> str:
     return re.sub(r"^(?:(?:base_model|model|language_model)\.)+", "", name)
 
 
+LOGITS = "logits"
+"""What the whole model returns, where modules are named."""
+
+
+def called(name: str, call: int) -> str:
+    """The name of a module at its first, second, ... call: `rope`, `rope#2`."""
+    return name if call == 1 else f"{name}#{call}"
+
+
 def layer_of(name: str) -> int | None:
     """Layer index in a canonical name, or None for what stands outside the layers."""
     match = re.match(r"layers\.(\d+)\.", name)

@@ -111,3 +111,113 @@ class LazyLoop(MlxPath):
         import itertools
 
         return super().loop(recipe, setup, itertools.repeat(next(batches)))
+
+
+def louder(factor=1.01):
+    """The identity, whose gradient is 1 % too large."""
+    import mlx.core as mx
+
+    @mx.custom_function
+    def same(x):
+        return x
+
+    @same.vjp
+    def same_vjp(primals, cotangents, outputs):
+        return cotangents * factor
+
+    return same
+
+
+class Planted(MlxPath):
+    """Changes layer 9 of the wired model; the loaded one is never used again."""
+
+    def wire(self, model, recipe):
+        super().wire(model, recipe)
+        self.plant(model.layers[9])
+
+    def base(self, recipe):
+        self._loaded = {}
+        return super().base(recipe)
+
+
+def loud_input(module):
+    """The module's gradient is too large where it leaves it towards the input."""
+    kind, loud = type(module), louder()
+
+    class Loud(kind):
+        def __call__(self, x, *args, **kwargs):
+            return kind.__call__(self, loud(x), *args, **kwargs)
+
+    module.__class__ = Loud
+
+
+class BadNormBackward(Planted):
+    """A norm, which has no adapter, passes on a gradient that is too large."""
+
+    name = "bad-norm-backward"
+
+    def plant(self, layer):
+        loud_input(layer.post_attention_layernorm)
+
+
+class BadRopeBackward(Planted):
+    """The rotary embedding passes on a gradient that is too large."""
+
+    name = "bad-rope-backward"
+
+    def plant(self, layer):
+        loud_input(layer.self_attn.rope)
+
+
+class BadAttentionBackward(Planted):
+    """Attention hands its queries a gradient that is too large; no module of it is bad."""
+
+    name = "bad-attention-backward"
+
+    def plant(self, layer):
+        import sys
+
+        kind, loud = type(layer.self_attn), louder()
+        module = sys.modules[kind.__module__]
+        attend = module.scaled_dot_product_attention
+
+        class Loud(kind):
+            def __call__(self, *args, **kwargs):
+                module.scaled_dot_product_attention = lambda q, *a, **k: attend(loud(q), *a, **k)
+                try:
+                    return kind.__call__(self, *args, **kwargs)
+                finally:
+                    module.scaled_dot_product_attention = attend
+
+        layer.self_attn.__class__ = Loud
+
+
+class BadLoraBackward(Planted):
+    """One `lora_b` is given a gradient that is too large; nothing is passed on."""
+
+    name = "bad-lora-backward"
+
+    def plant(self, layer):
+        kind, loud = type(layer.self_attn.v_proj), louder()
+
+        class Loud(kind):
+            def __call__(self, x):
+                z = (self.dropout(x) @ self.lora_a) @ loud(self.lora_b)
+                return self.linear(x) + (self.scale * z).astype(x.dtype)
+
+        layer.self_attn.v_proj.__class__ = Loud
+
+
+class BadLossBackward(MlxPath):
+    """The loss is right and its gradient too large."""
+
+    name = "bad-loss-backward"
+
+    def loss(self, recipe):
+        inner, loud = super().loss(recipe), louder()
+
+        def loss(model, ids, lengths):
+            value, tokens = inner(model, ids, lengths)
+            return loud(value), tokens
+
+        return loss

@@ -66,7 +66,7 @@ def test_harmless_changes_are_no_cause(engine, small):
             ["first bad module layers.7.mlp.up_proj", "confirmed", "1 of 18 layers (7)"],
         ),
         ("BadRope", "logits", ["layers.5.self_attn", "1 of 18 layers (5)"]),
-        ("BadBackward", "gradient", ["differ from layers.9.mlp"]),
+        ("BadBackward", "gradient", ["first bad module layers.9.mlp.down_proj"]),
         ("BadThirdStep", "optimizer_step", ["step 3"]),
     ],
 )
@@ -106,4 +106,4 @@ def test_a_bad_module_is_named_on_the_other_models(model, engine, small):
     report = search(engine, recipe, {}, "tests.planted_paths:BadModule", "hf")
     assert "first bad module layers.7.mlp.up_proj" in report.answer()
     report = search(engine, recipe, {}, "tests.planted_paths:BadBackward", "hf")
-    assert "differ from layers.9.mlp" in report.answer()
+    assert "first bad module layers.9.mlp.down_proj" in report.answer()

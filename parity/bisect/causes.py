@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from parity.bisect.locate import locate
-from parity.bisect.minimize import Answer, Hypothesis, Watch, minimize
+from parity.bisect.minimize import Answer, Hypothesis, Question, Watch, minimize
+from parity.bisect.place import Place
 from parity.cell import Cell, reproduce
 from parity.engine import Engine
 from parity.paths import hybrid
@@ -54,6 +55,25 @@ class Cause:
     hints: list[str] = field(default_factory=list)
     reproduce: str = ""
 
+    def named_parts(self) -> list[str]:
+        """The parts as the search names them among factors."""
+        return [PART + part for part in self.parts]
+
+
+@dataclass
+class Visit:
+    """One stage on the path of a search: its verdict, and what was asked to explain it."""
+
+    probe: int
+    stage: str
+    verdict: str
+    reason: str
+    seconds: float = 0.0
+    """Of the verdict alone."""
+    factors: tuple[str, ...] = ()
+    questions: list[Question] = field(default_factory=list)
+    place: Place | None = None
+
 
 @dataclass
 class Report:
@@ -70,6 +90,8 @@ class Report:
     settings: list[str] = field(default_factory=list)
     """What the effective configuration says differs, in words."""
     ledger: list[Hypothesis] = field(default_factory=list)
+    path: list[Visit] = field(default_factory=list)
+    """Stages in the order in which they were asked."""
     differing: int = 0
     runs: int = 0
     """Distinct recipes that the subject was run under."""
@@ -78,7 +100,7 @@ class Report:
     def answer(self) -> str:
         """The sentence a maintainer acts on, with what shows it."""
         if self.verdict == "agree":
-            agree = f"{self.subject} and {self.reference} agree at every stage: {self.reason}"
+            agree = f"{self.subject} and {self.reference} agree: {self.reason}"
             return "\n".join([agree, *(f"  not compared: {text}" for text in self.skipped)])
         lines = []
         for cause in self.causes:
@@ -90,10 +112,10 @@ class Report:
         return "\n".join(lines)
 
     def save(self, folder: Path) -> list[Path]:
-        """Writes bisect.json and bisect.md."""
-        write_atomically(folder / "bisect.json", dumps(asdict(self), indent=1).encode())
-        write_atomically(folder / "bisect.md", markdown(self).encode())
-        return [folder / "bisect.json", folder / "bisect.md"]
+        """Writes bisect.json, bisect.md and bisect.html."""
+        from parity.report.bisect import render
+
+        return save(folder, asdict(self), markdown(self), render(self))
 
 
 class Bisection:
@@ -167,7 +189,7 @@ class Bisection:
         """Runs the whole search."""
         started = time.perf_counter()
         report = Report(self.subject, self.reference, differing=len(self.changes))
-        config = self.record(self.stages[0], tuple(self.changes))
+        config = self._visit(self.stages[0], report)
         report.settings = [
             m.note for m in config.metrics if m.verdict is Verdict.DIVERGE and m.note
         ]
@@ -175,7 +197,7 @@ class Bisection:
             if self._same(self.cell(stage, self.rest)):
                 report.reason = "no factor and no part is left that differs"
                 break
-            record = self.record(stage, self.rest)
+            record = self._visit(stage, report)
             self.notice(f"probe {stage.number:02d} {stage.name}: {record.verdict}")
             if record.verdict is Verdict.DIVERGE:
                 if not self._explain(stage, report):
@@ -190,9 +212,17 @@ class Bisection:
             if report.causes:
                 report.verdict = "found"
             else:
-                report.reason = report.reason or "no probe diverges"
+                report.reason = report.reason or "no probe diverges at any stage"
         report.runs, report.seconds = len(self._recipes), time.perf_counter() - started
         return report
+
+    def _visit(self, stage: Stage, report: Report) -> Record:
+        started = time.perf_counter()
+        record = self.record(stage, self.rest)
+        seconds = time.perf_counter() - started
+        visit = Visit(stage.number, stage.name, str(record.verdict), record.reason, seconds)
+        report.path.append(visit)
+        return record
 
     @staticmethod
     def _same(cell: Cell) -> bool:
@@ -212,49 +242,57 @@ class Bisection:
         if self._ask(stage, ()) is Answer.DIVERGES and not self._parts(stage, report):
             # No factor and no part explains it: the place inside the stage is named.
             report.causes.append(self._place(stage, report))
-            report.verdict = "found"
+            report.verdict, report.reason = "found", ""
             return False
         if self._ask(stage, self.rest) is Answer.AGREES:
             return True
         likely = LIKELY.get(stage.name, ())
         weights = {name: LIKELIER if name.startswith(likely) else 1.0 for name in self.rest}
-        search = minimize(
-            self.rest, lambda names: self._ask(stage, names), weights, self.repeats, self.watch
-        )
-        report.ledger += search.ledger
-        if search.verdict != "found":
-            report.verdict, report.reason = "inconclusive", search.reason
-            return False
-        report.causes += [self._factors(stage, names) for names in search.causes]
-        found = {name for names in search.causes for name in names}
+        causes = self._minimal(report, self.rest, lambda names: self._ask(stage, names), weights)
+        report.causes += [self._factors(stage, names) for names in causes]
+        found = {name for names in causes for name in names}
         self.rest = tuple(name for name in self.rest if name not in found)
-        return True
+        return bool(causes)
+
+    def _minimal(
+        self,
+        report: Report,
+        names: Sequence[str],
+        oracle: Callable[[frozenset[str]], Answer],
+        weights: Mapping[str, float] | None = None,
+    ) -> list[tuple[str, ...]]:
+        """Minimal sets of names; none where the search was inconclusive, which the report says."""
+        search = minimize(names, oracle, weights, self.repeats, self.watch)
+        report.ledger += search.ledger
+        report.path[-1].factors, report.path[-1].questions = tuple(names), search.questions
+        if search.verdict == "found":
+            return search.causes
+        report.verdict, report.reason = "inconclusive", search.reason
+        return []
 
     def _parts(self, stage: Stage, report: Report) -> bool:
         """Finds the parts that differ under equal recipes, and takes the reference's from there on."""
         if not self.parts:
             return False
-        search = minimize(
+        causes = self._minimal(
+            report,
             [PART + part for part in self._own if part in self.parts],
             lambda names: self._ask(stage, (), {name.removeprefix(PART) for name in names}),
-            None,
-            self.repeats,
-            self.watch,
         )
-        report.ledger += search.ledger
-        if search.verdict != "found":
-            return False
-        for names in search.causes:
+        for names in causes:
             parts = tuple(name.removeprefix(PART) for name in names)
             report.causes.append(self._place(stage, report, parts))
-        self.parts -= {part for cause in report.causes for part in cause.parts}
-        return True
+            self.parts -= set(parts)
+        if causes and not self._same(self.cell(stage, self.rest)):
+            self._visit(stage, report)
+        return bool(causes)
 
     def _place(self, stage: Stage, report: Report, parts: tuple[str, ...] = ()) -> Cause:
         """The place inside a stage that diverges under equal recipes, in the parts named."""
         cell = self.cell(stage, (), parts or None)
         record = self.record(stage, (), parts or None)
-        place = locate(self.engine, cell, record)
+        report.path[-1].place = found = locate(self.engine, cell, record)
+        place = found.sentence
         what = f"{stage.name} (probe {stage.number:02d}) diverges under equal recipes"
         if parts:
             whose = " with the ".join(f"{part} of {self._own[part]}" for part in parts)
@@ -280,6 +318,18 @@ class Bisection:
         hints = list(record.hints)
         shown = reproduce(self.cell(stage, names))
         return Cause(stage.name, values, sentence, hints=hints, reproduce=shown)
+
+
+def save(folder: Path, data: Any, text: str, page: str) -> list[Path]:
+    """Writes what a search found as JSON, Markdown and HTML."""
+    files = {
+        folder / "bisect.json": dumps(data, indent=1),
+        folder / "bisect.md": text,
+        folder / "bisect.html": page,
+    }
+    for file, content in files.items():
+        write_atomically(file, content.encode())
+    return list(files)
 
 
 def shipped(

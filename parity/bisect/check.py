@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from parity.bisect.causes import Cause, Report, Visit
 from parity.bisect.minimize import Answer, Search, Watch, minimize
+from parity.cell import setting
 from parity.errors import UsageError
 from parity.recipe import Recipe
 
@@ -69,3 +73,31 @@ def search(
         return Answer.DIVERGES if 0 < done.returncode < UNKNOWN else Answer.UNKNOWN
 
     return minimize(list(changes), oracle, repeats=repeats, watch=watch)
+
+
+def report(
+    command: str,
+    recipe: Recipe,
+    changes: Mapping[str, Any],
+    repeats: int = 2,
+    watch: Watch | None = None,
+    timeout: float = 600.0,
+) -> Report:
+    """The same search as a report. Raises as `search` does."""
+    started = time.perf_counter()
+    found = search(command, recipe, changes, repeats, watch, timeout)
+    result = Report("the changed recipe", "the recipe as it is", found.verdict, found.reason)
+    theirs = recipe.factors()
+    for names in found.causes:
+        values = {name: (changes[name], theirs.get(name)) for name in names}
+        what = " together with ".join(f"{n} = {a!r} against {b!r}" for n, (a, b) in values.items())
+        flags = [f"--set-subject {setting(name, changes[name])}" for name in names]
+        again = " ".join(["parity bisect", *flags, f"--check {shlex.quote(command)}"])
+        sentence = f"{what} makes the command say that they differ"
+        result.causes.append(Cause("command", values, sentence, reproduce=again))
+    said = {"found": "diverge"}.get(found.verdict, found.verdict)
+    visit = Visit(-1, "command", said, command, 0.0, tuple(changes), found.questions)
+    result.path, result.ledger = [visit], found.ledger
+    result.differing, result.runs = len(changes), found.runs
+    result.seconds = time.perf_counter() - started
+    return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,8 @@ from parity.options import (
 )
 
 if TYPE_CHECKING:
-    from parity.bisect.search import Answer
+    from parity.bisect.display import Display
+    from parity.cell import Cell
     from parity.engine import Engine
     from parity.recipe import Recipe
 
@@ -125,58 +127,54 @@ def _ask(
     """Runs the search, prints the answer, and returns the verdict."""
     from parity.bisect import check
     from parity.bisect.causes import Bisection, shipped
+    from parity.bisect.display import Lines, shown
     from parity.engine import Engine
     from parity.engine import check as find_wrong_use
 
     if command:
-        search = check.search(command, shared, changes, max(2, repeats), _watch, timeout)
-        for cause in search.causes:
-            click.echo(f"{' together with '.join(cause)} makes the command say that they differ")
-        if not search.causes:
-            click.echo(f"{search.verdict}: {search.reason}")
-        return search.verdict
-    find_wrong_use([subject, reference], shared)
-    with Engine(timeout=timeout, log_dir=out / "logs") as engine:
-        if moving["package"] or moving["repo"]:
-            return _versions(engine, subject, reference, shared, changes, origin, out, **moving)
-        if as_shipped:
-            shared, own = shipped(engine, subject, reference, shared)
-            changes = {**own, **changes}
-        click.echo(f"{len(changes)} factors differ: {', '.join(changes) or 'none'}", err=True)
-        bisection = Bisection(
-            engine,
-            subject,
-            reference,
-            shared,
-            changes,
-            _watch,
-            repeats,
-            origin,
-            notice=_notice,
-            held=held,
-        )
-        report = bisection.search()
+        # The command writes to the same terminal: no display that is redrawn in place.
+        report = check.report(command, shared, changes, max(2, repeats), Lines().watch, timeout)
+    else:
+        find_wrong_use([subject, reference], shared)
+        with Engine(timeout=timeout, log_dir=out / "logs") as engine, shown() as display:
+            if moving["package"] or moving["repo"]:
+                cell = _cell(subject, reference, shared, changes, origin, moving.pop("probe"))
+                return _versions(engine, cell, out, display, **moving)
+            if as_shipped:
+                shared, own = shipped(engine, subject, reference, shared)
+                changes = {**own, **changes}
+            display.notice(f"{len(changes)} factors differ: {', '.join(changes) or 'none'}")
+            report = Bisection(
+                engine, subject, reference, shared, changes, display.watch, repeats, origin,
+                notice=display.notice, held=held,
+            ).search()  # fmt: skip
     click.echo(report.answer())
     click.echo("wrote " + ", ".join(map(str, report.save(out))), err=True)
     return report.verdict
 
 
-def _versions(
-    engine: Engine, subject: str, reference: str, shared: Recipe, changes: dict[str, Any], origin: str,
-    out: Path, *, package: str | None, repo: Path | None, good: str | None, bad: str | None,
-    probe: str, side: str,
-) -> str:  # fmt: skip
-    """Searches releases or commits; prints a sentence for each."""
-    from parity.bisect.environments import parse_range
-    from parity.bisect.versions import Bisection
+def _cell(
+    subject: str, reference: str, shared: Recipe, changes: dict[str, Any], origin: str, probe: str
+) -> Cell:
     from parity.cell import Cell
-    from parity.errors import UsageError
     from parity.stages import find
 
     sides = {"subject": changes} if changes else {}
-    cell = Cell(find(probe), subject, reference, shared, sides, origin)
-    ledger = out / "versions.json"
-    bisection = Bisection(engine, cell, side, ledger=ledger, progress=_progress)
+    return Cell(find(probe), subject, reference, shared, sides, origin)
+
+
+def _versions(
+    engine: Engine, cell: Cell, out: Path, display: Display, *, package: str | None, repo: Path | None,
+    good: str | None, bad: str | None, side: str,
+) -> str:  # fmt: skip
+    """Searches releases or commits; prints a sentence for each."""
+    from parity.bisect.environments import parse_range
+    from parity.bisect.versions import Bisection, save
+    from parity.errors import UsageError
+
+    bisection = Bisection(
+        engine, cell, side, ledger=out / "versions.json", progress=display.progress
+    )
     if package:
         found = bisection.each(*[parse_range(part) for part in package.split(",")])
     elif repo and good and bad:
@@ -185,18 +183,7 @@ def _versions(
         raise UsageError("--repo needs --good REVISION and --bad REVISION")
     for change in found:
         click.echo(change.sentence())
-        click.echo(f"{change.runs} runs in {change.seconds:.0f} s", err=True)
+        display.notice(f"{change.runs} runs in {change.seconds:.0f} s")
+    files = save(out, found, shlex.join(["parity", *sys.argv[1:]]))
+    display.notice("wrote " + ", ".join(map(str, files)))
     return "inconclusive" if any(change.found.inconclusive for change in found) else "found"
-
-
-def _progress(candidate: str, answer: Answer, left: int) -> None:
-    click.echo(f"  {candidate}: {answer.outcome} {answer.reason}, about {left} left", err=True)
-
-
-def _watch(what: str, done: int, left: int) -> None:
-    """One line a question: what is known so far, what is asked, what is left."""
-    click.echo(f"  run {done + 1}, about {left} left  {what}", err=True)
-
-
-def _notice(text: str) -> None:
-    click.echo(text, err=True)

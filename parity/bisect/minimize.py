@@ -9,6 +9,7 @@ contradicts itself ends the search without a cause.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -44,6 +45,16 @@ class Hypothesis:
     evidence: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Question:
+    """One question: which changes were made, what was said, how long it took (seconds)."""
+
+    changes: tuple[str, ...]
+    answer: Answer
+    why: str = ""
+    seconds: float = 0.0
+
+
 @dataclass
 class Search:
     """The outcome of a search.
@@ -53,6 +64,7 @@ class Search:
         causes: Minimal sets, each of which makes the runs differ by itself.
         ledger: Every hypothesis with its evidence.
         runs: Questions that were asked; asking the same again costs nothing.
+        questions: These, in their order.
     """
 
     verdict: str = "inconclusive"
@@ -60,6 +72,7 @@ class Search:
     causes: list[tuple[str, ...]] = field(default_factory=list)
     ledger: list[Hypothesis] = field(default_factory=list)
     runs: int = 0
+    questions: list[Question] = field(default_factory=list)
 
 
 class Contradiction(Exception):
@@ -77,6 +90,7 @@ class Asked:
     def __init__(self, oracle: Oracle, repeats: int, watch: Watch | None) -> None:
         self._oracle, self._repeats, self._watch = oracle, repeats, watch
         self.known: dict[frozenset[str], Answer] = {}
+        self.questions: list[Question] = []
         self.left = 0
 
     @property
@@ -88,18 +102,32 @@ class Asked:
         """The answer for a set of changes."""
         key = frozenset(changes)
         if key not in self.known:
+            what = why or ", ".join(sorted(key)) or "nothing changed"
             if self._watch:
                 strip = "".join(_STRIP[answer] for answer in self.known.values())
-                what = why or ", ".join(sorted(key)) or "nothing changed"
-                self._watch(f"{strip}… {what}", self.runs, self.left)
+                self._watch(f"{strip}… {what}{self._hint()}", self.runs, self.left)
+            started = time.perf_counter()
             answers = {self._oracle(key) for _ in range(self._repeats)}
-            if len(answers) > 1:
+            answer = answers.pop() if len(answers) == 1 else Answer.UNKNOWN
+            seconds = time.perf_counter() - started
+            self.questions.append(Question(tuple(sorted(key)), answer, why, seconds))
+            if answers:
                 raise Contradiction(
                     f"asked {self._repeats} times of {_named(key)}: {_named(answers)}"
                 )
-            self.known[key] = answers.pop()
+            self.known[key] = answer
             self.left = max(0, self.left - 1)
         return self.known[key]
+
+    def _hint(self) -> str:
+        """What is known so far: the smallest set that makes a difference."""
+        bad = [key for key, answer in self.known.items() if answer is Answer.DIVERGES]
+        if len(bad) < 2:
+            return ""
+        least = min(bad, key=len)
+        if len(least) == 1:
+            return f"; {_named(least)} is a cause"
+        return f"; a cause is among {_named(least) if len(least) < 4 else f'{len(least)} changes'}"
 
     def diverges(self, changes: Iterable[str], why: str = "") -> bool:
         """Whether a set is known to make a difference."""
@@ -132,7 +160,7 @@ def minimize(
         for entry in result.ledger:
             if entry.status is Status.CONFIRMED:
                 entry.status = Status.OPEN
-    result.runs = ask.runs
+    result.runs, result.questions = ask.runs, ask.questions
     return result
 
 

@@ -35,6 +35,14 @@ class Answer(NamedTuple):
     reason: str = ""
 
 
+class Told(NamedTuple):
+    """One answer on the way: of which candidate, and what was said."""
+
+    candidate: str
+    outcome: str
+    reason: str
+
+
 Check = Callable[[str, int], Answer]  # (candidate, attempt from 0); each attempt is run afresh
 Progress = Callable[[str, Answer, int], None]  # (candidate, answer, runs that are probably left)
 
@@ -86,7 +94,8 @@ class Ledger:
 class Found:
     """Where the outcome changes: from `last_good` to `first_bad`, both empty when inconclusive.
 
-    `hidden` are the gaps between them, `gaps` all that were met, `checks` counts the answers used.
+    `hidden` are the gaps between them, `gaps` all that were met, `checks` counts the answers used,
+    `told` are these in their order, `candidates` what was searched.
     """
 
     last_good: str = ""
@@ -95,6 +104,8 @@ class Found:
     gaps: dict[str, str] = field(default_factory=dict)
     inconclusive: str = ""
     checks: int = 0
+    candidates: tuple[str, ...] = ()
+    told: tuple[Told, ...] = ()
 
 
 def margin(candidates: int, flips: float, risk: float = RISK) -> int:
@@ -128,6 +139,7 @@ class _Search:
         self.repeats = self.margin / (1 - 2 * flips)  # expected: the walk's drift is 1 - 2 flips
         self.votes: dict[str, list[str]] = {}
         self.gaps: dict[str, str] = {}
+        self.told: list[Told] = []
         self.open = range(1, len(candidates) - 1)
 
     def narrow(self) -> Found:
@@ -168,6 +180,7 @@ class _Search:
                 raise _Unsettled(f"{name}: {told}, more doubt than flips={self.flips:g} explains")
             answer = self.check(name, len(votes))
             votes.append(Outcome(answer.outcome))
+            self.told.append(Told(name, *answer))
             steps = math.ceil(math.log2(len(self.open) + 1))
             self.watch(name, answer, math.ceil(steps * self.repeats) + 2)
             if votes == [Outcome.GAP]:
@@ -197,4 +210,10 @@ def search(
         found = asked.narrow()
     except _Unsettled as reason:
         found = Found(inconclusive=str(reason))
-    return replace(found, gaps=asked.gaps, checks=sum(map(len, asked.votes.values())))
+    return replace(
+        found,
+        gaps=asked.gaps,
+        checks=len(asked.told),
+        candidates=tuple(candidates),
+        told=tuple(asked.told),
+    )

@@ -9,8 +9,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -207,6 +207,30 @@ class Bisection:
             said = tuple(check(version, 0).reason for version in ends)
             change = replace(change, verdicts=said, also=tuple(also))
         return replace(change, runs=book.computed, seconds=time.perf_counter() - started)
+
+
+def save(folder: Path, changes: Sequence[Change], command: str) -> list[Path]:
+    """Writes bisect.json, bisect.md and bisect.html of changes that a command line found."""
+    from parity.bisect.causes import save
+    from parity.report.bisect import render_versions
+
+    title = f"What moved with {', '.join(change.package for change in changes)}"
+    lines = [f"# {title}", "", *(f"- {change.sentence()}" for change in changes), ""]
+    for change in changes:
+        lines += [
+            f"## {change.package}",
+            "",
+            "| step | version | outcome | said |",
+            "|---|---|---|---|",
+        ]
+        lines += [
+            f"| {step} | {told.candidate} | {told.outcome} | {told.reason.replace('|', '/')} |"
+            for step, told in enumerate(change.found.told, 1)
+        ]
+        lines.append("")
+    lines += [f"Found by `{command}`.", ""]
+    data = {"command": command, "changes": [asdict(change) for change in changes]}
+    return save(folder, data, "\n".join(lines), render_versions(changes, title, command))
 
 
 def _code() -> str:

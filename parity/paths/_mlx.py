@@ -100,50 +100,6 @@ def gradient_norm(gradients: Any) -> Any:
 
 
 @contextlib.contextmanager
-def module_outputs(
-    model: Any, replace: Mapping[str, Array] | None = None
-) -> Iterator[list[tuple[str, Any]]]:
-    """Collects (canonical name, output) of every module in the order of calls.
-
-    Outputs of modules named in `replace` are replaced.
-
-    nn.Module has no hooks and `__call__` is looked up on the type: the types are patched for the
-    length of the capture and instances told apart by identity.
-    """
-    import mlx.core as mx
-
-    names = {id(module): canonical(name) for name, module in model.named_modules() if name}
-    seen: list[tuple[str, Any]] = []
-    originals: dict[type, Any] = {}
-
-    def patched(original: Any) -> Any:
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            output = original(self, *args, **kwargs)
-            array = output[0] if isinstance(output, tuple) else output
-            if isinstance(array, mx.array) and (name := names.get(id(self))):
-                # A module that is called on several shapes is replaced where it fits.
-                if replace and name in replace and array.shape == replace[name].shape:
-                    array = mx.array(replace[name]).astype(array.dtype)
-                    output = (array, *output[1:]) if isinstance(output, tuple) else array
-                seen.append((name, array))
-            return output
-
-        return call
-
-    for _, module in model.named_modules():
-        kind = type(module)
-        if kind not in originals and "__call__" in vars(kind):
-            originals[kind] = kind.__call__
-    for kind, original in originals.items():
-        kind.__call__ = patched(original)
-    try:
-        yield seen
-    finally:
-        for kind, original in originals.items():
-            kind.__call__ = original
-
-
-@contextlib.contextmanager
 def restored_layer_class(model: Any) -> Iterator[None]:
     """Undoes mlx-lm's `grad_checkpoint`, which patches the layer's class for the whole process."""
     kind = type(model.layers[0])

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from parity.paths import _mlx
+from parity.paths import _mlx, _mlx_modules
 from parity.paths._mlx import Batch, Setup, to_numpy
 from parity.paths._mlx_cache import kv_cache_trace
 from parity.paths._mlx_traces import (
@@ -22,6 +22,7 @@ from parity.paths._mlx_traces import (
     optimizer_trace,
     recorded,
     supervised_trace,
+    watched_trace,
 )
 from parity.paths.base import Path
 from parity.recipe import Recipe
@@ -102,7 +103,7 @@ class MlxStages(Path):
             with contextlib.ExitStack() as stack:
                 seen: list[tuple[str, Any]] = []
                 if watched or replace:
-                    seen = stack.enter_context(_mlx.module_outputs(model, replace))
+                    seen = stack.enter_context(_mlx_modules.module_outputs(model, replace))
                 logits = model(mx.array(ids))
             trace.scalars["dtype"] = str(logits.dtype).removeprefix("mlx.core.")
             trace.arrays[f"logits.{index}"] = to_numpy(logits.astype(mx.float32))
@@ -126,13 +127,18 @@ class MlxStages(Path):
         import mlx.nn as nn
 
         setup = self.setup(recipe, inputs.group("adapter"))
-        setup.model.train()
-        (loss, tokens), gradient = nn.value_and_grad(setup.model, setup.loss)(
-            setup.model, mx.array(inputs.arrays["ids"]), mx.array(inputs.arrays["lengths"])
-        )
+        model, loss = setup.model.train(), setup.loss
+        batch = mx.array(inputs.arrays["ids"]), mx.array(inputs.arrays["lengths"])
+        replace, trace = inputs.group("replace"), Trace()
+        if inputs.scalars.get("modules", False) or replace:
+            found = _mlx_modules.gradients(model, loss, batch, replace)
+            value, tokens, gradient = found.loss, found.tokens, found.parameters
+            trace = watched_trace(found.outputs, found.inputs)
+        else:
+            (value, tokens), gradient = nn.value_and_grad(model, loss)(model, *batch)
         named = {canonical(k): to_numpy(v) for k, v in _mlx.flat(gradient).items()}
-        norm = _mlx.gradient_norm(gradient)
-        trace = Trace({"loss": to_numpy(loss), "norm": to_numpy(norm)}, {"tokens": tokens.item()})
+        trace.arrays |= {"loss": to_numpy(value), "norm": to_numpy(_mlx.gradient_norm(gradient))}
+        trace.scalars["tokens"] = tokens.item()
         return trace.with_group("gradient", named)
 
     def optimizer_step(self, recipe: Recipe, inputs: Trace) -> Trace:

@@ -40,6 +40,14 @@ def recorded(
     return draw() if lazy else iter(list(draw()))
 
 
+def watched_trace(outputs: dict[str, Any], inputs: dict[str, Any]) -> Trace:
+    """Gradients at the modules' outputs and inputs, as `Path.gradient` emits them."""
+    trace = Trace(scalars={"order": list(outputs)})
+    for group, arrays in (("activation", outputs), ("input", inputs)):
+        trace = trace.with_group(group, {name: to_numpy(value) for name, value in arrays.items()})
+    return trace
+
+
 def lora_init_trace(model: Any) -> Trace:
     """The adapter and what the live modules say of it."""
     adapter = _mlx.adapter(model)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,47 +10,6 @@ import numpy as np
 from parity.paths._torch import Batch, adapter_parameters, oriented, to_numpy
 from parity.paths.describe import row_digests, single
 from parity.trace import Array, Trace, canonical, layer_of
-
-
-@contextlib.contextmanager
-def module_outputs(
-    model: Any, wanted: bool, replace: Mapping[str, Array] | None = None
-) -> Iterator[dict[str, Any]]:
-    """Collects canonical name → output of every module, if wanted, in the order of returns.
-
-    Outputs of modules named in `replace` are replaced.
-    """
-    import torch
-
-    seen: dict[str, Any] = {}
-
-    def keep(name: str) -> Callable[..., Any]:
-        def hook(module: Any, arguments: Any, output: Any) -> Any:
-            first = output[0] if isinstance(output, tuple) else output
-            if not isinstance(first, torch.Tensor):
-                return None
-            if replace and name in replace and first.shape == replace[name].shape:
-                first = torch.as_tensor(replace[name]).to(first)
-                output = (first, *output[1:]) if isinstance(output, tuple) else first
-            seen[name] = first
-            return output
-
-        return hook
-
-    def same_elsewhere(module: Any) -> bool:
-        # Gemma's embedding multiplies by its scale inside; in MLX the model does so afterwards.
-        return type(module) is torch.nn.Embedding or not isinstance(module, torch.nn.Embedding)
-
-    handles = [
-        module.register_forward_hook(keep(canonical(name)))
-        for name, module in model.named_modules()
-        if (wanted or replace) and name and same_elsewhere(module)
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def dtype_name(dtype: Any) -> str:

@@ -7,6 +7,7 @@ import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from parity.paths import _torch
 from parity.paths import _torch_readback as readback
 from parity.paths._torch import IGNORED, Batch, Loss, to_numpy
 from parity.paths._torch_cache import kv_cache_trace
+from parity.paths._torch_modules import Gradients, module_outputs, watch
 from parity.paths._torch_work import (
     accumulate,
     completion_loss,
@@ -124,7 +126,7 @@ class TorchStages(Path):
         watched = inputs.scalars.get("modules", False)
         with self.pristine(recipe) as model, torch.no_grad():
             for index, ids in enumerate(each(inputs.arrays, "ids")):
-                with readback.module_outputs(model, watched, inputs.group("replace")) as seen:
+                with module_outputs(model, watched, inputs.group("replace")) as seen:
                     logits = model(input_ids=_torch.ids_tensor(ids), use_cache=False).logits
                 trace.scalars["dtype"] = readback.dtype_name(logits.dtype)
                 trace.arrays[f"logits.{index}"] = to_numpy(logits.float())
@@ -154,17 +156,26 @@ class TorchStages(Path):
 
     def gradient(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `Path.gradient`; without dropout, whose masks no two frameworks share."""
-        still = recipe.override({"lora.dropout": 0.0})
+        still, replace = recipe.override({"lora.dropout": 0.0}), inputs.group("replace")
+        watched = inputs.scalars.get("modules", False) or bool(replace)
+        if watched:  # a layer that is run again in the backward pass would be seen twice
+            still = still.override({"train.gradient_checkpointing": False})
+        batch = inputs.arrays["ids"], inputs.arrays["lengths"]
         with self.adapted(still, inputs.group("adapter")) as model:
-            model.train()
-            batch = inputs.arrays["ids"], inputs.arrays["lengths"]
-            loss, tokens = accumulate(still, model, [batch])
+            run, found = partial(accumulate, still, model.train(), [batch]), Gradients()
+            if watched:
+                (loss, tokens), found = watch(model, run, replace)
+            else:
+                loss, tokens = run()
             parameters = _torch.adapter_parameters(model)
             norm = _torch.gradient_norm(parameters.values())
             gradient = _torch.oriented({name: p.grad for name, p in parameters.items()})
         dtype = _torch.loss_dtype(recipe)
         arrays = {"loss": np.asarray(loss, dtype), "norm": np.asarray(norm, dtype)}
-        return Trace(arrays, {"tokens": tokens}).with_group("gradient", gradient)
+        trace = Trace(arrays, {"tokens": tokens} | ({"order": found.order} if watched else {}))
+        for group, tensors in (("activation", found.outputs), ("input", found.inputs)):
+            trace = trace.with_group(group, {n: to_numpy(value) for n, value in tensors.items()})
+        return trace.with_group("gradient", gradient)
 
     def optimizer_step(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `Path.optimizer_step`."""

@@ -28,8 +28,13 @@ cross_entropy           `logits` (B, T, V), `ids` (B, T + 1), `lengths` (B, 2) �
                         scalar `tokens`
 lora_init               → `adapter/<name>`; scalars `trainable` [name], `rank`, `scale`, `dropout`,
                         `layers` [int], `dtype`
-gradient                `adapter/<name>`, `ids` (B, W), `lengths` (B, 2) → `loss` (), `norm` (),
-                        `gradient/<name>`, before any clip; scalar `tokens`
+gradient                `adapter/<name>`, `ids` (B, W), `lengths` (B, 2); scalar `modules` bool →
+                        `loss` (), `norm` (), `gradient/<name>`, before any clip; scalar `tokens`;
+                        with `modules`, gradients of the loss at each module: `activation/<name>`
+                        with respect to its output, `input/<name>` to its first argument as far as
+                        it goes through this module, scalar `order` [name] of calls; a gradient that
+                        arrives at an output named in `replace/<name>` is replaced on its way back;
+                        what the model returns is named `logits`, a second call `<name>#2`
 optimizer_step          `weight/<name>`, `gradient.N/<name>` → `weight.N/<name>` after each step,
                         clip included
 train                   optional `adapter/<name>` to start from (else the path's own init), optional

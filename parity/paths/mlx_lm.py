@@ -90,9 +90,14 @@ class MlxLmPath(MlxPath):
         )
 
     def gradient(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """The gradient that one iteration of the CLI's `train` hands to its optimizer."""
+        """The gradient that one iteration of the CLI's `train` hands to its optimizer.
+
+        At modules it is taken outside of `train`, of the live model and loss that are handed to it.
+        """
         import mlx.core as mx
 
+        if inputs.group("replace"):
+            return super().gradient(recipe, inputs)
         batch = (mx.array(inputs.arrays["ids"]), mx.array(inputs.arrays["lengths"]))
         once = recipe.override({"train.steps": 1, "train.accumulation": 1})
         losses, observer, _ = self._train(once, inputs.group("adapter"), iter([batch]), True)
@@ -103,7 +108,14 @@ class MlxLmPath(MlxPath):
             },
             {"tokens": int(losses[0]["trained_tokens"])},
         )
-        return trace.with_group("gradient", observer.gradient())
+        gradient = observer.gradient()
+        if inputs.scalars.get("modules", False):
+            seen = super().gradient(recipe, inputs)
+            for name, value in seen.group("gradient").items():
+                if not np.array_equal(value, gradient[name]):
+                    raise RuntimeError(f"outside of `train` the gradient of {name} is another one")
+            trace = Trace({**seen.arrays, **trace.arrays}, seen.scalars | trace.scalars)
+        return trace.with_group("gradient", gradient)
 
     def train(self, recipe: Recipe, inputs: Trace) -> Trace:
         """The CLI's training, from `main()` to the adapter file it saves."""

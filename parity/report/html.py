@@ -22,15 +22,7 @@ _VOLATILE = ("pid", "seconds")  # differ between any two processes
 
 def render(result: Aggregate) -> str:
     """The page."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates()
     environment.filters |= {"number": words.number, "tolerance": tolerance, "excess": excess}
     environment.globals |= {"words": words, "headline": headline, "environment": environment_of}
     environment.globals |= {
@@ -43,7 +35,7 @@ def render(result: Aggregate) -> str:
     failures = result.failures()
     bad = {record.name for record in failures}
     rest = [record for record in result.records if record.name not in bad]
-    return environment.get_template(TEMPLATE).render(
+    page: str = environment.get_template(TEMPLATE).render(
         result=result,
         grids=_by_pair(result),
         failures=failures,
@@ -53,6 +45,20 @@ def render(result: Aggregate) -> str:
         green=GREEN,
         open=OPEN,
         about=_about(result),
+    )
+    return page
+
+
+def templates() -> Any:
+    """The environment of the templates in this folder: all values escaped, none forgotten."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from parity.numerics import compare, compare_exact, compare_group
 from parity.stages.base import Comparison, Context, Pair
 from parity.stages.noise import common_rows
-from parity.trace import Array
+from parity.trace import Array, Trace
 
 LENGTHS = [9, 21, 30, 14]
 WIDTH = 33
@@ -42,11 +42,16 @@ class Gradient:
 
     def pairs(self, context: Context) -> Iterator[tuple[Pair, str]]:
         """Both gradients of one batch, at B = 0 and at B ≠ 0."""
+        for rows, what in self.inputs(context):
+            yield context.pair("gradient", rows), what
+
+    def inputs(self, context: Context) -> Iterator[tuple[Trace, str]]:
+        """The batch with either adapter."""
         init = context.given("lora_init").group("adapter")
         rng = context.rng(self.number)
         rows = common_rows(rng, context.vocabulary, LENGTHS, WIDTH)
         for what, adapter in (("B = 0", init), ("B ≠ 0", filled(init, rng))):
-            yield context.pair("gradient", rows.with_group("adapter", adapter)), what
+            yield rows.with_group("adapter", adapter), what
 
 
 def filled(init: dict[str, Array], rng: np.random.Generator) -> dict[str, Array]:

@@ -1,0 +1,240 @@
+"""The first module whose backward pass differs, on the way from the loss to the input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from parity.bisect.place import Mark, Place, counted, differs, how_much
+from parity.numerics import compare_group
+from parity.record import Metric
+from parity.stages.base import Context, Pair
+from parity.stages.gradient import Gradient
+from parity.stages.logits import Logits
+from parity.trace import LOGITS, Trace, layer_of
+
+Metrics = Mapping[str, Metric]
+LOSS = "the loss"
+
+
+def backward(context: Context) -> Place:
+    """The first module that is handed the gradient the reference is handed, and makes another of it.
+
+    Confirmed by replacing the gradient that arrives at each module's output by the reference's: then
+    no error is passed on, and what still differs is off by itself.
+    """
+    order: list[str] = []
+    for rows, what in Gradient().inputs(context):
+        pair = context.pair("gradient", Trace(rows.arrays, {"modules": True}))
+        if not all("order" in trace.scalars for trace in (pair.subject, pair.reference)):
+            order = order or _calls(context)
+            if place := by_adapters(pair, order, what):
+                return place
+            continue
+        seen = Seen(pair, pair.subject)
+        if seen.differ:
+            return _place(context, rows, seen, what)
+    return Place("at every common module the gradients agree")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One backward pass of the subject against the reference's."""
+
+    pair: Pair
+    subject: Trace
+
+    @cached_property
+    def outputs(self) -> Metrics:
+        """At each module's output, in the order of calls."""
+        found = self._metrics("activation")
+        return {name: found[name] for name in self.pair.reference.scalars["order"] if name in found}
+
+    @cached_property
+    def inputs(self) -> Metrics:
+        """At each module's first argument."""
+        return self._metrics("input")
+
+    @cached_property
+    def parameters(self) -> Metrics:
+        """Of each tensor of the adapter."""
+        return self._metrics("gradient")
+
+    @property
+    def differ(self) -> bool:
+        """Whether anything does."""
+        return any(
+            differs(m) for g in (self.outputs, self.inputs, self.parameters) for m in g.values()
+        )
+
+    @property
+    def off_parameters(self) -> list[str]:
+        """Tensors of the adapter whose gradients differ."""
+        return [name for name, metric in self.parameters.items() if differs(metric)]
+
+    def own(self, module: str) -> list[str]:
+        """Those of a module itself."""
+        return [name for name in self.off_parameters if name.rpartition(".")[0] == module]
+
+    def off(self) -> list[str]:
+        """Modules that make another gradient of an equal one, loss first; the innermost only."""
+        return self._inner([n for n in self._passing() if not differs(self.outputs[n])])
+
+    def alone(self) -> list[str]:
+        """Modules that are off when each is given the reference's gradient, loss first.
+
+        Where a gradient differs at an output and no module after it is off, it is what is between
+        the modules: then the one around them is named.
+        """
+        order = [*self.outputs, LOSS]
+        bad = {name: order.index(name) for name in self._inner(self._passing())}
+        for at, (name, metric) in enumerate(self.outputs.items()):
+            around = self.around(name)
+            takers = [n for n in order[at + 1 : -1] if self.around(n) == around]
+            explained = any(m == n or m.startswith(f"{n}.") for n in takers for m in bad)
+            if differs(metric) and not explained:
+                who = around or (LOSS if name == LOGITS else f"what follows {name}")
+                bad[who] = order.index(who) if who in order else at
+        return sorted(bad, key=lambda name: -bad[name])
+
+    def around(self, name: str) -> str:
+        """The module that a module stands in; empty for the whole model."""
+        parts = name.split(".")[:-1]
+        prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+        return next((prefix for prefix in prefixes if prefix in self.outputs), "")
+
+    def _passing(self) -> list[str]:
+        """Modules that pass on another gradient, or make one of their own tensors."""
+        bad = [n for n in self.outputs if differs(self.inputs.get(n)) or self.own(n)]
+        return bad[::-1]
+
+    def _inner(self, names: list[str]) -> list[str]:
+        return [n for n in names if not any(m.startswith(f"{n}.") for m in names)]
+
+    def _metrics(self, group: str) -> dict[str, Metric]:
+        ours, theirs = self.subject.group(group), self.pair.reference.group(group)
+        noise = self.pair.noise_of(group)
+        return {
+            n: compare_group(n, {n: ours[n]}, {n: theirs[n]}, noise)
+            for n in theirs
+            if n in ours and ours[n].shape == theirs[n].shape
+        }
+
+
+def _place(context: Context, rows: Trace, seen: Seen, what: str) -> Place:
+    theirs = seen.pair.reference.group("activation")
+    given = rows.with_group("replace", {name: theirs[name] for name in seen.outputs})
+    given.scalars["modules"] = True
+    recipe = context.recipes["subject"]
+    replaced = Seen(seen.pair, context.capture("subject", "gradient", recipe, given))
+    alone = replaced.alone()
+    name, said = _first(seen, replaced, alone)
+    walk = [
+        Mark(n, m.value, m.floor, differs(m), n in alone)
+        for n, m in reversed(list(seen.outputs.items()))
+    ]
+    sentence = f"backwards from the loss ({what}) {said}; {_extent(seen)}; {_confirmed(replaced, name, alone)}"
+    return Place(sentence, name, "backward", walk)
+
+
+def _first(seen: Seen, replaced: Seen, alone: list[str]) -> tuple[str, str]:
+    """The place, and in words what is wrong there."""
+    loss, off = seen.outputs.get(LOGITS), seen.off()
+    if loss is not None and differs(loss):
+        return LOSS, f"the gradient of the loss at the logits differs already: {how_much(loss)}"
+    if not alone:
+        at = f" (at the logits {how_much(loss)})" if loss is not None else ""
+        return "", f"no module is off by itself: what differs has piled up since the loss{at}"
+    # Handed the reference's gradient a module has no errors of others, and its own stands out.
+    if off and off[0] in alone:
+        name = off[0]
+        said = f"the gradient at its output agrees, {_wrong(seen, name)}{_between(seen, name)}"
+    else:
+        name = alone[0]
+        said = (
+            f"handed the reference's gradient, {_wrong(replaced, name)}{_between(replaced, name)}"
+        )
+    return name, f"first bad module {name}: {said}"
+
+
+def _wrong(seen: Seen, name: str) -> str:
+    """What of a module's gradients differs."""
+    passed, own = seen.inputs.get(name), seen.own(name)
+    tensors = ", ".join(tensor.rpartition(".")[2] for tensor in own)
+    if passed is not None and differs(passed):
+        also = f"; so do those of its own {tensors}" if own else ""
+        return f"the one that it passes on differs: {how_much(passed)}{also}"
+    if own:
+        return f"those of its own {tensors} differ: {how_much(seen.parameters[own[0]])}"
+    inner = [m for n, m in seen.outputs.items() if seen.around(n) == name and differs(m)]
+    return f"those inside it differ: {how_much(max(inner, key=lambda m: m.value))}" if inner else ""
+
+
+def _between(seen: Seen, name: str) -> str:
+    """Where inside a module that has others inside, none of which is off."""
+    inner = [n for n in seen.outputs if seen.around(n) == name]
+    sides = {
+        word: ", ".join(
+            n.removeprefix(f"{name}.") for n in inner if differs(seen.outputs[n]) is bad
+        )
+        for word, bad in (("agree", False), ("differ", True))
+    }
+    if inner and not sides["differ"]:
+        return " (inside it gradients agree at all modules: it is what goes past them)"
+    said = " and ".join(f"{word} at {names}" for word, names in sides.items() if names)
+    return f" (between its modules, where gradients {said})" if inner else ""
+
+
+def _extent(seen: Seen) -> str:
+    """Which gradients of the adapter differ."""
+    off, every = seen.off_parameters, len(seen.parameters)
+    if not off:
+        return f"none of {every} gradients of the adapter differs beyond its floor"
+    layers = sorted({n for name in off if (n := layer_of(name)) is not None})
+    span = f"layers {layers[0]} to {layers[-1]}" if layers[1:] else f"layer {[*layers, 0][0]}"
+    worst = max((seen.parameters[n] for n in off), key=lambda m: m.value / (m.floor or 1e-300))
+    return (
+        f"{len(off)} of {every} gradients of the adapter differ{f' ({span})' if layers else ''}, "
+        f"most {worst.name}: {how_much(worst)}"
+    )
+
+
+def _confirmed(replaced: Seen, name: str, alone: list[str]) -> str:
+    layers = len({n for name in replaced.outputs if (n := layer_of(name)) is not None})
+    left = [n for n in replaced.off_parameters if n.rpartition(".")[0] not in alone]
+    said = "handed the reference's gradient at every module, "
+    if not alone:
+        return said + (
+            f"{len(left)} gradients of the adapter still differ" if left else "none does"
+        )
+    if alone == [name] and not left:
+        return f"confirmed: {said}only {counted(alone, layers)} is off by itself"
+    said += f"off by itself: {counted(alone, layers)}"
+    return said + (f"; {len(left)} other gradients of the adapter still differ" if left else "")
+
+
+def _calls(context: Context) -> list[str]:
+    """Modules of the reference in the order of calls, without gradients."""
+    inputs = Trace(Logits().inputs(context).arrays, {"modules": True})
+    trace = context.capture("reference", "logits", context.recipes["reference"], inputs)
+    return list(trace.scalars["order"])
+
+
+def by_adapters(pair: Pair, order: list[str], what: str) -> Place | None:
+    """The coarser search, by the gradients of the adapters, for paths that show no others."""
+    ours, theirs = pair.subject.group("gradient"), pair.reference.group("gradient")
+    noise, fine = pair.noise_of("gradient"), LOSS
+    for module in reversed(order):
+        names = [n for n in (f"{module}.lora_{part}" for part in "ab") if n in ours and n in theirs]
+        if not names:
+            continue
+        metric = compare_group(
+            module, {n: ours[n] for n in names}, {n: theirs[n] for n in names}, noise
+        )
+        if differs(metric):
+            said = f"gradients of the adapters agree down to {fine} and differ from {module} on"
+            sentence = f"backwards from the loss ({what}) {said}: {how_much(metric)}"
+            return Place(sentence, module, "backward")
+        fine = module
+    return None
