@@ -214,7 +214,8 @@ class MlxPath(MlxStages):
         from mlx_lm.tuner.utils import remove_lora_layers
 
         key = model_key(recipe)
-        if key not in self._loaded:
+        # What the wiring of another stack does to a model cannot be known, nor undone.
+        if key not in self._loaded or "wiring" in self.donors:
             self._loaded = {key: self.part("loader").load(recipe)}
         model, tokenizer = self._loaded[key]
         return remove_lora_layers(model).eval(), tokenizer
