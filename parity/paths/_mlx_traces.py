@@ -141,6 +141,7 @@ def config_trace(recipe: Recipe, setup: Setup) -> Trace:
     scalars = {
         "dtype.parameters": _mlx.dtype_census(frozen),
         "dtype.adapter": _mlx.dtype_census(trainable),
+        "dtype.activations": _activations(setup, ids),
         "rope.theta": _mlx.rope_thetas(model),
         "lora.trainable": len(trainable),
         "lora.parameters": sum(int(v.size) for v in trainable.values()),
@@ -158,9 +159,18 @@ def config_trace(recipe: Recipe, setup: Setup) -> Trace:
         "accumulation.weighting": recipe.train.accumulation_weighting,
         "seed.value": recipe.seed.value,
         "seed.placement": recipe.seed.placement,
+        "train.compile": recipe.train.compile,
         **setup.facts,
     }
     return Trace({"supervised": supervised}, scalars)
+
+
+def _activations(setup: Setup, ids: Array) -> dict[str, int]:
+    import mlx.core as mx
+
+    with _mlx.module_outputs(setup.model) as seen:
+        setup.model(mx.array(ids[:1, :-1]))
+    return _mlx.activation_census(seen)
 
 
 def supervised_positions(loss_function: Loss, ids: Array, lengths: Array) -> Array:
