@@ -89,7 +89,7 @@ def handed(found: Library, batches: list[tuple[Any, Any]]) -> Any:
     A release that compiles only for a plan of its own gets one that yields these batches; a list
     would silently train uncompiled there.
     """
-    plan = getattr(found.utils, "FiniteTextBatchPlan", None)
+    plan: Any = getattr(found.utils, "FiniteTextBatchPlan", None)
     if plan is None or not hasattr(plan, "materialize"):
         return [(ids, lengths, None) for ids, lengths in batches]
 

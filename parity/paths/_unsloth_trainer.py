@@ -189,7 +189,7 @@ def run(
     model: Any,
     tokenizer: Any,
     batches: Sequence[Batch],
-    foreign: Foreign | None = None,
+    foreign: Foreign,
     gradients: bool = False,
     fed: Sequence[Any] = (),
 ) -> Run:
@@ -210,15 +210,14 @@ def run(
         Unsupported: A part has no place in this release, or the trainer refuses the recipe.
         WrongChannel: What was read is not what it was read for.
     """
-    foreign = foreign or Foreign()
     result = Run()
     watch = Watch(recipe.train.accumulation, gradients, updates=bool(fed))
     given = list(batches)
     if foreign.loss is None:
         given = [(ids, shifted(recipe, found, lengths)) for ids, lengths in given]
-    steps = len(fed) or recipe.train.steps
+    base: Any = found.trainer.MLXTrainer
 
-    class Watched(found.trainer.MLXTrainer):  # type: ignore[misc]
+    class Watched(base):  # type: ignore[misc]
         def _build_optimizer(self, total_steps: int) -> Any:
             optimizer = super()._build_optimizer(total_steps)
             if foreign.optimizer is not None:
@@ -262,7 +261,7 @@ def run(
         except (ValueError, NotImplementedError) as error:
             raise Unsupported(f"{PACKAGE}: {error}") from None
     if not fed:
-        result.check(steps, recipe.model.dtype != "float32")
+        result.check(recipe.train.steps, recipe.model.dtype != "float32")
     return result
 
 

@@ -164,7 +164,10 @@ class UnslothPath(MlxPath):
         batch = mx.array(inputs.arrays["ids"]), mx.array(inputs.arrays["lengths"])
         run = self._run(once, setup, [batch], gradients=True)
         trace = Trace(
-            {"loss": np.float32(run.micro_losses[0][0]), "norm": np.float32(run.norms[0])},
+            {
+                "loss": np.asarray(run.micro_losses[0][0], np.float32),
+                "norm": np.asarray(run.norms[0], np.float32),
+            },
             {"tokens": int(run.micro_tokens[0][0])},
         )
         return trace.with_group("gradient", run.gradient)
@@ -172,7 +175,7 @@ class UnslothPath(MlxPath):
     def optimizer_step(self, recipe: Recipe, inputs: Trace) -> Trace:
         """Steps of the trainer, fed with gradients in the place of those of the loss."""
         _unsloth_settings.check(recipe)
-        fed = []
+        fed: list[dict[str, Array]] = []
         while gradient := inputs.group(f"gradient.{len(fed)}"):
             fed.append(gradient)
         run = self._fed(recipe, inputs.group("weight"), fed)
@@ -183,30 +186,22 @@ class UnslothPath(MlxPath):
 
     def config(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `Path.config`; clip, optimizer and precision are read from steps of the trainer."""
-        setup = self.setup(recipe)
+        placement = self._placement(recipe)
         kind, limit = clip_in_effect(lambda *given: self._fed(recipe, *given))
+        setup = self.setup(recipe)
         once = recipe.override({"train.steps": 1, "train.accumulation": 1})
         with _mlx.module_outputs(setup.model) as seen:
             run = self._run(once, setup, list(itertools.islice(setup.iterate(), 1)))
-        plan = stepping(library(), run.trainer.args)
-        parts = recipe.train.accumulation
         setup.facts |= {
             "dtype.activations": _mlx.activation_census(seen),
             "clip.mode": kind,
             "clip.value": limit,
-            "accumulation.weighting": "token" if parts > 1 else recipe.train.accumulation_weighting,
-            "seed.placement": self._placement(recipe),
+            "seed.placement": placement,
             "train.compile": bool(run.outcome.get("compile_enabled", recipe.train.compile)),
         }
         if "optimizer" not in self.donors:
-            setup.facts |= plan.facts(recipe.train.steps)
-        return config_trace(recipe, self._fresh(recipe, setup))
-
-    def _fresh(self, recipe: Recipe, used: Setup) -> Setup:
-        """The live objects as before the step that was run, with what it told."""
-        setup = self.setup(recipe)
-        setup.facts |= used.facts
-        return setup
+            setup.facts |= stepping(library(), run.trainer.args).facts(recipe.train.steps)
+        return config_trace(recipe, setup)
 
     def _placement(self, recipe: Recipe) -> str:
         """Where the seed that LoRA init draws from is set, found by setting others before it."""
@@ -231,6 +226,9 @@ class UnslothPath(MlxPath):
             clip=setup.clip if "clip" in self.donors else None,
             clips="clip" in self.donors,
         )
+        if recipe.model.dtype != "float32":
+            # The trainer keeps norms in float32 from then on: the next run loads anew.
+            self._loaded.clear()
         return _unsloth_trainer.run(
             library(), recipe, setup.model, setup.tokenizer, batches, foreign, gradients
         )
