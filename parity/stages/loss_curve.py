@@ -12,7 +12,6 @@ from parity.record import Metric, Verdict
 from parity.stages.base import Comparison, Context, Pair
 from parity.trace import Array, Trace, each
 
-
 HALF_STEPS = 5  # as shipped, where half precision makes a step many times slower on Linux
 
 
@@ -72,8 +71,8 @@ class LossCurve:
         try:
             recipes = {side: context.shipped[side] for side in ("subject", "reference")}
             if any(recipe.model.dtype in ("bfloat16", "float16") for recipe in recipes.values()):
-                steps = {"train.steps": min(HALF_STEPS, context.recipe.train.steps)}
-                recipes = {side: recipe.override(steps) for side, recipe in recipes.items()}
+                few = {"train.steps": min(HALF_STEPS, context.recipe.train.steps)}
+                recipes = {side: recipe.override(few) for side, recipe in recipes.items()}
             traces = context.both("train", recipes, Trace())
         except (Unsupported, CaptureError) as error:
             result.findings.append(f"as shipped, the curves were not compared: {error}")
