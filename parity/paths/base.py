@@ -76,6 +76,8 @@ class Path:
     """`mlx` or `torch`; two paths of one framework are expected bit-identical."""
     packages: ClassVar[tuple[str, ...]] = ()
     """Distributions whose versions belong to the environment of a trace."""
+    without_dependencies: ClassVar[tuple[str, ...]] = ()
+    """Those of them that run without what they require, which would not fit this machine."""
 
     def __init__(self, cache: FilePath) -> None:
         self.cache = cache
