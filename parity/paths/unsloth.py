@@ -66,6 +66,11 @@ class UnslothPath(MlxPath):
 
     # Parts -------------------------------------------------------------------------------------
 
+    def base(self, recipe: Recipe) -> tuple[Any, Any]:
+        """See `MlxPath.base`; what is not installed is said before anything is imported."""
+        library()
+        return super().base(recipe)
+
     def load(self, recipe: Recipe) -> tuple[Any, Any]:
         """The checkpoint as `FastMLXModel.from_pretrained` gives it."""
         _unsloth_settings.check(recipe)
@@ -134,6 +139,7 @@ class UnslothPath(MlxPath):
 
     def setup(self, recipe: Recipe, adapter: Mapping[str, Array] | None = None) -> Setup:
         """See `MlxPath.setup`."""
+        library()
         _unsloth_settings.check(recipe)
         return super().setup(recipe, adapter)
 
