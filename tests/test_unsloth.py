@@ -269,6 +269,18 @@ def test_an_instrumented_run_ends_like_a_bare_one(engine, small, tmp_path):
 
 
 @installed
+def test_checkpointing_of_one_run_does_not_reach_the_next(engine, few):
+    """It recomputes the forward, so that what is left of it shows in the masks of the dropout."""
+    once = few.override({"train.steps": 2})
+    engine.capture(
+        "unsloth", "train", once.override({"train.gradient_checkpointing": True}), Trace()
+    )
+    dropped = once.override({"lora.dropout": 0.1})
+    ours, theirs = (engine.capture(p, "train", dropped, Trace()) for p in ("unsloth", "mlx"))
+    assert ours.digest() == theirs.digest()
+
+
+@installed
 def test_what_is_in_effect_is_read_from_the_trainer(engine, few):
     defaults = engine.capture("unsloth", "defaults", few, Trace()).scalars
     assert defaults["model.dtype"] in ("bfloat16", "float16")  # of a float32 checkpoint

@@ -43,6 +43,10 @@ class UnslothPath(MlxPath):
     packages: ClassVar[tuple[str, ...]] = (*MlxPath.packages, PACKAGE)
     without_dependencies: ClassVar[tuple[str, ...]] = (PACKAGE,)
 
+    def __init__(self, cache: FilePath) -> None:
+        super().__init__(cache)
+        self._plain: dict[type, Any] = {}
+
     # What it does when nobody says anything ----------------------------------------------------
 
     def shipped(self) -> dict[str, Any]:
@@ -80,8 +84,10 @@ class UnslothPath(MlxPath):
     def wire(self, model: Any, recipe: Recipe) -> None:
         """`FastMLXModel.get_peft_model`, in place."""
         found = library()
-        # Left from an earlier recipe: it patches the layers' class for the whole process.
+        # Checkpointing patches the layers' class for the whole process, not for one recipe.
         found.utils.remove_gradient_checkpointing(model)
+        kind = type(model.layers[0])
+        kind.__call__ = self._plain.setdefault(kind, kind.__call__)
         try:
             found.loader.FastMLXModel.get_peft_model(model, **_unsloth_settings.wiring(recipe))
         except (ValueError, NotImplementedError) as error:
