@@ -29,7 +29,7 @@ from parity.worker import Worker
 TIMEOUT = 600.0  # seconds a capture may take
 REFEREE = "hf"  # the path that runs in float64
 PINNED = (
-    "model.", "data.source", "seed.value", "optim.lr", "train.steps", "train.batch_size", "decode.",
+    "model.source", "model.weights", "data.source", "seed.value", "optim.lr", "train.steps", "train.batch_size", "decode.",
 )  # fmt: skip
 """What a user always says; every other factor is left to the path when it runs as shipped."""
 

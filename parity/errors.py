@@ -25,3 +25,7 @@ class CaptureError(Exception):
 
 class UnmatchedNames(Exception):
     """Tensors that were handed over do not fit the path's own, by name: a divergence, no fault."""
+
+
+class WrongChannel(Exception):
+    """What was read from a run is not what it was read for: an error, whatever it would agree with."""

@@ -158,6 +158,22 @@ class Decode(Section):
     """Teacher-forced completion loss under which a path passes."""
 
 
+class Unsloth(Section):
+    """Knobs that only unsloth-zoo has; other paths ignore them."""
+
+    use_cce: bool = False
+    """Its chunked cross-entropy from hidden states instead of logits; it ships with it on."""
+    patch_mode: Literal["patched", "unpatched"] = "patched"
+    """Its replacements of model code for mx.compile."""
+    load_in_4bit: bool = False
+    """Quantizes the base weights as they are loaded; it ships with it on."""
+    cast_norm_output: bool = True
+    """In half precision, norms are in float32 and their outputs are cast back."""
+    explicit_clip: bool = True
+    """False leaves every clip knob that optim.clip does not use unsaid, which is not the same as
+    off: what its default then does changed between releases."""
+
+
 class Recipe(Section):
     """Everything that is to be run. Leaves are factors."""
 
@@ -169,6 +185,7 @@ class Recipe(Section):
     optim: Optim = Optim()
     train: Train = Train()
     decode: Decode = Decode()
+    unsloth: Unsloth = Unsloth()
 
     def factors(self) -> dict[str, Any]:
         """Dotted name to value, in the order of the recipe."""

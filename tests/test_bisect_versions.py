@@ -174,6 +174,27 @@ def test_the_release_is_found_in_real_environments(here, uv, tmp_path):
         environment("packaging", "0.0.99", tmp_path / "cache")
 
 
+def test_a_package_that_asks_for_too_much_comes_without_it(tmp_path, monkeypatch):
+    told = []
+
+    def run(*words, **_):
+        words = [str(word) for word in words]
+        told.append(words)
+        if "venv" in words:
+            (Path(words[-1]) / "lib" / "python3" / "site-packages").mkdir(parents=True)
+        return "[]"
+
+    monkeypatch.setattr(environments, "_run", run)
+    monkeypatch.setattr(environments, "_uv", lambda: "uv")
+    environment("my-zoo", "1.0", tmp_path, ("numpy", "My_Zoo-extra"), alone={"my-zoo"})
+    whole, bare = (words for words in told if "install" in words)
+    assert "--no-deps" not in whole
+    assert not any(word.startswith("my-zoo") for word in whole)
+    assert {"numpy", "My_Zoo-extra"} < set(whole)
+    assert bare[-2:] == ["--no-deps", "my-zoo==1.0"]
+    assert not any("-c" in words for words in told), "it is not imported"
+
+
 def git(repo, *words):
     done = subprocess.run(
         ["git", "-C", repo, "-c", "user.name=t", "-c", "user.email=t@t", *words],

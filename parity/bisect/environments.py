@@ -100,18 +100,26 @@ def releases(span: Range) -> list[str]:
 
 
 def environment(
-    package: str, version: str, cache: Path, extra: Iterable[str] = (), inherit: bool = False
+    package: str,
+    version: str,
+    cache: Path,
+    extra: Iterable[str] = (),
+    inherit: bool = False,
+    alone: Iterable[str] = (),
 ) -> Place:
     """An interpreter with one release of a package, made once with uv below `environments/`.
 
     The resolver chooses what `extra` does not pin. With `inherit` what it lacks comes from this
-    interpreter: torch does so or not at all.
+    interpreter: torch does so or not at all. Packages named in `alone` come without what they
+    require and are not imported here: the path that runs them knows how.
 
     Raises:
         Gap: It cannot be installed or imported; the message is the end of what was printed.
     """
     wanted = [*map(_requirement, (f"{package}=={version}", *extra)), *WORKER]
-    key = digest(*wanted, sys.version, sys.prefix, HERE, inherit, _LAST)
+    bare = [text for text in wanted if _name(text) in set(alone)]
+    full = [text for text in wanted if text not in bare]
+    key = digest(*wanted, sys.version, sys.prefix, HERE, inherit, _LAST, *bare)
     folder = cache.resolve() / "environments" / f"{package}-{version}-{key}"
     python, complete, launch = folder / "bin" / "python", folder / "complete", folder / "launch"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +129,10 @@ def environment(
             _run(_uv(), "venv", "--python", sys.executable, folder)
             never = folder / "override.txt"
             never.write_text("torch; sys_platform == 'never'\n", encoding="utf-8")
-            _run(_uv(), "pip", "install", "--python", python, "--override", never, *wanted)
+            install = (_uv(), "pip", "install", "--python", python)
+            _run(*install, "--override", never, *full)
+            if bare:
+                _run(*install, "--no-deps", *bare)
             # This package without its dependencies, be it a checkout or an installed wheel.
             (folder / "own").mkdir()
             (folder / "own" / "parity").symlink_to(HERE, target_is_directory=True)
@@ -129,7 +140,8 @@ def environment(
             [site] = folder.glob("lib/python*/site-packages")
             (site / "parity.pth").write_text("\n".join([str(folder / "own"), *last, _LAST, ""]))
             _launcher(launch, python)
-            _run(launch, "-c", _IMPORT, package)
+            if package not in set(alone):
+                _run(launch, "-c", _IMPORT, package)
             listed = json.loads(_run(_uv(), "pip", "list", "--format=json", "--python", python))
             names = {row["name"]: row["version"] for row in listed}
             write_atomically(complete, json.dumps(names).encode())
@@ -173,6 +185,12 @@ def snapshot(repo: Path, commit: str, cache: Path) -> Place:
 def _requirement(text: str) -> str:
     """On Linux MLX has its backend in an extra."""
     return re.sub(r"^mlx(?![\w.\[-])", "mlx[cpu]", text) if sys.platform == "linux" else text
+
+
+def _name(requirement: str) -> str:
+    """The package of a requirement."""
+    found = re.match(r"[A-Za-z0-9][\w.-]*", requirement)
+    return canonicalize_name(found[0]) if found else ""
 
 
 def digest(*parts: object) -> str:

@@ -117,10 +117,11 @@ class Bisection:
         kinds = [resolve(getattr(self.cell, side)) for side in SIDES[self.side]]
         inherit = any(kind.framework == "torch" for kind in kinds)
         named = {name for kind in kinds for name in kind.packages} - {"torch", span.package}
+        alone = {name for kind in kinds for name in kind.without_dependencies}
         extra, cache = (*sorted(named), *pins, *self.extra), self.engine.cache
         return self.search(
             span.package, releases(span),
-            lambda version: environment(span.package, version, cache, extra, inherit), *extra,
+            lambda version: environment(span.package, version, cache, extra, inherit, alone), *extra,
         )  # fmt: skip
 
     def each(self, *spans: Range) -> list[Change]:

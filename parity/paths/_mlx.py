@@ -187,6 +187,15 @@ def dtype_census(parameters: Any) -> dict[str, int]:
     return census
 
 
+def activation_census(outputs: list[tuple[str, Any]]) -> dict[str, int]:
+    """Number of modules by the dtype of their output, from `module_outputs`."""
+    census: dict[str, int] = {}
+    for _, value in outputs:
+        name = str(value.dtype).removeprefix("mlx.core.")
+        census[name] = census.get(name, 0) + 1
+    return census
+
+
 def rope_thetas(model: Any) -> list[float]:
     """Per layer the base of the rotary embedding as the live module uses it."""
     thetas = []

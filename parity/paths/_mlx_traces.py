@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from parity.numerics import first_difference
-from parity.paths import _mlx
+from parity.paths import _mlx, _mlx_modules
 from parity.paths._handed import handed
 from parity.paths._mlx import Batch, Loss, Setup, to_numpy
 from parity.paths.describe import row_digests, single
@@ -159,6 +159,7 @@ def config_trace(recipe: Recipe, setup: Setup) -> Trace:
     scalars = {
         "dtype.parameters": _mlx.dtype_census(frozen),
         "dtype.adapter": _mlx.dtype_census(trainable),
+        "dtype.activations": _activations(setup, ids),
         "rope.theta": _mlx.rope_thetas(model),
         "lora.trainable": len(trainable),
         "lora.parameters": sum(int(v.size) for v in trainable.values()),
@@ -178,9 +179,18 @@ def config_trace(recipe: Recipe, setup: Setup) -> Trace:
         "train.gradient_checkpointing": recipe.train.gradient_checkpointing,
         "seed.value": recipe.seed.value,
         "seed.placement": recipe.seed.placement,
+        "train.compile": recipe.train.compile,
         **setup.facts,
     }
     return Trace({"supervised": supervised}, scalars)
+
+
+def _activations(setup: Setup, ids: Array) -> dict[str, int]:
+    import mlx.core as mx
+
+    with _mlx_modules.module_outputs(setup.model) as seen:
+        setup.model(mx.array(ids[:1, :-1]))
+    return _mlx.activation_census(seen)
 
 
 def supervised_positions(loss_function: Loss, ids: Array, lengths: Array) -> Array:

@@ -102,6 +102,8 @@ class Path:
     """Distributions whose versions belong to the environment of a trace."""
     fixed: ClassVar[Mapping[str, Any]] = {}
     """Factors it has no option for, with the one value it always has."""
+    without_dependencies: ClassVar[tuple[str, ...]] = ()
+    """Those of them that run without what they require, which would not fit this machine."""
 
     def __init__(self, cache: FilePath) -> None:
         self.cache = cache

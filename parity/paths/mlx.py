@@ -180,18 +180,22 @@ class MlxPath(MlxStages):
             return lambda gradient: optim.clip_grad_norm(gradient, limit)[0]
         return None
 
-    def setup(self, recipe: Recipe, adapter: Mapping[str, Array] | None = None) -> Setup:
-        """All live objects just before the first step, in the order mlx-lm makes them."""
+    def seed(self, recipe: Recipe) -> None:
+        """Seeds the generators that LoRA init and the order of the data draw from."""
         import mlx.core as mx
 
         seed = recipe.seed
         np.random.seed(seed.value if seed.data is None else seed.data)
-        if seed.placement == "before_load":
-            mx.random.seed(seed.value)
+        mx.random.seed(seed.value)
+
+    def setup(self, recipe: Recipe, adapter: Mapping[str, Array] | None = None) -> Setup:
+        """All live objects just before the first step, in the order mlx-lm makes them."""
+        if recipe.seed.placement == "before_load":
+            self.seed(recipe)
             model, tokenizer = self.part("loader").load(recipe)
         else:
             model, tokenizer = self.base(recipe)
-            mx.random.seed(seed.value)
+            self.seed(recipe)
         self.part("wiring").wire(model, recipe)
         facts = {"seed.rng": _mlx.rng_state()}
         if adapter:

@@ -1,12 +1,12 @@
 """Stage 00: what each path will really do, read back from its live objects after set-up.
 
 The vocabulary (scalars of `Path.config`): `dtype.parameters` and `dtype.adapter` {dtype: elements},
-`rope.theta` [per layer], `lora.trainable`, `lora.parameters`, `lora.names`, `lora.rank`,
+`dtype.activations` {dtype: modules}, `rope.theta` [per layer], `lora.trainable`, `lora.parameters`, `lora.names`, `lora.rank`,
 `lora.scale`, `lora.dropout`, `lora.layers`, `lora.modules`, `optim.class`, `optim.betas`,
 `optim.eps`, `optim.weight_decay`, `optim.bias_correction`, `optim.lr` [per step], `clip.mode`,
 `clip.value`, `batch.shapes`, `batch.pad_id`, `batch.rows`, `mask.supervised` [per row],
 `loss.denominator`, `accumulation.steps`, `accumulation.weighting`, `train.autocast`,
-`train.gradient_checkpointing`, `seed.value`, `seed.placement`, `seed.rng`;
+`train.gradient_checkpointing`, `seed.value`, `seed.placement`, `seed.rng`, `train.compile`;
 array `supervised` (K, 3) of (row, position, target id) in the first batch.
 """
 
@@ -95,6 +95,7 @@ VOCABULARY: dict[str, Say] = {
     "dtype.parameters": _plain("dtype of the base weights"),
     "dtype.adapter": _plain("dtype of the adapter"),
     "train.autocast": _plain("autocast of the forward pass"),
+    "dtype.activations": _plain("dtype of what the modules give"),
     "lora.layers": _layers,
     "lora.scale": _plain("LoRA scale (alpha / rank)"),
     "lora.rank": _plain("LoRA rank"),
@@ -114,6 +115,7 @@ VOCABULARY: dict[str, Say] = {
     "accumulation.steps": _plain("micro-batches a step"),
     "accumulation.weighting": _plain("micro-batches are weighted by"),
     "train.gradient_checkpointing": _plain("gradient checkpointing"),
+    "train.compile": _plain("compiled step"),
     "seed.value": _plain("seed"),
     "seed.placement": _plain("the seed is set"),
     "seed.rng": _plain("state of the random generator after LoRA init"),
@@ -189,6 +191,8 @@ _REQUESTED = {
     "optim.bias_correction": "optim.bias_correction",
     "optim.clip": "clip.mode",
     "seed.value": "seed.value",
+    "seed.placement": "seed.placement",
+    "train.compile": "train.compile",
 }
 
 

@@ -13,6 +13,8 @@ from parity.record import Metric, Verdict
 from parity.stages.base import Comparison, Context, Pair
 from parity.trace import Array, Trace, each
 
+HALF_STEPS = 5  # as shipped, where half precision makes a step many times slower on Linux
+
 
 class LossCurve:
     """Loss and gradient norm from a transplanted init; then each path as it is shipped."""
@@ -68,7 +70,11 @@ class LossCurve:
 
     def _shipped(self, context: Context, result: Comparison) -> None:
         try:
-            traces = context.both("train", context.shipped, Trace())
+            recipes = {side: context.shipped[side] for side in ("subject", "reference")}
+            if any(recipe.model.dtype in ("bfloat16", "float16") for recipe in recipes.values()):
+                few = {"train.steps": min(HALF_STEPS, context.recipe.train.steps)}
+                recipes = {side: recipe.override(few) for side, recipe in recipes.items()}
+            traces = context.both("train", recipes, Trace())
         except (Unsupported, CaptureError) as error:
             result.findings.append(f"as shipped, the curves were not compared: {error}")
             return
