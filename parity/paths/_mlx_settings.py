@@ -44,10 +44,22 @@ def optimizer_config(recipe: Recipe) -> dict[str, Any]:
     return config
 
 
+def one_step(recipe: Recipe) -> Recipe:
+    """A recipe for a single gradient, on which no schedule has any bearing."""
+    return recipe.override(
+        {
+            "train.steps": 1,
+            "train.accumulation": 1,
+            "optim.schedule": "constant",
+            "optim.warmup_steps": 0,
+        }
+    )
+
+
 def lr_schedule(recipe: Recipe) -> dict[str, Any] | None:
     """mlx-lm's `lr_schedule`, or None for a constant rate."""
     o, steps = recipe.optim, recipe.train.steps
-    decay = steps - o.warmup_steps
+    decay = max(1, steps - o.warmup_steps)
     if o.schedule == "constant" and not o.warmup_steps:
         return None
     name, arguments = {

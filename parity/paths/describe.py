@@ -72,4 +72,6 @@ def defaults(function: Any) -> dict[str, Any]:
 def model_key(recipe: Recipe) -> tuple[str, ...]:
     """What a loaded model depends on."""
     source = resources.model_dir(recipe.model.source)
-    return source, recipe.model.dtype, recipe.model.weights, resources.fingerprint(source)
+    # One section's knobs decide what its loader makes; other paths load anew where these change.
+    knobs = recipe.unsloth.model_dump_json()
+    return source, recipe.model.dtype, recipe.model.weights, resources.fingerprint(source), knobs

@@ -24,7 +24,7 @@ from parity.errors import Unsupported
 from parity.paths import _mlx
 from parity.paths._mlx import Batch, Setup, to_numpy
 from parity.paths._mlx_cache import kv_cache_trace
-from parity.paths._mlx_settings import lora_parameters, lr_schedule, optimizer_config
+from parity.paths._mlx_settings import lora_parameters, lr_schedule, one_step, optimizer_config
 from parity.paths._mlx_traces import config_trace, decode_trace, given, recorded
 from parity.paths.describe import defaults
 from parity.paths.mlx import MlxPath
@@ -99,7 +99,7 @@ class MlxLmPath(MlxPath):
         if inputs.group("replace"):
             return super().gradient(recipe, inputs)
         batch = (mx.array(inputs.arrays["ids"]), mx.array(inputs.arrays["lengths"]))
-        once = recipe.override({"train.steps": 1, "train.accumulation": 1})
+        once = one_step(recipe)
         losses, observer, _ = self._train(once, inputs.group("adapter"), iter([batch]), True)
         trace = Trace(
             {

@@ -20,6 +20,7 @@ from parity import resources
 from parity.errors import Unsupported
 from parity.paths import _mlx, _mlx_modules, _unsloth_settings, _unsloth_trainer
 from parity.paths._mlx import Batch, Loss, Setup
+from parity.paths._mlx_settings import one_step
 from parity.paths._mlx_traces import config_trace
 from parity.paths._unsloth_library import PACKAGE, library
 from parity.paths._unsloth_parts import Rows, clip_in_effect, loss_of, stepping, tree_of
@@ -185,7 +186,7 @@ class UnslothPath(MlxPath):
         """The gradient inside one step of the trainer, before any clip."""
         import mlx.core as mx
 
-        once = recipe.override({"train.steps": 1, "train.accumulation": 1})
+        once = one_step(recipe)
         setup = self.setup(once, inputs.group("adapter"))
         batch = mx.array(inputs.arrays["ids"]), mx.array(inputs.arrays["lengths"])
         run = self._run(once, setup, [batch], gradients=True)
