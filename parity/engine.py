@@ -27,6 +27,7 @@ from parity.trace import Trace
 from parity.worker import Worker
 
 TIMEOUT = 600.0  # seconds a capture may take
+MOST_WORKERS = 5  # processes that stay alive; each holds a framework and a model in memory
 REFEREE = "hf"  # the path that runs in float64
 PINNED = (
     "model.source", "model.weights", "data.source", "seed.value", "optim.lr", "train.steps", "train.batch_size", "decode.",
@@ -109,7 +110,9 @@ class Engine:
         try:
             with lock:
                 self.notice(f"{spec}: {method}")
-                self._worker(spec).call(method, recipe, source, file, self.timeout)
+                worker = self._worker(spec)
+                self._make_room(spec)
+                worker.call(method, recipe, source, file, self.timeout)
                 self.captured += 1
         finally:
             source.unlink(missing_ok=True)
@@ -123,6 +126,15 @@ class Engine:
             worker = Worker(spec, resolve(spec).framework, self.cache, log)
             self._workers[spec] = worker
         return worker
+
+    def _make_room(self, used: str) -> None:
+        """Ends the workers that have been idle longest, for as long as there are too many."""
+        with self._guard:
+            self._workers[used] = self._workers.pop(used)  # the last is the one used last
+            for spec in list(self._workers)[:-MOST_WORKERS]:
+                if self._locks[spec].acquire(blocking=False):
+                    self._workers.pop(spec).close()
+                    self._locks[spec].release()
 
     def both(
         self, specs: Mapping[str, str], method: str, recipes: Mapping[str, Recipe], inputs: Trace

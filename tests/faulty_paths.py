@@ -55,3 +55,7 @@ class Moody(Path):
             for value in trace.arrays.values():
                 value += 1.0
         return trace
+
+
+class FaultyStill(Faulty):
+    """The same in a process of its own."""

@@ -88,3 +88,13 @@ def test_what_does_not_repeat_itself_is_inconclusive(tmp_path, small):
         assert record.verdict is Verdict.DIVERGE
         assert record.artifacts
         assert all(file.endswith(".safetensors") for file in record.artifacts)
+
+
+def test_only_so_many_processes_stay_alive(fresh, monkeypatch):
+    """A search over hybrids starts one process a hybrid: memory must not grow with it."""
+    monkeypatch.setattr("parity.engine.MOST_WORKERS", 1)
+    first = pid(fresh, 1)
+    other = fresh.capture(f"{FAULTY}Still", "lora_init", Recipe(), Trace())
+    assert list(fresh._workers) == [f"{FAULTY}Still"]
+    assert int(other.arrays["pid"][0]) != first
+    assert pid(fresh, 2) not in (first, int(other.arrays["pid"][0]))

@@ -85,6 +85,8 @@ class Report:
     """`found`, `agree` or `inconclusive`."""
     reason: str = ""
     causes: list[Cause] = field(default_factory=list)
+    aligned: str = ""
+    """What training is like once every cause is taken from the reference."""
     skipped: list[str] = field(default_factory=list)
     """Stages that were not compared, and why."""
     settings: list[str] = field(default_factory=list)
@@ -108,6 +110,8 @@ class Report:
             lines.append(f"  shown by: {cause.reproduce}")
         if self.verdict == "inconclusive":
             lines.append(f"inconclusive: {self.reason}")
+        if self.aligned:
+            lines.append(f"with all of these from the reference, {self.aligned}")
         lines += [f"not compared: {text}" for text in self.skipped]
         return "\n".join(lines)
 
@@ -210,11 +214,19 @@ class Bisection:
                 report.skipped.append(f"{stage.name}: {record.reason}")
         if report.verdict == "agree":
             if report.causes:
-                report.verdict = "found"
+                report.verdict, report.aligned = "found", self._aligned()
             else:
                 report.reason = report.reason or "no probe diverges at any stage"
         report.runs, report.seconds = len(self._recipes), time.perf_counter() - started
         return report
+
+    def _aligned(self) -> str:
+        """Whether training is step for step the same once every cause is taken from the reference."""
+        curve = next((stage for stage in self.stages if stage.name == "loss_curve"), None)
+        if curve is None or self._same(self.cell(curve, self.rest)):
+            return ""
+        record = self.record(curve, self.rest)
+        return f"loss and gradient norm step for step: {record.verdict} ({record.reason})"
 
     def _visit(self, stage: Stage, report: Report) -> Record:
         started = time.perf_counter()
