@@ -331,8 +331,8 @@ def make_optimizer(recipe: Recipe, parameters: Iterable[Any]) -> tuple[Any, Any]
     from transformers import get_scheduler
 
     o = recipe.optim
-    # The fused kernel rounds differently. Whether tensors are grouped is left to torch, as in trainers.
-    options: dict[str, Any] = {"fused": False}
+    # Which of its kernels torch takes is left to it, as trainers do.
+    options: dict[str, Any] = {}
     if o.name == "sgd":
         kind: Any = torch.optim.SGD
     else:
