@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import threading
 import time
 import traceback
@@ -19,7 +20,7 @@ from parity import __version__, content, resources
 from parity.cell import Cell, conclude, first_divergence, reproduce
 from parity.errors import CaptureError, UnmatchedNames, Unsupported, UsageError
 from parity.hints import hints
-from parity.paths.base import resolve
+from parity.paths.base import registered, resolve
 from parity.recipe import Recipe
 from parity.record import Record, Side, Verdict
 from parity.stages.base import Comparison, Context
@@ -123,9 +124,24 @@ class Engine:
             if worker is not None:
                 worker.close()
             log = self.log_dir / f"{spec.replace(':', '_')}-{os.getpid()}.log"
-            worker = Worker(spec, resolve(spec).framework, self.cache, log)
+            target, python = spec, sys.executable
+            if "@" in spec:
+                target, python = self._pinned(spec)
+            worker = Worker(target, resolve(spec).framework, self.cache.resolve(), log, python)
             self._workers[spec] = worker
         return worker
+
+    def _pinned(self, spec: str) -> tuple[str, str]:
+        """Class and interpreter of `PATH@VERSION`; entry points are not known there."""
+        from parity.environments import Gap, pinned
+
+        self.notice(f"{spec}: making its environment")
+        try:
+            python = pinned(spec, self.cache).python
+        except Gap as error:
+            raise CaptureError(f"path {spec!r} has no environment: {error}") from None
+        name = spec.partition("@")[0]
+        return registered().get(name, name), str(python)
 
     def _make_room(self, used: str) -> None:
         """Ends the workers that have been idle longest, for as long as there are too many."""

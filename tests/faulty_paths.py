@@ -59,3 +59,22 @@ class Moody(Path):
 
 class FaultyStill(Faulty):
     """The same in a process of its own."""
+
+
+class Packaging(Path):
+    """It has releases, and says which one it runs."""
+
+    name = "packaging"
+    framework = "numpy"
+    packages = ("packaging",)
+    release = "packaging"
+
+    def shipped(self):
+        import packaging
+
+        return {"version": packaging.__version__}
+
+    def environment(self):
+        from parity.paths.describe import describe_process
+
+        return describe_process(self.packages)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from parity.bisect import environments
-from parity.bisect.environments import Gap, Range, commits, environment, parse_range, releases
+from parity import environments
 from parity.bisect.search import Found, SameEnds
 from parity.bisect.versions import Bisection, Change
 from parity.cell import Cell
 from parity.engine import Engine
+from parity.environments import Gap, Range, commits, environment, parse_range, releases
 from parity.errors import UsageError
 from parity.numerics import compare_exact
 from parity.recipe import Recipe

@@ -168,8 +168,8 @@ def _versions(
     good: str | None, bad: str | None, side: str,
 ) -> str:  # fmt: skip
     """Searches releases or commits; prints a sentence for each."""
-    from parity.bisect.environments import parse_range
     from parity.bisect.versions import Bisection, save
+    from parity.environments import parse_range
     from parity.errors import UsageError
 
     bisection = Bisection(

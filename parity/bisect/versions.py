@@ -15,7 +15,10 @@ from hashlib import sha256
 from pathlib import Path
 
 from parity import content
-from parity.bisect.environments import (
+from parity.bisect.search import Answer, Found, Ledger, Outcome, Progress, SameEnds, search
+from parity.cell import Cell
+from parity.engine import Engine
+from parity.environments import (
     HERE,
     Gap,
     Place,
@@ -26,9 +29,6 @@ from parity.bisect.environments import (
     releases,
     snapshot,
 )
-from parity.bisect.search import Answer, Found, Ledger, Outcome, Progress, SameEnds, search
-from parity.cell import Cell
-from parity.engine import Engine
 from parity.paths.base import registered, resolve
 from parity.recipe import Recipe
 from parity.trace import Trace

@@ -68,6 +68,8 @@ from importlib.metadata import entry_points
 from pathlib import Path as FilePath
 from typing import Any, ClassVar
 
+from packaging.version import InvalidVersion, Version
+
 from parity.errors import Unsupported, UsageError
 from parity.recipe import Recipe
 from parity.trace import Trace
@@ -102,6 +104,8 @@ class Path:
     """Distributions whose versions belong to the environment of a trace."""
     fixed: ClassVar[Mapping[str, Any]] = {}
     """Factors it has no option for, with the one value it always has."""
+    release: ClassVar[str] = ""
+    """The one of them that `PATH@VERSION` names a release of; without one there is no such path."""
     without_dependencies: ClassVar[tuple[str, ...]] = ()
     """Those of them that run without what they require, which would not fit this machine."""
 
@@ -198,6 +202,8 @@ def registered() -> dict[str, str]:
 def resolve(spec: str) -> type[Path]:
     """The class of a registered name, of `package.module:Class`, or of a hybrid of such.
 
+    `PATH@VERSION` is the path in an environment of its own (see `parity.environments.pinned`).
+
     Raises:
         UsageError: It is neither, cannot be imported, or is no path.
     """
@@ -205,6 +211,8 @@ def resolve(spec: str) -> type[Path]:
         from parity.paths.hybrid import compose
 
         return compose(spec)
+    if "@" in spec:
+        return _pinned(spec)
     known = registered()
     target = known.get(spec, spec)
     module, colon, attribute = target.partition(":")
@@ -222,3 +230,17 @@ def resolve(spec: str) -> type[Path]:
     if not (isinstance(found, type) and issubclass(found, Path)):
         raise UsageError(f"{spec!r} is no subclass of parity.paths.base.Path")
     return found
+
+
+def _pinned(spec: str) -> type[Path]:
+    name, _, version = spec.partition("@")
+    kind = resolve(name)
+    if not kind.release:
+        raise UsageError(f"{spec!r}: path {name!r} names no package whose release could be chosen")
+    try:
+        Version(version)
+    except InvalidVersion:
+        raise UsageError(
+            f"{spec!r}: {version!r} is no version of {kind.release}: write {name}@1.2.3"
+        ) from None
+    return type(kind.__name__, (kind,), {"name": spec, "__module__": kind.__module__})

@@ -33,6 +33,7 @@ class HfPath(TorchStages):
     name: ClassVar[str] = "hf"
     framework: ClassVar[str] = "torch"
     packages: ClassVar[tuple[str, ...]] = ("torch", "transformers", "peft", "numpy")
+    release: ClassVar[str] = "transformers"
 
     def __init__(self, cache: FilePath) -> None:
         super().__init__(cache)

@@ -51,7 +51,8 @@ def spec(parts: Mapping[str, str]) -> str:
 
 def swappable(name: str) -> bool:
     """Whether the parts of a path can stand in another."""
-    return issubclass(resolve(name), MlxPath)
+    # A release in an environment of its own cannot share a process with anything else.
+    return "@" not in name and issubclass(resolve(name), MlxPath)
 
 
 def compose(name: str) -> type[Path]:
@@ -63,7 +64,7 @@ def compose(name: str) -> type[Path]:
     parts = sources(name)
     if wrong := [path for path in dict.fromkeys(parts.values()) if not swappable(path)]:
         raise UsageError(
-            f"{name!r}: the parts of {wrong[0]!r} cannot be swapped, only those on MLX can"
+            f"{name!r}: the parts of {wrong[0]!r} cannot be swapped, only those on MLX in this environment can"
         )
     base = parts.pop(LOOP)
     kind: Any = resolve(base)

@@ -33,6 +33,7 @@ class MlxPath(MlxStages):
     name: ClassVar[str] = "mlx"
     framework: ClassVar[str] = "mlx"
     packages: ClassVar[tuple[str, ...]] = ("mlx", "mlx-lm", "transformers", "numpy")
+    release: ClassVar[str] = "mlx-lm"
     fixed: ClassVar[Mapping[str, Any]] = {"train.autocast": "none"}
 
     def __init__(self, cache: FilePath) -> None:

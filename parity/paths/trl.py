@@ -41,6 +41,7 @@ class TrlPath(HfPath):
 
     name: ClassVar[str] = "trl"
     packages: ClassVar[tuple[str, ...]] = (*HfPath.packages, "trl", "accelerate", "datasets")
+    release: ClassVar[str] = "trl"
     operations: ClassVar[Mapping[str, str]] = {
         "config": "SFTTrainer makes other batches",
         "cross_entropy": _FUSED,

@@ -42,6 +42,7 @@ class UnslothPath(MlxPath):
 
     name: ClassVar[str] = "unsloth"
     packages: ClassVar[tuple[str, ...]] = (*MlxPath.packages, PACKAGE)
+    release: ClassVar[str] = PACKAGE
     without_dependencies: ClassVar[tuple[str, ...]] = (PACKAGE,)
     fixed: ClassVar[Mapping[str, Any]] = {
         **MlxPath.fixed,

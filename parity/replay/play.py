@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from parity.bisect.causes import Bisection, Report
-from parity.bisect.environments import parse_range
 from parity.bisect.versions import Bisection as Versions
 from parity.cell import Cell
 from parity.engine import Engine
 from parity.engine import check as find_wrong_use
+from parity.environments import parse_range
 from parity.errors import CaptureError, Unsupported, UsageError
 from parity.record import Verdict
 from parity.replay.scenario import Scenario, Share

@@ -21,6 +21,7 @@ from packaging.version import InvalidVersion, Version
 
 import parity
 from parity.errors import UsageError
+from parity.paths.base import resolve
 from parity.trace import write_atomically
 
 WORKER = ("numpy", "pydantic", "safetensors", "filelock", "platformdirs", "packaging", "pyyaml")
@@ -146,6 +147,19 @@ def environment(
             names = {row["name"]: row["version"] for row in listed}
             write_atomically(complete, json.dumps(names).encode())
         return Place(launch, folder.name, json.loads(complete.read_text(encoding="utf-8")))
+
+
+def pinned(spec: str, cache: Path) -> Place:
+    """The environment of `PATH@VERSION`: that release of the distribution which the path is about.
+
+    Raises:
+        Gap: It cannot be installed.
+    """
+    name, _, version = spec.partition("@")
+    kind = resolve(name)
+    others = sorted(set(kind.packages) - {"torch", kind.release})
+    inherit = kind.framework == "torch"
+    return environment(kind.release, version, cache, others, inherit, kind.without_dependencies)
 
 
 def commits(repo: Path, good: str, bad: str) -> list[str]:
