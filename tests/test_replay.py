@@ -55,6 +55,7 @@ def test_every_scenario_is_valid(name):
         ('cause = ["lora.rank"]', "", "needs stage and cause"),
         ("https://", "http//", "source"),
         ("about", "abuot", "abuot"),
+        ("[expect]", '[expect.gates]\n"HI" = "all"\n[expect]', "no gate 'HI': there are"),
         ('stage = "lora_init"', 'stage = "lora_init', "not valid TOML"),
     ],
 )
@@ -138,7 +139,8 @@ verdict = "agree"
     assert play(case(text.format(share="none")), engine).status is Status.AS_EXPECTED
     wrong = play(case(text.format(share="all")), engine)
     assert wrong.status is Status.OTHERWISE
-    assert "teacher-forced: 0 of 4" in wrong.found
+    assert wrong.found == "no cause; of the seeds none pass 'teacher-forced'"
+    assert "teacher-forced: 0 of 4" in wrong.answer
 
 
 def test_the_command_writes_a_table_and_says_no(tmp_path, case):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -60,13 +60,23 @@ class Expect(Section):
             raise ValueError(f"cause {wrong[0]!r} is neither a factor nor a part")
         return self
 
-    def words(self) -> str:
-        """The expectation in one cell of a table."""
+    def searched(self) -> str:
+        """What a search must find, in words."""
         if self.release:
             return f"moved in {self.release}"
         if self.verdict == "agree":
             return "no cause"
         return f"{self.stage}: {' with '.join(self.cause)}"
+
+    def words(self) -> str:
+        """The expectation in one cell of a table."""
+        return self.searched() + passing(self.gates)
+
+
+def passing(shares: Mapping[str, str]) -> str:
+    """How many seeds pass each gate, in words that follow a sentence."""
+    told = ", ".join(f"{share} pass {gate!r}" for gate, share in shares.items())
+    return f"; of the seeds {told}" if told else ""
 
 
 class Scenario(Section):
@@ -135,6 +145,9 @@ def load(source: str) -> Scenario:
         scenario = Scenario.model_validate({**data, "name": file.stem})
         for changes in (scenario.set_subject, scenario.set_reference):
             next(scenario.recipes()).override(changes)
+        gates = (*next(scenario.recipes()).decode.prompts, "teacher-forced")
+        if wrong := [gate for gate in scenario.expect.gates if gate not in gates]:
+            raise UsageError(f"no gate {wrong[0]!r}: there are {', '.join(map(repr, gates))}")
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{file}: not valid TOML: {error}") from None
     except ValidationError as error:
