@@ -183,7 +183,8 @@ def _versions(
         raise UsageError("--repo needs --good REVISION and --bad REVISION")
     for change in found:
         click.echo(change.sentence())
-        display.notice(f"{change.runs} runs in {change.seconds:.0f} s")
+        if change.runs:
+            display.notice(f"{change.runs} runs in {change.seconds:.0f} s")
     files = save(out, found, shlex.join(["parity", *sys.argv[1:]]))
     display.notice("wrote " + ", ".join(map(str, files)))
     return "inconclusive" if any(change.found.inconclusive for change in found) else "found"
