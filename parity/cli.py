@@ -49,6 +49,8 @@ Examples:
   parity run --reference mlx-lm --seeds 15     bit-identity with the CLI on fifteen seeds
   parity run --probes 02,05 --set model.source=smollm2-135m
   parity run --subject my_trainer:Path         a trainer of your own
+  parity bisect --reference hf --shipped       what makes two stacks differ
+  parity replay                                cases that people have met
   parity list                                  paths, probes, models, data, recipes
 \b
 Exit codes: 0 everything green, 1 something diverges or is inconclusive,
@@ -260,7 +262,7 @@ def compare(subject: Path, reference: Path, floor: Path | None, exact: bool) -> 
 
 @main.command("list")
 def list_() -> None:
-    """Show paths, probes, models, data and recipes."""
+    """Show paths, probes, models, data, recipes and scenarios."""
     from parity import resources
     from parity.paths.base import registered
     from parity.stages import BY_NUMBER
@@ -274,6 +276,7 @@ def list_() -> None:
     click.echo("models     " + ", ".join([*resources.names("models"), *resources.EXTRA_MODELS]))
     click.echo("data       " + ", ".join(resources.names("data")))
     click.echo("recipes    " + ", ".join(resources.names("recipes")))
+    click.echo("scenarios  " + ", ".join(resources.names("scenarios")))
     click.echo(f"cache      {resources.cache()}")
 
 

@@ -43,9 +43,9 @@ def cache() -> Path:
 
 
 def names(kind: str) -> list[str]:
-    """Names of the fixtures of a kind: models, data or recipes."""
+    """Names of the fixtures of a kind: models, data, recipes or scenarios."""
     folder = fixtures() / kind
-    if kind == "recipes":
+    if kind in ("recipes", "scenarios"):
         return sorted(file.stem for file in folder.glob("*.toml"))
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
 

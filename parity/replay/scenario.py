@@ -124,7 +124,7 @@ class Scenario(Section):
 
 def names() -> list[str]:
     """The scenarios of the fixtures."""
-    return sorted(file.stem for file in (resources.fixtures() / "scenarios").glob("*.toml"))
+    return resources.names("scenarios")
 
 
 def load(source: str) -> Scenario:
