@@ -68,8 +68,6 @@ from importlib.metadata import entry_points
 from pathlib import Path as FilePath
 from typing import Any, ClassVar
 
-from packaging.version import InvalidVersion, Version
-
 from parity.errors import Unsupported, UsageError
 from parity.recipe import Recipe
 from parity.trace import Trace
@@ -233,6 +231,9 @@ def resolve(spec: str) -> type[Path]:
 
 
 def _pinned(spec: str) -> type[Path]:
+    # Here only: what lies in a user's working directory must not stand in for it in a worker.
+    from packaging.version import InvalidVersion, Version
+
     name, _, version = spec.partition("@")
     kind = resolve(name)
     if not kind.release:
