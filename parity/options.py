@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
 
 import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 EXIT_GREEN, EXIT_NOT_GREEN, EXIT_USAGE, EXIT_MISSING = 0, 1, 2, 3
 
@@ -34,6 +38,18 @@ device_option = click.option(
     callback=_choose_device,
     help="Where hf and trl compute; MLX chooses by itself.  [default: cpu]",
 )
+
+
+def out_option(folder: str) -> Callable[[Command], Command]:
+    """`--out`, the folder of the result."""
+    return click.option(
+        "--out",
+        default=Path(folder),
+        show_default=True,
+        type=click.Path(path_type=Path, file_okay=False),
+        help="Folder of the result.",
+    )
+
 
 timeout_option = click.option(
     "--timeout",

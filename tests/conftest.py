@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,3 +26,11 @@ def engine():
 def small():
     """A few steps on the tiny Gemma 3."""
     return Recipe().override({"train.steps": 6, "optim.lr": 3e-3})
+
+
+@pytest.fixture
+def uv():
+    """What makes environments; it is no dependency of the package."""
+    beside = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    if not shutil.which("uv", path=beside):
+        pytest.skip("environments are made with uv, which is not installed")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -133,13 +131,6 @@ def test_the_sentence_says_who_moved():
         "the reference moved with toy in 1.3 (or in 1.1, 1.2, which cannot be run), after 1.0 "
         "(changed with it: x 1 → 2): agree: a → diverge: b"
     )
-
-
-@pytest.fixture
-def uv():
-    beside = f"{Path(sys.executable).parent}:{shutil.os.environ['PATH']}"
-    if not shutil.which("uv", path=beside):
-        pytest.skip("environments are made with uv, which is not installed")
 
 
 def test_the_release_is_found_in_real_environments(here, uv, tmp_path):

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
-from pathlib import Path
-
 import pytest
 
 from parity.engine import Engine
@@ -38,10 +34,7 @@ def test_a_pinned_path_keeps_what_the_path_is():
     assert kind.fixed == resolve("mlx-lm").fixed
 
 
-def test_it_runs_in_that_release(tmp_path):
-    beside = f"{Path(sys.executable).parent}:{shutil.os.environ['PATH']}"
-    if not shutil.which("uv", path=beside):
-        pytest.skip("environments are made with uv, which is not installed")
+def test_it_runs_in_that_release(uv, tmp_path):
     with Engine(cache=tmp_path, timeout=300) as engine:
         here = engine.capture(OLD, "defaults", Recipe(), Trace())
         there = engine.capture(f"{OLD}@21.3", "defaults", Recipe(), Trace())

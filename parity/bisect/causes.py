@@ -322,14 +322,18 @@ class Bisection:
         mine = self.recipe.override({n: self.changes[n] for n in names}).factors()
         # `lora.alpha` is another spelling of `lora.scale`
         values = {n: (mine.get(n, self.changes[n]), theirs.get(n)) for n in names}
-        what = " together with ".join(f"{n} = {a!r} against {b!r}" for n, (a, b) in values.items())
         sentence = (
-            f"{what} makes {stage.name} (probe {stage.number:02d}) diverge: {record.reason}; "
+            f"{against(values)} makes {stage.name} (probe {stage.number:02d}) diverge: {record.reason}; "
             "with the reference's value it agrees"
         )
         hints = list(record.hints)
         shown = reproduce(self.cell(stage, names))
         return Cause(stage.name, values, sentence, hints=hints, reproduce=shown)
+
+
+def against(values: Mapping[str, tuple[Any, Any]]) -> str:
+    """Factors with the subject's and the reference's value, in words."""
+    return " together with ".join(f"{n} = {a!r} against {b!r}" for n, (a, b) in values.items())
 
 
 def save(folder: Path, data: Any, text: str, page: str) -> list[Path]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from parity.bisect.causes import Cause, Report, Visit
+from parity.bisect.causes import Cause, Report, Visit, against
 from parity.bisect.minimize import Answer, Search, Watch, minimize
 from parity.cell import setting
 from parity.errors import UsageError
@@ -90,10 +90,9 @@ def report(
     theirs = recipe.factors()
     for names in found.causes:
         values = {name: (changes[name], theirs.get(name)) for name in names}
-        what = " together with ".join(f"{n} = {a!r} against {b!r}" for n, (a, b) in values.items())
         flags = [f"--set-subject {setting(name, changes[name])}" for name in names]
         again = " ".join(["parity bisect", *flags, f"--check {shlex.quote(command)}"])
-        sentence = f"{what} makes the command say that they differ"
+        sentence = f"{against(values)} makes the command say that they differ"
         result.causes.append(Cause("command", values, sentence, reproduce=again))
     said = {"found": "diverge"}.get(found.verdict, found.verdict)
     visit = Visit(-1, "command", said, command, 0.0, tuple(changes), found.questions)

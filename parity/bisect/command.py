@@ -13,6 +13,7 @@ from parity.options import (
     EXIT_GREEN,
     EXIT_NOT_GREEN,
     device_option,
+    out_option,
     recipe_options,
     timeout_option,
 )
@@ -76,13 +77,7 @@ if TYPE_CHECKING:
     type=click.IntRange(1, 20),
     help="How often each question is asked; answers that disagree end in `inconclusive`.",
 )
-@click.option(
-    "--out",
-    default=Path("reports/bisect"),
-    show_default=True,
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Folder of the result.",
-)
+@out_option("reports/bisect")
 @device_option
 @timeout_option
 def bisect(

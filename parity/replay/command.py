@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from parity.options import EXIT_GREEN, EXIT_MISSING, EXIT_NOT_GREEN, timeout_option
+from parity.options import EXIT_GREEN, EXIT_MISSING, EXIT_NOT_GREEN, out_option, timeout_option
 
 if TYPE_CHECKING:
     from parity.replay.play import Outcome
@@ -18,13 +18,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("names", nargs=-1, metavar="[SCENARIO|FILE]...")
 @click.option("--list", "listing", is_flag=True, help="Say which there are, and run none.")
-@click.option(
-    "--out",
-    default=Path("reports/replay"),
-    show_default=True,
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Folder of the result.",
-)
+@out_option("reports/replay")
 @timeout_option
 def replay(names: tuple[str, ...], listing: bool, out: Path, timeout: float) -> None:
     """Replay known cases and hold the causes found against those expected.
