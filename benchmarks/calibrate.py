@@ -22,13 +22,15 @@ import numpy as np
 import pandas as pd
 
 from parity import recipe as recipes
-from parity.cell import Cell
-from parity.engine import Engine
-from parity.numerics import HEADROOM, Noise
+from parity.capture.engine import Engine
+from parity.cells.cell import Cell
+from parity.cells.matrix import SEEDS
+from parity.cells.run import context_of
+from parity.judge.numerics import HEADROOM, Noise
 from parity.record import Record, Verdict
-from parity.run import SEEDS
+from parity.report.text import describe
 from parity.stages import STAGES, find
-from parity.stages.base import Context
+from parity.stages.context import Context
 from parity.trace import Array, Trace
 
 MODELS = ("tiny-gemma3", "tiny-llama", "tiny-qwen3")
@@ -136,7 +138,7 @@ def detection(engine: Engine, options: argparse.Namespace) -> pd.DataFrame:
                 )
                 for stage in PLANTS:
                     cell = Cell(find(stage), "mlx", "hf", shared)
-                    context = engine.context(cell)
+                    context = context_of(engine, cell)
                     for times in TIMES:
                         rng = np.random.default_rng([seed, times])
                         metrics = find(stage).run(plant(context, stage, times, rng)).metrics
@@ -164,7 +166,7 @@ def main() -> None:
         for index, record in enumerate(pool.map(engine.run, planned)):
             rows += row(record)
             if not record.verdict.green:
-                print(record.message(), flush=True)
+                print(describe(record), flush=True)
             if index % 90 == 89:
                 print(f"{index + 1} of {len(planned)} cells", flush=True)
         faults = detection(engine, options)

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from parity import recipe as recipes
 from parity import resources
-from parity.run import SEEDS
-from parity.worker import environment
+from parity.capture.worker import environment
+from parity.cells.matrix import SEEDS
 
 PROBES = range(1, 9)
 REFERENCES = ("mlx-lm", "hf")
@@ -94,8 +94,8 @@ LOOP = """
 import sys, tempfile, time
 from pathlib import Path
 from parity import recipe
-from parity.paths.mlx import MlxPath
-from parity.paths.mlx_lm import MlxLmPath
+from parity.paths.mlx.path import MlxPath
+from parity.paths.mlx_lm.path import MlxLmPath
 from parity.trace import Trace
 import mlx.core as mx
 from mlx_lm.tuner.trainer import TrainingArgs, train

@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from parity.cells.run import run_cell
+from parity.report.text import describe
+
 if TYPE_CHECKING:
-    from parity.cell import Cell
-    from parity.engine import Engine
+    from parity.capture.engine import Engine
+    from parity.cells.cell import Cell
+    from parity.cells.matrix import Matrix
     from parity.record import Record
-    from parity.run import Matrix
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,7 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _choose_device(config: pytest.Config) -> None:
     """Before any worker starts; a process of xdist has it from the one that started it."""
-    from parity import devices
+    from parity.capture import devices
     from parity.errors import UsageError
 
     name = config.getoption("--device")
@@ -70,7 +73,7 @@ def _choose_device(config: pytest.Config) -> None:
 
 def _matrix(config: pytest.Config, stage: str) -> Matrix:
     from parity import recipe as recipes
-    from parity import run as runs
+    from parity.cells import matrix as runs
     from parity.errors import UsageError
     from parity.stages import find
 
@@ -85,7 +88,7 @@ def _matrix(config: pytest.Config, stage: str) -> Matrix:
             changes,
             config.getoption("--recipe"),
         )
-        from parity.engine import check
+        from parity.capture.engine import check
 
         check([matrix.subject, *matrix.references], matrix.recipe)
     except UsageError as error:
@@ -104,9 +107,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def parity_engine() -> Iterator[Engine]:
     """The engine of this pytest process; under xdist the cache is what they share."""
-    from parity.engine import Engine
+    from parity.capture.engine import Engine
 
-    with Engine(repeat=True) as engine:
+    with Engine() as engine:
         yield engine
 
 
@@ -120,22 +123,22 @@ def probe(
 
     A known divergence is an expected failure, strictly so if its entry says deterministic.
     """
-    from parity import expected
     from parity.record import Verdict
+    from parity.results import expected
 
     folder = Path(pytestconfig.getoption("--parity-out") or Path("reports") / "pytest")
 
     def run(cell: Cell) -> Record:
         named, none = (pytestconfig.getoption(name) for name in ("--expected", "--no-expected"))
         known = expected.chosen(cell.subject, [cell.reference], named and Path(named), none)
-        record = expected.mark(parity_engine.run(cell), known)
+        record = expected.mark(run_cell(parity_engine, cell, repeat=True), known)
         record_property("parity_record", str(record.save(folder / "records")))
         if record.verdict is Verdict.SKIP:
             pytest.skip(record.reason)
         if record.expected and not record.verdict.green:
             pytest.xfail(record.expected)
         if record.expected or not record.verdict.green:
-            pytest.fail(record.message(), pytrace=False)
+            pytest.fail(describe(record), pytrace=False)
         return record
 
     return run

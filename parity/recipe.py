@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from parity import resources
 from parity.errors import UsageError
 
 Name = Annotated[str, Field(min_length=1)]
@@ -25,13 +26,13 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Section(BaseModel):
+class FactorGroup(BaseModel):
     """A frozen, strictly validated group of factors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Model(Section):
+class Model(FactorGroup):
     """Which weights, and the precision they are computed in."""
 
     source: Name = "tiny-gemma3"
@@ -41,7 +42,7 @@ class Model(Section):
     """What the weights are rounded to before they are computed with in `dtype`."""
 
 
-class Data(Section):
+class Data(FactorGroup):
     """Rows and how they become batches."""
 
     source: Name = "hello"
@@ -54,7 +55,7 @@ class Data(Section):
     append_eos: bool = True
 
 
-class Seed(Section):
+class Seed(FactorGroup):
     """The seed and where it is set."""
 
     value: Annotated[int, Field(ge=0, lt=2**32)] = 3407
@@ -63,7 +64,7 @@ class Seed(Section):
     """Seed of the data order; none means `value`."""
 
 
-class Lora(Section):
+class Lora(FactorGroup):
     """The adapter. `alpha` may be written instead of `scale` (scale = alpha / rank)."""
 
     rank: Positive = 8
@@ -104,7 +105,7 @@ class Lora(Section):
         return self
 
 
-class Mask(Section):
+class Mask(FactorGroup):
     """Which positions are supervised.
 
     Target s (1-based, the target of input s) of a row of n tokens counts when
@@ -118,7 +119,7 @@ class Mask(Section):
     """1 is mlx-lm's `steps <= lengths`: the first padding position counts as well."""
 
 
-class Optim(Section):
+class Optim(FactorGroup):
     """The optimizer, its schedule and what happens to a gradient before it."""
 
     name: Literal["adamw", "adam", "sgd"] = "adamw"
@@ -133,7 +134,7 @@ class Optim(Section):
     clip_value: PositiveFloat = 1.0
 
 
-class Train(Section):
+class Train(FactorGroup):
     """The loop."""
 
     steps: Positive = 30
@@ -147,7 +148,7 @@ class Train(Section):
     """Mixed precision: the dtype torch's autocast computes the forward pass in; weights stay."""
 
 
-class Decode(Section):
+class Decoding(FactorGroup):
     """Greedy decoding and what it should say."""
 
     max_tokens: Positive = 24
@@ -158,7 +159,7 @@ class Decode(Section):
     """Teacher-forced completion loss under which a path passes."""
 
 
-class Unsloth(Section):
+class Unsloth(FactorGroup):
     """Knobs that only unsloth-zoo has; other paths ignore them."""
 
     use_cce: bool = False
@@ -174,7 +175,7 @@ class Unsloth(Section):
     off: what its default then does changed between releases."""
 
 
-class Recipe(Section):
+class Recipe(FactorGroup):
     """Everything that is to be run. Leaves are factors."""
 
     model: Model = Model()
@@ -184,7 +185,7 @@ class Recipe(Section):
     mask: Mask = Mask()
     optim: Optim = Optim()
     train: Train = Train()
-    decode: Decode = Decode()
+    decode: Decoding = Decoding()
     unsloth: Unsloth = Unsloth()
 
     def factors(self) -> dict[str, Any]:
@@ -249,7 +250,7 @@ def build(data: Mapping[str, Any], where: str) -> Recipe:
     """Validates nested sections into a recipe.
 
     Args:
-        data: Section name to mapping of factors.
+        data: FactorGroup name to mapping of factors.
         where: What is validated, for the error.
 
     Raises:
@@ -305,8 +306,6 @@ def load(source: str | Path, settings: Iterable[str] = ()) -> Recipe:
     Raises:
         UsageError: No such recipe, broken TOML, unknown or ill-typed factors.
     """
-    from parity import resources
-
     file = resources.recipe_file(str(source))
     try:
         data = tomllib.loads(file.read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from parity.errors import UsageError
-from parity.trace import dumps, loads, write_atomically
+from parity.files import dumps, loads, write_atomically
 
 SCHEMA = 1
 
@@ -118,7 +118,7 @@ class Record(BaseModel):
     facts: dict[str, float] = Field(default_factory=dict)
     """Numbers that no verdict depends on; hints are drawn from them."""
     expected: str = ""
-    """Why a known difference is expected here, with a link: see `parity.expected`."""
+    """Why a known difference is expected here, with a link: see `parity.results.expected`."""
     first_divergence: dict[str, Any] | None = None
     detail: str = ""
     seconds: float = 0.0
@@ -143,11 +143,38 @@ class Record(BaseModel):
         write_atomically(file, dumps(self.model_dump(mode="python"), indent=1).encode())
         return file
 
-    def message(self) -> str:
-        """The record as a person reads it in a terminal."""
-        from parity.report.text import describe
 
-        return describe(self)
+def conclude(metrics: list[Metric]) -> tuple[Verdict, str]:
+    """The verdict of a record and its sentence, from the metrics that gate."""
+    gates = [metric for metric in metrics if metric.gate]
+    verdict = worst([metric.verdict for metric in gates])
+    if not gates:
+        return verdict, "nothing was compared"
+    bad = [metric for metric in gates if metric.verdict is verdict]
+    if verdict is Verdict.IDENTICAL:
+        return verdict, f"all {len(gates)} metrics are equal bit for bit"
+    if verdict is Verdict.AGREE:
+        top = max(bad, key=lambda m: m.value / m.tolerance if m.tolerance > 0 else 0.0)
+        if top.tolerance > 0:
+            share = f"{top.value:.3g} of {top.tolerance:.3g} allowed"
+            return (
+                verdict,
+                f"all {len(gates)} metrics within their floors; closest: {top.name}, {share}",
+            )
+        return verdict, f"all {len(gates)} metrics agree"
+    first = bad[0]
+    if first.note and first.where == first.name:  # a sentence of its own, as of the config
+        return verdict, first.note
+    where = f" at {first.where}" if first.where and not first.where.startswith(first.name) else ""
+    return verdict, f"{first.name}{where}" + (f": {first.note}" if first.note else "")
+
+
+def first_divergence(metrics: list[Metric]) -> dict[str, Any] | None:
+    """Name, place and step of the first gating metric that diverges."""
+    for metric in metrics:
+        if metric.gate and metric.verdict is Verdict.DIVERGE:
+            return {"metric": metric.name, "where": metric.where, "step": metric.step}
+    return None
 
 
 def load(file: Path) -> Record:

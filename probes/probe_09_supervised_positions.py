@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from parity.cell import Cell
+from parity.cells.cell import Cell
 from parity.record import Record
 
 STAGE = "supervised_positions"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from parity.paths.hf import HfPath
-from parity.paths.mlx import MlxPath
+from parity.paths.hf.path import HfPath
+from parity.paths.mlx.path import MlxPath
 
 
 class Wrapped:

@@ -11,7 +11,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from parity.engine import Engine
+from parity.capture.engine import Engine
 from parity.recipe import Recipe
 
 

@@ -10,12 +10,12 @@ import time
 import numpy as np
 
 from parity.errors import Unsupported
-from parity.paths.base import Path
+from parity.paths.protocol import TrainingPath
 from parity.trace import Trace
 from tests.third_party import NumpyAdamW
 
 
-class Faulty(Path):
+class Faulty(TrainingPath):
     """Each method goes wrong in its own way."""
 
     name = "faulty"
@@ -39,7 +39,7 @@ class Faulty(Path):
         return Trace({"pid": np.array([os.getpid()])}, {"seed": recipe.seed.value})
 
 
-class Moody(Path):
+class Moody(TrainingPath):
     """Its optimizer step is right every other time it is asked."""
 
     name = "moody"
@@ -61,7 +61,7 @@ class FaultyStill(Faulty):
     """The same in a process of its own."""
 
 
-class Packaging(Path):
+class Packaging(TrainingPath):
     """It has releases, and says which one it runs."""
 
     name = "packaging"

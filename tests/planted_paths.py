@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from parity.paths.mlx import MlxPath
+from parity.paths.mlx.path import MlxPath
 
 
 class BadModule(MlxPath):

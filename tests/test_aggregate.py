@@ -15,12 +15,13 @@ import pytest
 from markupsafe import escape
 from rich.console import Console
 
-from parity.aggregate import aggregate, to_json, write
+from parity.cells.plan import GridRow, Plan, read_plan, write_plan
 from parity.errors import UsageError
-from parity.plan import Plan, Row, read_plan, write_plan
+from parity.files import loads
 from parity.record import Metric, Record, Side, Verdict
 from parity.report import html, markdown, terminal
-from parity.trace import loads
+from parity.report.write import to_json, write
+from parity.results.aggregate import aggregate
 
 STAGES = ("config", "tokenization", "logits", "cross_entropy", "lora_init", "gradient",
           "optimizer_step", "loss_curve", "greedy_decode", "supervised_positions", "kv_cache")  # fmt: skip
@@ -134,7 +135,7 @@ def test_a_cell_absent_from_the_seed_matrix_is_missing_and_named() -> None:
     found = aggregate([r for r in matrix() if r.name != gone.name])
     assert (found.verdict, found.exit_code) == ("missing", 3)
     (gap,) = found.gaps["missing"]
-    assert gap[:2] == (Row("tiny", "mlx", "hf", 5, "gradient"), (1,))
+    assert gap[:2] == (GridRow("tiny", "mlx", "hf", 5, "gradient"), (1,))
     assert found.grid.set_index(["reference", "probe"]).loc[("hf", 5), "1"] == "missing"
     for text in (markdown.render(found), html.render(found)):
         assert re.search(r"05 gradient, mlx vs hf · tiny, seed 1: no record", text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from parity.bisect.causes import Bisection
+from parity.bisect.causes import CauseSearch
 from parity.recipe import Recipe
 
 HARMLESS = {
@@ -17,7 +17,7 @@ HARMLESS = {
 
 
 def search(engine, recipe, changes, subject="mlx", reference="mlx-lm"):
-    return Bisection(engine, subject, reference, recipe, changes).search()
+    return CauseSearch(engine, subject, reference, recipe, changes).search()
 
 
 @pytest.mark.parametrize(

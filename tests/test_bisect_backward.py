@@ -5,16 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from parity.bisect.causes import Bisection
-from parity.bisect.locate_backward import Seen, by_adapters
-from parity.cell import Cell
+from parity.bisect.causes import CauseSearch
+from parity.bisect.locate_backward import BackwardComparison, by_adapters
+from parity.cells.cell import Cell
+from parity.cells.run import context_of
 from parity.errors import UsageError
+from parity.names import LOGITS
 from parity.recipe import load as load_recipe
 from parity.resources import model_dir
 from parity.stages import find
-from parity.stages.base import Pair
+from parity.stages.context import Pair
 from parity.stages.gradient import Gradient
-from parity.trace import LOGITS, Trace
+from parity.trace import Trace
 
 GRADIENT = find("05")
 
@@ -22,7 +24,7 @@ GRADIENT = find("05")
 def search(engine, subject, reference, recipe, stage=GRADIENT):
     """Only the one stage, after the configuration."""
     stages = (find("00"), stage)
-    return Bisection(engine, subject, reference, recipe, {}, stages=stages).search()
+    return CauseSearch(engine, subject, reference, recipe, {}, stages=stages).search()
 
 
 def placed(report):
@@ -30,7 +32,7 @@ def placed(report):
 
 
 def gradients(engine, path, recipe, **scalars):
-    context = engine.context(Cell(GRADIENT, "mlx", "hf", recipe))
+    context = context_of(engine, Cell(GRADIENT, "mlx", "hf", recipe))
     _, (rows, _) = Gradient().inputs(context)  # B ≠ 0
     return rows, engine.capture(path, "gradient", recipe, Trace(rows.arrays, scalars))
 
@@ -150,13 +152,13 @@ def test_only_the_innermost_module_is_off():
 
     # The layer and the MLP pass on what the down-projection made of an equal gradient.
     bad = trace(input_1=2.0, activation_0=2.0, input_0=2.0, input_2=2.0, input_3=2.0)
-    seen = Seen(a_pair(bad, trace()), bad)
+    seen = BackwardComparison(a_pair(bad, trace()), bad)
     assert seen.off() == ["layers.0.mlp.down"]
     # Nothing inside is off, but a gradient differs between the modules.
     between = trace(activation_0=2.0)
-    assert Seen(a_pair(between, trace()), between).alone() == ["layers.0.mlp"]
+    assert BackwardComparison(a_pair(between, trace()), between).alone() == ["layers.0.mlp"]
     loss = trace(activation_4=2.0)
-    assert Seen(a_pair(loss, trace()), loss).alone() == ["the loss"]
+    assert BackwardComparison(a_pair(loss, trace()), loss).alone() == ["the loss"]
 
 
 @pytest.fixture

@@ -9,18 +9,19 @@ from html.parser import HTMLParser
 import pytest
 from click.testing import CliRunner
 
-from parity.bisect.causes import Cause, Report, Visit
+from parity.bisect.causes import Cause, SearchReport, StageVisit
 from parity.bisect.check import report as check
-from parity.bisect.command import bisect
-from parity.bisect.display import Lines, Screen, shown
 from parity.bisect.minimize import Answer, minimize
 from parity.bisect.place import Mark, Place
-from parity.bisect.search import Answer as Said
+from parity.bisect.search import CheckResult as Said
 from parity.bisect.search import search
-from parity.bisect.versions import Change, save
+from parity.bisect.versions import Change
+from parity.commands.bisect import bisect
+from parity.files import loads
 from parity.recipe import Recipe
-from parity.report.bisect import axis, grid, render, render_versions, strip, together
-from parity.trace import loads
+from parity.report.search_files import save, save_versions
+from parity.report.search_page import axis, grid, render, render_versions, strip, together
+from parity.report.search_progress import Lines, Screen, shown
 
 NAMES = tuple(f"factor{i}" for i in range(8))
 VOID = {"meta", "input", "br", "link"}
@@ -73,7 +74,7 @@ def a_report():
         Mark("layers.1.mlp.up_proj", 2e-9, 1e-8, False, True),
         Mark("layers.0.mlp", 3e-4, 1e-8, True),
     ]
-    return Report(
+    return SearchReport(
         "mlx",
         "hf",
         "found",
@@ -89,9 +90,11 @@ def a_report():
         settings=["rank 4 & 8"],
         ledger=found.ledger,
         path=[
-            Visit(2, "logits", "agree", "all within", 1.5),
-            Visit(5, "gradient", "diverge", "norm", 2.0, NAMES, found.questions),
-            Visit(7, "loss_curve", "error", "died", place=Place("there", "x", "backward", walk)),
+            StageVisit(2, "logits", "agree", "all within", 1.5),
+            StageVisit(5, "gradient", "diverge", "norm", 2.0, NAMES, found.questions),
+            StageVisit(
+                7, "loss_curve", "error", "died", place=Place("there", "x", "backward", walk)
+            ),
         ],
         differing=8,
         runs=6,
@@ -129,7 +132,7 @@ def test_the_page_holds_the_answer_the_path_and_the_evidence():
 
 def test_the_strip_shows_the_halving():
     found = searched({"factor5"})
-    visit = Visit(5, "gradient", "diverge", "", 0.0, NAMES, found.questions)
+    visit = StageVisit(5, "gradient", "diverge", "", 0.0, NAMES, found.questions)
     shown = strip(visit, {"factor5"})
     assert len(shown.questions) == found.runs
     assert {name for name, _, _ in shown.rows} == set(NAMES)
@@ -160,7 +163,7 @@ def test_the_grid_lays_the_walk_out_by_layer():
 
 
 def test_three_files_are_written_and_json_keeps_the_path(tmp_path):
-    files = a_report().save(tmp_path)
+    files = save(tmp_path, a_report())
     assert [file.name for file in files] == ["bisect.json", "bisect.md", "bisect.html"]
     data = loads(files[0].read_text())
     assert [visit["stage"] for visit in data["path"]] == ["logits", "gradient", "loss_curve"]
@@ -170,7 +173,7 @@ def test_three_files_are_written_and_json_keeps_the_path(tmp_path):
 
 @pytest.mark.parametrize("verdict", ["agree", "inconclusive"])
 def test_a_search_without_a_cause_has_a_page(verdict):
-    page = render(Report("mlx", "hf", verdict, "this <is> why"))
+    page = render(SearchReport("mlx", "hf", verdict, "this <is> why"))
     assert "this &lt;is&gt; why" in page
     parsed(page)
 
@@ -201,7 +204,7 @@ def test_versions_stand_on_an_axis_with_all_checks(tmp_path):
     assert steps == list(range(1, change.found.checks + 1))
     short = together(laid)
     assert sum(version.count for version in short) == len(laid) > len(short)
-    files = save(tmp_path, [change], "parity bisect --package 'mlx-lm==0.0..0.11'")
+    files = save_versions(tmp_path, [change], "parity bisect --package 'mlx-lm==0.0..0.11'")
     page = files[2].read_text()
     assert "0.7 &lt;said&gt;" in page and "the subject moved with mlx-lm in 0.7" in page
     assert "no / wheel" in files[1].read_text()

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from parity.bisect.search import Answer, Ledger, Outcome, SameEnds, margin, search
+from parity.bisect.search import CheckResult, Ledger, Outcome, SameEnds, margin, search
 from parity.errors import UsageError
 
 
@@ -21,9 +21,9 @@ class Oracle:
     def __call__(self, candidate, attempt):
         self.asked.append(candidate)
         if candidate in self.gaps:
-            return Answer(Outcome.GAP, f"{candidate} has no wheel")
+            return CheckResult(Outcome.GAP, f"{candidate} has no wheel")
         good = (int(candidate) < self.bad) != (self.random.random() < self.flips)
-        return Answer(Outcome.GOOD if good else Outcome.BAD)
+        return CheckResult(Outcome.GOOD if good else Outcome.BAD)
 
 
 def names(count):
@@ -84,13 +84,13 @@ def test_one_candidate_is_nothing_to_search(count):
 def test_a_repeat_that_disagrees_ends_inconclusive():
     def alternating(candidate, attempt):
         if candidate == "5":
-            return Answer(Outcome.BAD if attempt == 0 else Outcome.GOOD)
-        return Answer(Outcome.GOOD if int(candidate) < 5 else Outcome.BAD)
+            return CheckResult(Outcome.BAD if attempt == 0 else Outcome.GOOD)
+        return CheckResult(Outcome.GOOD if int(candidate) < 5 else Outcome.BAD)
 
     found = search(names(9), alternating)
     assert found.inconclusive == "repeats of 5 disagree: bad, good"
     assert not found.first_bad and not found.last_good
-    flaky = search(names(3), lambda *_: Answer(Outcome.FLAKY))
+    flaky = search(names(3), lambda *_: CheckResult(Outcome.FLAKY))
     assert "repeats of 0 disagree" in flaky.inconclusive
 
 

@@ -7,25 +7,32 @@ from pathlib import Path
 
 import pytest
 
-from parity import environments
-from parity.bisect.search import Found, SameEnds
-from parity.bisect.versions import Bisection, Change
-from parity.cell import Cell
-from parity.engine import Engine
-from parity.environments import Gap, Range, commits, environment, parse_range, releases
+from parity.bisect.search import ChangePoint, SameEnds
+from parity.bisect.versions import Change, VersionSearch
+from parity.capture import environments
+from parity.capture.engine import Engine
+from parity.capture.environments import (
+    Range,
+    UnavailableVersion,
+    commits,
+    environment,
+    parse_range,
+    releases,
+)
+from parity.cells.cell import Cell
 from parity.errors import UsageError
-from parity.numerics import compare_exact
+from parity.judge.numerics import compare_exact
 from parity.recipe import Recipe
-from parity.stages.base import Comparison
+from parity.stages.context import Comparison
 from parity.trace import Trace
 
 PATHS = """
 import sys
 import numpy as np
-from parity.paths.base import Path
+from parity.paths.protocol import TrainingPath
 from parity.trace import Trace
 
-class Fixed(Path):
+class Fixed(TrainingPath):
     name, framework = "fixed", "numpy"
 
     def lora_init(self, recipe, inputs):
@@ -125,7 +132,7 @@ def test_mlx_has_its_backend_on_linux(text, expected, monkeypatch):
 
 
 def test_the_sentence_says_who_moved():
-    found = Found("1.0", "1.3", ("1.1", "1.2"))
+    found = ChangePoint("1.0", "1.3", ("1.1", "1.2"))
     change = Change("toy", "reference", found, ("agree: a", "diverge: b"), ("x 1 → 2",))
     assert change.sentence() == (
         "the reference moved with toy in 1.3 (or in 1.1, 1.2, which cannot be run), after 1.0 "
@@ -139,7 +146,7 @@ def test_the_release_is_found_in_real_environments(here, uv, tmp_path):
     (tmp_path / "packaging").mkdir()
     (tmp_path / "packaging" / "__init__.py").write_text("raise ImportError('the wrong one')")
     told = []
-    search = Bisection(here, cell, progress=lambda *words: told.append(words))
+    search = VersionSearch(here, cell, progress=lambda *words: told.append(words))
     change = search.release(parse_range("packaging==21.3..23.1"))
     assert (change.found.last_good, change.found.first_bad) == ("21.3", "22.0")
     assert change.verdicts[0].startswith("diverge: legacy")
@@ -161,7 +168,7 @@ def test_the_release_is_found_in_real_environments(here, uv, tmp_path):
     )
     assert first.found.first_bad == "22.0"
     assert "filelock: both ends" in second.found.inconclusive
-    with pytest.raises(Gap, match=r"packaging==0\.0\.99"):
+    with pytest.raises(UnavailableVersion, match=r"packaging==0\.0\.99"):
         environment("packaging", "0.0.99", tmp_path / "cache")
 
 
@@ -216,7 +223,7 @@ def test_the_commit_is_found_and_the_checkout_left_alone(here, repo, side):
     (repo / "src" / "toy.py").write_text("work in progress")
     paths = {"subject": "toy_paths:Fixed", "reference": "toy_paths:Fixed", side: "toy_paths:Toy"}
     cell = Cell(Legacy(), paths["subject"], paths["reference"], Recipe())
-    change = Bisection(here, cell, side).commit(repo, "HEAD~9", "HEAD")
+    change = VersionSearch(here, cell, side).commit(repo, "HEAD~9", "HEAD")
     assert (change.found.last_good, change.found.first_bad) == (made[5], made[6])
     assert set(change.found.gaps) <= {made[4]}
     assert change.sentence().startswith(f"the {side} moved with toy in {made[6]}")

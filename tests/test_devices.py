@@ -8,11 +8,12 @@ import sys
 
 import pytest
 
-from parity import content, devices
-from parity.cell import Cell, reproduce
+from parity.capture import devices
+from parity.capture import keys as content
+from parity.capture.worker import environment
+from parity.cells.cell import Cell, reproduce
 from parity.errors import UsageError
 from parity.stages import find
-from parity.worker import environment
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,12 @@ import pytest
 from rich.console import Console
 
 from parity import cli, resources
-from parity.aggregate import aggregate
 from parity.errors import UsageError
-from parity.expected import chosen, keep, kept, load, mark
 from parity.record import Metric, Record, Side, Verdict
 from parity.report import html, markdown, terminal
+from parity.report.text import describe
+from parity.results.aggregate import aggregate
+from parity.results.expected import chosen, keep, kept, load, mark
 
 ENTRY = {"probe": "gradient", "reason": "sums in float32", "deterministic": True}
 
@@ -163,7 +164,7 @@ def test_a_deterministic_entry_whose_cell_is_green_is_red_until_it_is_removed(tm
     says = f"no longer diverges: remove entry 1 from {tmp_path / 'mlx-vs-hf.toml'}"
     (first,) = found.first
     assert says in first.reason and first.seeds == (1,)
-    for text in (html.render(found), screen(found), found.failures()[0].message()):
+    for text in (html.render(found), screen(found), describe(found.failures()[0])):
         assert says in text
     assert put_together(records[1:], []).exit_code == 0
     # In versions or on models it does not speak of, it is not stale.

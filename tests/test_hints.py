@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from parity import resources
-from parity.cell import Cell
-from parity.hints import LARGE, RULES, hints
+from parity.cells.cell import Cell
+from parity.cells.run import run_cell
+from parity.judge.hints import LARGE, RULES, hints
 from parity.record import Metric, Record, Side, Verdict
+from parity.report.text import describe
 from parity.stages import STAGES, find
 from parity.stages.cross_entropy import mask_facts
 from parity.stages.gradient import scale_facts
@@ -58,22 +60,22 @@ PLANTED = [
     ("probe", "changes", "link"), [case[1:] for case in PLANTED], ids=[case[0] for case in PLANTED]
 )
 def test_one_changed_factor_gives_one_hint(probe, changes, link, reference, engine, small):
-    found = engine.run(Cell(find(probe), "mlx", reference, small, {"subject": changes}))
-    assert found.verdict is Verdict.DIVERGE, found.message()
+    found = run_cell(engine, Cell(find(probe), "mlx", reference, small, {"subject": changes}))
+    assert found.verdict is Verdict.DIVERGE, describe(found)
     said = found.hints
     if "optim.betas" in changes:  # the reference corrects, with betas of its own: no constant ratio
         assert "2× the other's" in said[0]
         link = "mlx/issues/1640"
-    assert len(said) == 1, found.message()
+    assert len(said) == 1, describe(found)
     assert link in said[0]
-    assert f"hint: {said[0]}" in found.message()
+    assert f"hint: {said[0]}" in describe(found)
 
 
 def test_the_side_that_has_it_is_named(engine, small):
     changes = {"optim.bias_correction": False}
     for side, name in (("subject", "the subject's"), ("reference", "the reference's")):
         cell = Cell(find("06"), "mlx", "mlx-lm", small, {side: changes})
-        (said,) = engine.run(cell).hints
+        (said,) = run_cell(engine, cell).hints
         assert said.startswith(f"{name} first update is 3.16×")
 
 
@@ -82,15 +84,15 @@ def test_a_clip_by_norm_is_told_from_another_eps(seed, engine, small):
     """Where a gradient is as small as eps both move single elements at the first step."""
     recipe = small.override({"seed.value": seed})
     for change, said in (({"optim.clip": "norm"}, ["a clip by norm"]), ({"optim.eps": 1e-5}, [])):
-        found = engine.run(Cell(find("06"), "mlx", "mlx-lm", recipe, {"subject": change}))
+        found = run_cell(engine, Cell(find("06"), "mlx", "mlx-lm", recipe, {"subject": change}))
         assert found.verdict is Verdict.DIVERGE
-        assert len(found.hints) == len(said), found.message()
+        assert len(found.hints) == len(said), describe(found)
         assert all(word in hint for word, hint in zip(said, found.hints, strict=True))
 
 
 def test_a_seed_set_elsewhere_is_told_from_other_settings(engine, small):
     changes = {"subject": {"seed.placement": "before_load"}}
-    (said,) = engine.run(Cell(find("04"), "mlx", "mlx-lm", small, changes)).hints
+    (said,) = run_cell(engine, Cell(find("04"), "mlx", "mlx-lm", small, changes)).hints
     assert "unsloth-zoo/issues/674" in said
 
 
@@ -105,16 +107,16 @@ def test_rope_is_known_by_its_growth_with_the_position(tmp_path, engine, small):
     (folder / "config.json").write_text(json.dumps(config))
     recipe = small.override({"model.source": "tiny-llama"})
     changes = {"subject": {"model.source": str(folder)}}
-    found = engine.run(Cell(find("02"), "mlx", "hf", recipe, changes))
-    assert found.verdict is Verdict.DIVERGE, found.message()
-    assert ["mlx-lm/issues/953" in said for said in found.hints] == [True], found.message()
+    found = run_cell(engine, Cell(find("02"), "mlx", "hf", recipe, changes))
+    assert found.verdict is Verdict.DIVERGE, describe(found)
+    assert ["mlx-lm/issues/953" in said for said in found.hints] == [True], describe(found)
 
 
 @pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
 def test_clean_cells_give_no_hint(reference, engine, small):
     for stage in STAGES[: STAGES.index(find("loss_curve"))]:
-        found = engine.run(Cell(stage, "mlx", reference, small))
-        assert found.verdict.green, found.message()
+        found = run_cell(engine, Cell(stage, "mlx", reference, small))
+        assert found.verdict.green, describe(found)
         assert not found.hints
 
 

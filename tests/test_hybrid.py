@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from parity.bisect.causes import Bisection
-from parity.cell import Cell
+from parity.bisect.causes import CauseSearch
+from parity.cells.cell import Cell
+from parity.cells.run import run_cell
 from parity.errors import UsageError
-from parity.paths import hybrid
-from parity.paths.base import resolve
+from parity.paths import parts
+from parity.paths.registry import resolve
 from parity.record import Verdict
 from parity.stages import find
 
@@ -17,9 +18,9 @@ THIRD_STEP = "tests.planted_paths:BadThirdStep"
 
 
 def test_a_name_says_where_each_part_comes_from():
-    parts = hybrid.sources("mlx+loss=mlx-lm")
-    assert (parts["loss"], parts["loop"], parts["clip"]) == ("mlx-lm", "mlx", "mlx")
-    assert hybrid.spec(parts) == "mlx+loss=mlx-lm"
+    found = parts.sources("mlx+loss=mlx-lm")
+    assert (found["loss"], found["loop"], found["clip"]) == ("mlx-lm", "mlx", "mlx")
+    assert parts.spec(found) == "mlx+loss=mlx-lm"
     assert resolve("mlx+loss=mlx-lm").name == "mlx+loss=mlx-lm"
 
 
@@ -58,7 +59,7 @@ def test_a_part_brings_what_it_always_does():
     ],
 )
 def test_each_factor_has_the_part_that_honours_it(factor, part):
-    assert hybrid.part_of(factor) == part
+    assert parts.part_of(factor) == part
 
 
 @pytest.mark.parametrize(
@@ -70,21 +71,21 @@ def test_each_factor_has_the_part_that_honours_it(factor, part):
     ],
 )
 def test_parts_of_equal_meaning_change_no_bit(name, engine, small):
-    record = engine.run(Cell(find("07"), name, "mlx-lm", small))
+    record = run_cell(engine, Cell(find("07"), name, "mlx-lm", small))
     assert record.verdict is Verdict.IDENTICAL, record.reason
 
 
 def test_a_part_from_elsewhere_is_really_used(engine, small):
     for name in (f"mlx+loss={WRONG_LOSS}", f"mlx-lm+loss={WRONG_LOSS}"):
-        assert engine.run(Cell(find("05"), name, "mlx-lm", small)).verdict is Verdict.DIVERGE
-    record = engine.run(Cell(find("05"), f"{WRONG_LOSS}+loss=mlx-lm", "mlx-lm", small))
+        assert run_cell(engine, Cell(find("05"), name, "mlx-lm", small)).verdict is Verdict.DIVERGE
+    record = run_cell(engine, Cell(find("05"), f"{WRONG_LOSS}+loss=mlx-lm", "mlx-lm", small))
     assert record.verdict is Verdict.IDENTICAL
 
 
 def test_a_clip_can_stand_in_the_loop_that_has_none(engine, small):
     recipe = small.override({"optim.clip": "norm", "optim.clip_value": 0.3})
-    assert engine.run(Cell(find("07"), "mlx-lm", "mlx", recipe)).verdict is Verdict.SKIP
-    record = engine.run(Cell(find("07"), "mlx-lm+clip=mlx", "mlx", recipe))
+    assert run_cell(engine, Cell(find("07"), "mlx-lm", "mlx", recipe)).verdict is Verdict.SKIP
+    record = run_cell(engine, Cell(find("07"), "mlx-lm+clip=mlx", "mlx", recipe))
     assert record.verdict is Verdict.IDENTICAL, record.reason
 
 
@@ -97,14 +98,14 @@ def test_a_clip_can_stand_in_the_loop_that_has_none(engine, small):
     ],
 )
 def test_the_search_names_the_part(subject, part, stage, engine, small):
-    report = Bisection(engine, subject, "mlx-lm", small, {}).search()
+    report = CauseSearch(engine, subject, "mlx-lm", small, {}).search()
     assert [(c.parts, c.stage) for c in report.causes] == [((part,), stage)], report.answer()
     assert f"the {part} of {subject} makes {stage}" in report.answer()
 
 
 def test_a_part_and_a_factor_are_both_named(engine, small):
     changes = {"lora.rank": 4, "train.compile": False, "optim.weight_decay": 0.05}
-    report = Bisection(engine, THIRD_STEP, "mlx-lm", small, changes).search()
+    report = CauseSearch(engine, THIRD_STEP, "mlx-lm", small, changes).search()
     found = [(c.stage, c.parts, list(c.factors)) for c in report.causes]
     assert found == [
         ("lora_init", (), ["lora.rank"]),
@@ -116,5 +117,5 @@ def test_a_part_and_a_factor_are_both_named(engine, small):
 def test_a_factor_that_a_part_never_honours_is_taken_with_the_part(engine, small):
     """mlx-lm has no option for the mask: only another loss shows that the mask is the cause."""
     recipe = small.override({"mask.end_shift": 0})
-    report = Bisection(engine, "mlx-lm", "mlx", recipe, {"mask.end_shift": 1}).search()
+    report = CauseSearch(engine, "mlx-lm", "mlx", recipe, {"mask.end_shift": 1}).search()
     assert [list(c.factors) for c in report.causes] == [["mask.end_shift"]], report.answer()

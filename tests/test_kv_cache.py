@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from parity.cell import Cell
+from parity.cells.cell import Cell
+from parity.cells.run import run_cell
 from parity.record import Verdict
+from parity.report.text import describe
 from parity.stages import find
 from parity.stages.kv_cache import ENDS, TURNS, turn_of
 
@@ -26,18 +28,18 @@ FAULTS = [
     ("path", "reference", "where", "link"), FAULTS, ids=[fault[0] for fault in FAULTS]
 )
 def test_a_wrong_cache_is_placed(path, reference, where, link, engine, small):
-    record = engine.run(Cell(find("10"), f"tests.cache_paths:{path}", reference, small))
-    assert record.verdict is Verdict.DIVERGE, record.message()
+    record = run_cell(engine, Cell(find("10"), f"tests.cache_paths:{path}", reference, small))
+    assert record.verdict is Verdict.DIVERGE, describe(record)
     assert record.first_divergence["metric"] == PREFILL
     assert record.first_divergence["where"] == where
     assert where in record.reason
-    assert [link in hint for hint in record.hints] == [True], record.message()
+    assert [link in hint for hint in record.hints] == [True], describe(record)
     # The other side's own cache is in order.
     assert not any(m.name.endswith(", reference") for m in record.metrics if not m.verdict.green)
 
 
 def test_a_torch_cache_that_is_wrong_is_placed(engine, small):
-    record = engine.run(Cell(find("10"), "tests.cache_paths:StaleTorchCache", "hf", small))
+    record = run_cell(engine, Cell(find("10"), "tests.cache_paths:StaleTorchCache", "hf", small))
     assert record.first_divergence["metric"] == PREFILL
     assert record.first_divergence["where"] == "turn 3, position 16"
     assert record.facts["subject cache: turn"] == 3
@@ -45,8 +47,8 @@ def test_a_torch_cache_that_is_wrong_is_placed(engine, small):
 
 @pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
 def test_a_clean_cache_is_green_in_every_mode(reference, engine, small):
-    record = engine.run(Cell(find("10"), "mlx", reference, small))
-    assert record.verdict.green, record.message()
+    record = run_cell(engine, Cell(find("10"), "mlx", reference, small))
+    assert record.verdict.green, describe(record)
     names = [metric.name for metric in record.metrics]
     for mode in ("turns fed at once", "replies token by token", "cache trimmed and fed again"):
         for side in ("subject", "reference"):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from parity.numerics import (
+from parity.judge.numerics import (
     HEADROOM,
     Noise,
     compare,

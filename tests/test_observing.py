@@ -12,8 +12,9 @@ import yaml
 from safetensors.numpy import load_file
 
 from parity import resources
-from parity.trace import Trace, canonical
-from parity.worker import environment
+from parity.capture.worker import environment
+from parity.names import canonical
+from parity.trace import Trace
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_the_cli_as_a_black_box_agrees_with_what_is_read_at_its_door(engine, sma
 
 def test_a_worker_gives_the_same_bits_again_and_after_other_work(engine, small):
     """One process lives through all seeds: nothing of one run may reach the next."""
-    from parity.engine import Engine
+    from parity.capture.engine import Engine
 
     first = engine.capture("mlx", "train", small, Trace())
     with Engine(cache=engine.cache / "fresh" / str(os.getpid())) as other:

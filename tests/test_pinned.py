@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from parity.engine import Engine
+from parity.capture.engine import Engine
 from parity.errors import CaptureError, UsageError
-from parity.paths.base import resolve
+from parity.paths.registry import resolve
 from parity.recipe import Recipe
 from parity.trace import Trace
 

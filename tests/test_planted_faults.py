@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from parity.cell import Cell
+from parity.cells.cell import Cell
+from parity.cells.run import run_cell
 from parity.record import Verdict
+from parity.report.text import describe
 from parity.stages import STAGES, find
 
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"]
@@ -33,13 +35,13 @@ def test_the_earliest_right_probe_diverges(changes, expected, reference, engine,
         # Across frameworks generators differ: an init is judged by its distribution alone.
         expected = None
     for stage in STAGES[1 : STAGES.index(find("loss_curve"))]:
-        record = engine.run(Cell(stage, "mlx", reference, small, {"subject": changes}))
+        record = run_cell(engine, Cell(stage, "mlx", reference, small, {"subject": changes}))
         if stage.name == expected:
-            assert record.verdict is Verdict.DIVERGE, record.message()
+            assert record.verdict is Verdict.DIVERGE, describe(record)
             assert record.first_divergence is not None
             assert record.reason
             return
-        assert record.verdict.green, record.message()
+        assert record.verdict.green, describe(record)
     assert expected is None
 
 
@@ -47,7 +49,7 @@ def test_the_earliest_right_probe_diverges(changes, expected, reference, engine,
     ("changes", "expected"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS]
 )
 def test_the_effective_config_says_it_in_words(changes, expected, engine, small):
-    record = engine.run(Cell(STAGES[0], "mlx", "mlx-lm", small, {"subject": changes}))
+    record = run_cell(engine, Cell(STAGES[0], "mlx", "mlx-lm", small, {"subject": changes}))
     if list(changes) == ["mask.start_shift"]:
         assert "1 position fewer per row" in record.reason
-    assert record.verdict is Verdict.DIVERGE, record.message()
+    assert record.verdict is Verdict.DIVERGE, describe(record)

@@ -11,7 +11,8 @@ from parity.cli import main
 from parity.errors import UsageError
 from parity.record import Verdict
 from parity.replay import scenario
-from parity.replay.play import Status, play, table
+from parity.replay.play import ScenarioStatus, play
+from parity.report.replay import table
 
 CASE = """
 title = "Four ranks fewer"
@@ -71,7 +72,7 @@ def test_an_unknown_scenario_is_named():
 
 def test_a_case_comes_out_as_expected(case, engine):
     outcome = play(case(), engine)
-    assert (outcome.status, outcome.found) == (Status.AS_EXPECTED, "lora_init: lora.rank")
+    assert (outcome.status, outcome.found) == (ScenarioStatus.AS_EXPECTED, "lora_init: lora.rank")
     assert "lora.rank = 4 against 8" in outcome.answer
 
 
@@ -85,7 +86,7 @@ def test_a_case_comes_out_as_expected(case, engine):
 )
 def test_a_case_that_comes_out_otherwise_is_not_green(old, new, case, engine):
     outcome = play(case(CASE.replace(old, new)), engine)
-    assert outcome.status is Status.OTHERWISE
+    assert outcome.status is ScenarioStatus.OTHERWISE
     assert outcome.found == "lora_init: lora.rank"
 
 
@@ -93,7 +94,7 @@ def test_a_suspicion_that_is_none(case, engine):
     text = CASE.replace('"lora.rank" = 4', '"train.compile" = false')
     text = text.replace('stage = "lora_init"\ncause = ["lora.rank"]', 'verdict = "agree"')
     outcome = play(case(text), engine)
-    assert (outcome.status, outcome.found) == (Status.AS_EXPECTED, "no cause")
+    assert (outcome.status, outcome.found) == (ScenarioStatus.AS_EXPECTED, "no cause")
 
 
 def test_what_was_not_compared_is_no_agreement(case, engine):
@@ -103,13 +104,13 @@ def test_what_was_not_compared_is_no_agreement(case, engine):
         'stage = "lora_init"\ncause = ["lora.rank"]', 'verdict = "agree"'
     )
     outcome = play(case(text), engine)
-    assert outcome.status is not Status.AS_EXPECTED
+    assert outcome.status is not ScenarioStatus.AS_EXPECTED
     assert "seed.placement" in outcome.found
 
 
 def test_a_path_that_is_not_there_is_not_run(case, engine):
     outcome = play(case(CASE.replace("about", 'subject = "tests.nowhere:Path"\nabout')), engine)
-    assert outcome.status is Status.NOT_RUN
+    assert outcome.status is ScenarioStatus.NOT_RUN
     assert "tests.nowhere" in outcome.found
 
 
@@ -118,7 +119,7 @@ def test_every_point_of_a_sweep_is_searched(case, engine):
         "[set]\n", '[sweep]\n"lora.scale" = [1.0, 2.0]\n"train.steps" = [2]\n[set]\n'
     )
     outcome = play(case(text), engine)
-    assert (outcome.status, outcome.points) == (Status.AS_EXPECTED, 2)
+    assert (outcome.status, outcome.points) == (ScenarioStatus.AS_EXPECTED, 2)
 
 
 def test_a_gate_is_counted_over_the_seeds(case, engine, small):
@@ -136,9 +137,9 @@ verdict = "agree"
 [expect.gates]
 "teacher-forced" = "{share}"
 """
-    assert play(case(text.format(share="none")), engine).status is Status.AS_EXPECTED
+    assert play(case(text.format(share="none")), engine).status is ScenarioStatus.AS_EXPECTED
     wrong = play(case(text.format(share="all")), engine)
-    assert wrong.status is Status.OTHERWISE
+    assert wrong.status is ScenarioStatus.OTHERWISE
     assert wrong.found == "no cause; of the seeds none pass 'teacher-forced'"
     assert "teacher-forced: 0 of 4" in wrong.answer
 

@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 import pytest
 
-from parity.series import series_over_seeds
+from parity.results.series import series_over_seeds
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

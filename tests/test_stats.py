@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from scipy.stats import binom, multinomial
 
-from parity import stats
-from parity.series import series_over_seeds
+from parity.results import statistics as stats
+from parity.results.series import series_over_seeds
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from parity.cell import Cell
+from parity.cells.cell import Cell
+from parity.cells.run import run_cell
 from parity.record import Verdict
+from parity.report.text import describe
 from parity.stages import find
-from parity.stages.supervised import Difference, Row, batches, matched, patterns, place
+from parity.stages.supervised import Difference, TrainingRow, batches, matched, patterns, place
 from parity.trace import Trace
 
 PROBE = find("09")
@@ -33,19 +35,19 @@ def test_what_one_side_alone_supervises_is_said(
     base, changes, words, link, reference, engine, small
 ):
     recipe = small.override(base)
-    record = engine.run(Cell(PROBE, "mlx", reference, recipe, {"subject": changes}))
-    assert record.verdict is Verdict.DIVERGE, record.message()
+    record = run_cell(engine, Cell(PROBE, "mlx", reference, recipe, {"subject": changes}))
+    assert record.verdict is Verdict.DIVERGE, describe(record)
     for word in words:
         assert word in record.reason
-    assert any(link in hint for hint in record.hints), record.message()
+    assert any(link in hint for hint in record.hints), describe(record)
 
 
 @pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
 @pytest.mark.parametrize("base", [{}, CHAT, {"data.source": "mixed"}, {"data.max_length": 7}])
 def test_clean_cells_are_identical(base, reference, engine, small):
     """Order and width of the batches differ across frameworks; what is supervised does not."""
-    record = engine.run(Cell(PROBE, "mlx", reference, small.override(base)))
-    assert record.verdict is Verdict.IDENTICAL, record.message()
+    record = run_cell(engine, Cell(PROBE, "mlx", reference, small.override(base)))
+    assert record.verdict is Verdict.IDENTICAL, describe(record)
     assert [metric.name.partition(", ")[2] for metric in record.metrics] == [
         "padded rows", "rows without padding", "short, cut and masked rows", "own batches",
     ]  # fmt: skip
@@ -55,21 +57,21 @@ def test_clean_cells_are_identical(base, reference, engine, small):
 def test_another_width_alone_supervises_the_same(engine, small):
     """A row of nine tokens has padding behind it at a width of 32, too."""
     cell = Cell(PROBE, "mlx", "mlx-lm", small, {"subject": {"data.pad_extra": 0}})
-    assert engine.run(cell).verdict is Verdict.IDENTICAL
+    assert run_cell(engine, cell).verdict is Verdict.IDENTICAL
 
 
 def test_rows_that_nobody_knows_are_no_match(engine, small):
     cell = Cell(PROBE, "mlx", "mlx-lm", small, {"subject": {"data.append_eos": False}})
-    record = engine.run(cell)
+    record = run_cell(engine, cell)
     assert record.verdict is Verdict.DIVERGE
     assert "are none of the training rows" in record.reason
 
 
-ROW = Row((5, 6, 7, 8, 9), 3, "training row 0")
+ROW = TrainingRow((5, 6, 7, 8, 9), 3, "training row 0")
 
 
 def test_rows_are_matched_by_their_tokens():
-    rows = [ROW, Row((5, 6), 1, "training row 1")]
+    rows = [ROW, TrainingRow((5, 6), 1, "training row 1")]
     ids = [[5, 6, 7, 8, 9, 0], [5, 6, 0, 0, 0, 0], [1, 2, 0, 0, 0, 0]]
     arrays = {"ids.0": np.array(ids), "supervised.0": np.array([(0, 4, 0), (1, 0, 6)])}
     found, strangers = matched(Trace(arrays), rows)

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from parity.errors import UsageError
-from parity.trace import Trace, canonical, dumps, layer_of, loads
+from parity.files import dumps, loads
+from parity.names import canonical, layer_of
+from parity.trace import Trace
 
 
 def test_a_trace_survives_the_disk(tmp_path):

@@ -10,13 +10,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from parity import resources
-from parity.cell import Cell
+from parity.capture.worker import environment
+from parity.cells.cell import Cell
+from parity.cells.run import context_of, run_cell
 from parity.errors import Unsupported
-from parity.paths._trl import Seen
+from parity.names import canonical
+from parity.paths.trl.trainer import ObservedRun
 from parity.record import Verdict
+from parity.report.text import describe
 from parity.stages import find
-from parity.trace import Trace, canonical
-from parity.worker import environment
+from parity.trace import Trace
 
 BARE = """
 import json, sys
@@ -174,8 +177,8 @@ def test_a_prompt_is_masked_in_conversations(engine, small):
 
 @pytest.mark.parametrize("reference", ["hf", "mlx-lm"])
 def test_what_differs_as_shipped_is_named(reference, engine, small):
-    record = engine.run(Cell(find("config"), "trl", reference, small))
-    assert record.verdict.green, record.message()
+    record = run_cell(engine, Cell(find("config"), "trl", reference, small))
+    assert record.verdict.green, describe(record)
     said = "\n".join(record.findings)
     for what in (
         "autocast of the forward pass: bfloat16 in the subject, none",
@@ -194,22 +197,26 @@ def test_what_differs_as_shipped_is_named(reference, engine, small):
 
 def test_bits_are_expected_only_where_the_operations_are_the_same(engine, small):
     def exact(stage, subject, reference):
-        return engine.context(Cell(find(stage), subject, reference, small)).exact
+        return context_of(engine, Cell(find(stage), subject, reference, small)).exact
 
     assert exact("logits", "trl", "hf")
     assert not exact("gradient", "trl", "hf")
     assert exact("gradient", "trl", "trl")
     assert not exact("logits", "trl", "mlx")
-    record = engine.run(Cell(find("cross_entropy"), "trl", "hf", small))
-    assert record.verdict is Verdict.AGREE, record.message()
+    record = run_cell(engine, Cell(find("cross_entropy"), "trl", "hf", small))
+    assert record.verdict is Verdict.AGREE, describe(record)
     assert record.expectation == "noise floor"
     assert "SFTTrainer computes head and loss in one function of its own" in record.findings[-1]
-    assert engine.run(Cell(find("lora_init"), "trl", "hf", small)).verdict is Verdict.IDENTICAL
+    assert (
+        run_cell(engine, Cell(find("lora_init"), "trl", "hf", small)).verdict is Verdict.IDENTICAL
+    )
 
 
 def test_a_run_that_was_not_measured_is_an_error(small):
     steps = small.train.steps
-    fine = Seen(loss=[1.0] * steps, gradient_norm=[*map(float, range(steps))], tokens=[1] * steps)
+    fine = ObservedRun(
+        loss=[1.0] * steps, gradient_norm=[*map(float, range(steps))], tokens=[1] * steps
+    )
     fine.check(small)
     with pytest.raises(RuntimeError, match=f"reported {steps} steps, 7 were asked for"):
         fine.check(small.override({"train.steps": 7}))

@@ -15,15 +15,17 @@ import pytest
 from safetensors.numpy import load_file
 
 from parity import resources
+from parity.capture.worker import environment
 from parity.errors import CaptureError, Unsupported, WrongChannel
-from parity.paths import _unsloth_library, _unsloth_settings
-from parity.paths._unsloth_library import Library
-from parity.paths._unsloth_parts import CLIPPED, clip_in_effect
-from parity.paths._unsloth_trainer import Run
-from parity.paths.unsloth import UnslothPath
+from parity.names import canonical
+from parity.paths.unsloth import library as _unsloth_library
+from parity.paths.unsloth import settings as _unsloth_settings
+from parity.paths.unsloth.library import Library
+from parity.paths.unsloth.parts import CLIPPED, clip_in_effect
+from parity.paths.unsloth.path import UnslothPath
+from parity.paths.unsloth.trainer import Run
 from parity.recipe import Recipe
-from parity.trace import Trace, canonical
-from parity.worker import environment
+from parity.trace import Trace
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("unsloth_zoo") is None,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from parity.cell import Cell
-from parity.engine import Engine
+from parity.capture.engine import Engine
+from parity.cells.cell import Cell
+from parity.cells.run import run_cell
 from parity.errors import CaptureError, Unsupported
 from parity.recipe import Recipe
 from parity.record import Verdict
+from parity.report.text import describe
 from parity.stages import find
 from parity.trace import Trace
 
@@ -54,9 +56,9 @@ def test_an_exception_keeps_its_type_its_words_and_its_traceback(fresh):
 
 
 def test_a_crash_becomes_the_record_of_its_cell(fresh):
-    record = fresh.run(Cell(find("lora_init"), FAULTY, "mlx", Recipe()))
+    record = run_cell(fresh, Cell(find("lora_init"), FAULTY, "mlx", Recipe()))
     assert record.verdict is Verdict.ERROR
-    record = fresh.run(Cell(find("config"), FAULTY, "mlx", Recipe()))
+    record = run_cell(fresh, Cell(find("config"), FAULTY, "mlx", Recipe()))
     assert record.verdict is Verdict.SKIP
     assert "has no config" in record.reason
 
@@ -70,21 +72,21 @@ def test_what_was_captured_is_not_run_again(fresh, tmp_path):
 
 
 def test_a_subject_that_is_the_reference_proves_nothing(fresh):
-    record = fresh.run(Cell(find("logits"), "mlx", "mlx", Recipe()))
+    record = run_cell(fresh, Cell(find("logits"), "mlx", "mlx", Recipe()))
     assert record.verdict is Verdict.INCONCLUSIVE
     assert "the subject is the reference" in record.reason
 
 
 def test_what_does_not_repeat_itself_is_inconclusive(tmp_path, small):
     sgd_free = small.override({"optim.weight_decay": 0.1})  # one round: both decays are the same
-    with Engine(cache=tmp_path, repeat=True) as engine:
-        record = engine.run(
-            Cell(find("optimizer_step"), "tests.faulty_paths:Moody", "hf", sgd_free)
+    with Engine(cache=tmp_path) as engine:
+        record = run_cell(
+            engine, Cell(find("optimizer_step"), "tests.faulty_paths:Moody", "hf", sgd_free), True
         )
-        assert record.verdict is Verdict.INCONCLUSIVE, record.message()
+        assert record.verdict is Verdict.INCONCLUSIVE, describe(record)
         assert "does not repeat itself" in record.reason
         steady = {"subject": {"optim.lr": 1e-3}}
-        record = engine.run(Cell(find("optimizer_step"), "mlx", "hf", small, steady))
+        record = run_cell(engine, Cell(find("optimizer_step"), "mlx", "hf", small, steady), True)
         assert record.verdict is Verdict.DIVERGE
         assert record.artifacts
         assert all(file.endswith(".safetensors") for file in record.artifacts)
@@ -92,7 +94,7 @@ def test_what_does_not_repeat_itself_is_inconclusive(tmp_path, small):
 
 def test_only_so_many_processes_stay_alive(fresh, monkeypatch):
     """A search over hybrids starts one process a hybrid: memory must not grow with it."""
-    monkeypatch.setattr("parity.engine.MOST_WORKERS", 1)
+    monkeypatch.setattr("parity.capture.engine.MOST_WORKERS", 1)
     first = pid(fresh, 1)
     other = fresh.capture(f"{FAULTY}Still", "lora_init", Recipe(), Trace())
     assert list(fresh._workers) == [f"{FAULTY}Still"]

@@ -3,11 +3,11 @@
 import numpy as np
 
 from parity.errors import Unsupported
-from parity.paths.base import Path
+from parity.paths.protocol import TrainingPath
 from parity.trace import Trace
 
 
-class NumpyAdamW(Path):
+class NumpyAdamW(TrainingPath):
     """AdamW by its paper (Loshchilov and Hutter 2019), in NumPy."""
 
     name = "numpy-adamw"

@@ -2,9 +2,9 @@
 
 from unittest import mock
 
-from parity.paths import _mlx
-from parity.paths.mlx import MlxPath
-from parity.paths.unsloth import UnslothPath
+from parity.paths.mlx import live as _mlx
+from parity.paths.mlx.path import MlxPath
+from parity.paths.unsloth.path import UnslothPath
 
 
 class Faulty(MlxPath):

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from parity.bisect.locate import locate
 from parity.bisect.minimize import Answer, Hypothesis, Question, Watch, minimize
 from parity.bisect.place import Place
-from parity.cell import Cell, reproduce
-from parity.engine import Engine
-from parity.paths import hybrid
-from parity.paths.base import resolve
+from parity.capture.engine import Engine
+from parity.cells.cell import Cell, reproduce
+from parity.cells.run import run_cell
+from parity.paths import parts as names_of_parts
+from parity.paths.registry import resolve, swappable
 from parity.recipe import DEFAULT, Recipe
 from parity.record import Record, Verdict
 from parity.stages import STAGES
-from parity.stages.base import Stage
-from parity.trace import dumps, write_atomically
+from parity.stages.context import Stage
 
 # Which factors are likely at which stage. This orders the search; it decides nothing.
 LIKELY: dict[str, tuple[str, ...]] = {
@@ -61,7 +60,7 @@ class Cause:
 
 
 @dataclass
-class Visit:
+class StageVisit:
     """One stage on the path of a search: its verdict, and what was asked to explain it."""
 
     probe: int
@@ -76,7 +75,7 @@ class Visit:
 
 
 @dataclass
-class Report:
+class SearchReport:
     """What a bisection found."""
 
     subject: str
@@ -92,7 +91,7 @@ class Report:
     settings: list[str] = field(default_factory=list)
     """What the effective configuration says differs, in words."""
     ledger: list[Hypothesis] = field(default_factory=list)
-    path: list[Visit] = field(default_factory=list)
+    path: list[StageVisit] = field(default_factory=list)
     """Stages in the order in which they were asked."""
     differing: int = 0
     runs: int = 0
@@ -115,14 +114,8 @@ class Report:
         lines += [f"not compared: {text}" for text in self.skipped]
         return "\n".join(lines)
 
-    def save(self, folder: Path) -> list[Path]:
-        """Writes bisect.json, bisect.md and bisect.html."""
-        from parity.report.bisect import render
 
-        return save(folder, asdict(self), markdown(self), render(self))
-
-
-class Bisection:
+class CauseSearch:
     """One search between a subject's recipe and a reference's.
 
     Args:
@@ -158,8 +151,8 @@ class Bisection:
         self.watch, self.repeats, self.stages = watch, repeats, stages
         self.notice, self.held = notice, dict(held or {})
         self._recipes: set[str] = set()
-        self._own, self._theirs = hybrid.sources(subject), hybrid.sources(reference)
-        self._mixed = subject != reference and all(map(hybrid.swappable, (subject, reference)))
+        self._own, self._theirs = names_of_parts.sources(subject), names_of_parts.sources(reference)
+        self._mixed = subject != reference and all(map(swappable, (subject, reference)))
         self.rest = tuple(self.changes)
         """Factors that are not yet known to be a cause."""
         self.parts = {p for p, path in self._own.items() if self._mixed and path != self._theirs[p]}
@@ -174,10 +167,12 @@ class Bisection:
         subset = {name: value for name, value in self.changes.items() if name in names}
         fixed = resolve(self.subject).fixed
         kept = (self.parts if parts is None else set(parts)) - {
-            hybrid.part_of(name) for name in self.changes if name in fixed and name not in names
+            names_of_parts.part_of(name)
+            for name in self.changes
+            if name in fixed and name not in names
         }
         mixed = {p: (self._own if p in kept else self._theirs)[p] for p in self._own}
-        subject = hybrid.spec(mixed) if self._mixed else self.subject
+        subject = names_of_parts.spec(mixed) if self._mixed else self.subject
         sides = {"subject": subset, "reference": self.held}
         changes = {side: changed for side, changed in sides.items() if changed}
         return Cell(stage, subject, self.reference, self.recipe, changes, self.origin)
@@ -187,12 +182,12 @@ class Bisection:
         cell = self.cell(stage, names, parts)
         changed = cell.recipe.override(cell.changes.get("subject", {})).digest()
         self._recipes.add(f"{cell.subject} {changed}")
-        return self.engine.run(cell)
+        return run_cell(self.engine, cell)
 
-    def search(self) -> Report:
+    def search(self) -> SearchReport:
         """Runs the whole search."""
         started = time.perf_counter()
-        report = Report(self.subject, self.reference, differing=len(self.changes))
+        report = SearchReport(self.subject, self.reference, differing=len(self.changes))
         config = self._visit(self.stages[0], report)
         report.settings = [
             m.note for m in config.metrics if m.verdict is Verdict.DIVERGE and m.note
@@ -228,11 +223,11 @@ class Bisection:
         record = self.record(curve, self.rest)
         return f"loss and gradient norm step for step: {record.verdict} ({record.reason})"
 
-    def _visit(self, stage: Stage, report: Report) -> Record:
+    def _visit(self, stage: Stage, report: SearchReport) -> Record:
         started = time.perf_counter()
         record = self.record(stage, self.rest)
         seconds = time.perf_counter() - started
-        visit = Visit(stage.number, stage.name, str(record.verdict), record.reason, seconds)
+        visit = StageVisit(stage.number, stage.name, str(record.verdict), record.reason, seconds)
         report.path.append(visit)
         return record
 
@@ -249,7 +244,7 @@ class Bisection:
             return Answer.DIVERGES
         return Answer.AGREES if verdict.green else Answer.UNKNOWN
 
-    def _explain(self, stage: Stage, report: Report) -> bool:
+    def _explain(self, stage: Stage, report: SearchReport) -> bool:
         """Adds the causes of a divergence at one stage; returns whether nothing of it is left."""
         if self._ask(stage, ()) is Answer.DIVERGES and not self._parts(stage, report):
             # No factor and no part explains it: the place inside the stage is named.
@@ -268,7 +263,7 @@ class Bisection:
 
     def _minimal(
         self,
-        report: Report,
+        report: SearchReport,
         names: Sequence[str],
         oracle: Callable[[frozenset[str]], Answer],
         weights: Mapping[str, float] | None = None,
@@ -282,7 +277,7 @@ class Bisection:
         report.verdict, report.reason = "inconclusive", search.reason
         return []
 
-    def _parts(self, stage: Stage, report: Report) -> bool:
+    def _parts(self, stage: Stage, report: SearchReport) -> bool:
         """Finds the parts that differ under equal recipes, and takes the reference's from there on."""
         if not self.parts:
             return False
@@ -299,7 +294,7 @@ class Bisection:
             self._visit(stage, report)
         return bool(causes)
 
-    def _place(self, stage: Stage, report: Report, parts: tuple[str, ...] = ()) -> Cause:
+    def _place(self, stage: Stage, report: SearchReport, parts: tuple[str, ...] = ()) -> Cause:
         """The place inside a stage that diverges under equal recipes, in the parts named."""
         cell = self.cell(stage, (), parts or None)
         record = self.record(stage, (), parts or None)
@@ -336,18 +331,6 @@ def against(values: Mapping[str, tuple[Any, Any]]) -> str:
     return " together with ".join(f"{n} = {a!r} against {b!r}" for n, (a, b) in values.items())
 
 
-def save(folder: Path, data: Any, text: str, page: str) -> list[Path]:
-    """Writes what a search found as JSON, Markdown and HTML."""
-    files = {
-        folder / "bisect.json": dumps(data, indent=1),
-        folder / "bisect.md": text,
-        folder / "bisect.html": page,
-    }
-    for file, content in files.items():
-        write_atomically(file, content.encode())
-    return list(files)
-
-
 def shipped(
     engine: Engine, subject: str, reference: str, recipe: Recipe
 ) -> tuple[Recipe, dict[str, Any]]:
@@ -355,23 +338,3 @@ def shipped(
     theirs = engine.shipped(reference, recipe)
     mine = engine.shipped(subject, recipe)
     return theirs, {name: value for name, (value, _) in mine.difference(theirs).items()}
-
-
-def markdown(report: Report) -> str:
-    """The report for people."""
-    lines = [f"# {report.subject} against {report.reference}: {report.verdict}", ""]
-    lines += [report.answer(), ""]
-    lines += [
-        f"{report.differing} factors differ; {report.runs} recipes of the subject were run in "
-        f"{report.seconds:.0f} s.",
-        "",
-    ]
-    if report.settings:
-        lines += ["## Effective settings that differ", "", *(f"- {s}" for s in report.settings), ""]
-    if report.ledger:
-        lines += ["## Ledger", "", "| hypothesis | status | evidence |", "|---|---|---|"]
-        for entry in report.ledger:
-            evidence = "; ".join(entry.evidence)
-            lines.append(f"| {', '.join(entry.changes)} | {entry.status} | {evidence} |")
-        lines.append("")
-    return "\n".join(lines)

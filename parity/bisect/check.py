@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from parity.bisect.causes import Cause, Report, Visit, against
+from parity.bisect.causes import Cause, SearchReport, StageVisit, against
 from parity.bisect.minimize import Answer, Search, Watch, minimize
-from parity.cell import setting
+from parity.cells.cell import setting
 from parity.errors import UsageError
 from parity.recipe import Recipe
 
@@ -82,11 +82,11 @@ def report(
     repeats: int = 2,
     watch: Watch | None = None,
     timeout: float = 600.0,
-) -> Report:
+) -> SearchReport:
     """The same search as a report. Raises as `search` does."""
     started = time.perf_counter()
     found = search(command, recipe, changes, repeats, watch, timeout)
-    result = Report("the changed recipe", "the recipe as it is", found.verdict, found.reason)
+    result = SearchReport("the changed recipe", "the recipe as it is", found.verdict, found.reason)
     theirs = recipe.factors()
     for names in found.causes:
         values = {name: (changes[name], theirs.get(name)) for name in names}
@@ -95,7 +95,7 @@ def report(
         sentence = f"{against(values)} makes the command say that they differ"
         result.causes.append(Cause("command", values, sentence, reproduce=again))
     said = {"found": "diverge"}.get(found.verdict, found.verdict)
-    visit = Visit(-1, "command", said, command, 0.0, tuple(changes), found.questions)
+    visit = StageVisit(-1, "command", said, command, 0.0, tuple(changes), found.questions)
     result.path, result.ledger = [visit], found.ledger
     result.differing, result.runs = len(changes), found.runs
     result.seconds = time.perf_counter() - started

@@ -6,15 +6,16 @@ from parity.bisect.locate_backward import backward
 from parity.bisect.locate_forward import forward
 from parity.bisect.locate_step import step
 from parity.bisect.place import Place
-from parity.cell import Cell
-from parity.engine import Engine
+from parity.capture.engine import Engine
+from parity.cells.cell import Cell
+from parity.cells.run import context_of
 from parity.errors import CaptureError, UnmatchedNames, Unsupported
 from parity.record import Record
 
 
 def locate(engine: Engine, cell: Cell, record: Record) -> Place:
     """Names the place; empty where the stage has none to name."""
-    context = engine.context(cell)
+    context = context_of(engine, cell)
     try:
         if cell.stage.name == "logits":
             return forward(context)

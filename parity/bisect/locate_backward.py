@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from parity.bisect.place import Mark, Place, counted, differs, how_much
-from parity.numerics import compare_group
+from parity.judge.numerics import compare_group
+from parity.names import LOGITS, layer_of
 from parity.record import Metric
-from parity.stages.base import Context, Pair
+from parity.stages.context import Context, Pair
 from parity.stages.gradient import Gradient
 from parity.stages.logits import Logits
-from parity.trace import LOGITS, Trace, layer_of
+from parity.trace import Trace
 
 Metrics = Mapping[str, Metric]
 LOSS = "the loss"
@@ -32,14 +33,14 @@ def backward(context: Context) -> Place:
             if place := by_adapters(pair, order, what):
                 return place
             continue
-        seen = Seen(pair, pair.subject)
+        seen = BackwardComparison(pair, pair.subject)
         if seen.differ:
             return _place(context, rows, seen, what)
     return Place("at every common module the gradients agree")
 
 
 @dataclass(frozen=True)
-class Seen:
+class BackwardComparison:
     """One backward pass of the subject against the reference's."""
 
     pair: Pair
@@ -122,12 +123,12 @@ class Seen:
         }
 
 
-def _place(context: Context, rows: Trace, seen: Seen, what: str) -> Place:
+def _place(context: Context, rows: Trace, seen: BackwardComparison, what: str) -> Place:
     theirs = seen.pair.reference.group("activation")
     given = rows.with_group("replace", {name: theirs[name] for name in seen.outputs})
     given.scalars["modules"] = True
     recipe = context.recipes["subject"]
-    replaced = Seen(seen.pair, context.capture("subject", "gradient", recipe, given))
+    replaced = BackwardComparison(seen.pair, context.capture("subject", "gradient", recipe, given))
     alone = replaced.alone()
     name, said = _first(seen, replaced, alone)
     walk = [
@@ -138,7 +139,9 @@ def _place(context: Context, rows: Trace, seen: Seen, what: str) -> Place:
     return Place(sentence, name, "backward", walk)
 
 
-def _first(seen: Seen, replaced: Seen, alone: list[str]) -> tuple[str, str]:
+def _first(
+    seen: BackwardComparison, replaced: BackwardComparison, alone: list[str]
+) -> tuple[str, str]:
     """The place, and in words what is wrong there."""
     loss, off = seen.outputs.get(LOGITS), seen.off()
     if loss is not None and differs(loss):
@@ -158,7 +161,7 @@ def _first(seen: Seen, replaced: Seen, alone: list[str]) -> tuple[str, str]:
     return name, f"first bad module {name}: {said}"
 
 
-def _wrong(seen: Seen, name: str) -> str:
+def _wrong(seen: BackwardComparison, name: str) -> str:
     """What of a module's gradients differs."""
     passed, own = seen.inputs.get(name), seen.own(name)
     tensors = ", ".join(tensor.rpartition(".")[2] for tensor in own)
@@ -171,7 +174,7 @@ def _wrong(seen: Seen, name: str) -> str:
     return f"those inside it differ: {how_much(max(inner, key=lambda m: m.value))}" if inner else ""
 
 
-def _between(seen: Seen, name: str) -> str:
+def _between(seen: BackwardComparison, name: str) -> str:
     """Where inside a module that has others inside, none of which is off."""
     inner = [n for n in seen.outputs if seen.around(n) == name]
     sides = {
@@ -186,7 +189,7 @@ def _between(seen: Seen, name: str) -> str:
     return f" (between its modules, where gradients {said})" if inner else ""
 
 
-def _extent(seen: Seen) -> str:
+def _extent(seen: BackwardComparison) -> str:
     """Which gradients of the adapter differ."""
     off, every = seen.off_parameters, len(seen.parameters)
     if not off:
@@ -200,7 +203,7 @@ def _extent(seen: Seen) -> str:
     )
 
 
-def _confirmed(replaced: Seen, name: str, alone: list[str]) -> str:
+def _confirmed(replaced: BackwardComparison, name: str, alone: list[str]) -> str:
     layers = len({n for name in replaced.outputs if (n := layer_of(name)) is not None})
     left = [n for n in replaced.off_parameters if n.rpartition(".")[0] not in alone]
     said = "handed the reference's gradient at every module, "

@@ -6,11 +6,12 @@ import re
 from collections.abc import Mapping
 
 from parity.bisect.place import Mark, Place, counted, differs, how_much
-from parity.numerics import compare_group, distance
+from parity.judge.numerics import compare_group, distance
+from parity.names import layer_of
 from parity.record import Metric
-from parity.stages.base import Context, Pair
+from parity.stages.context import Context, Pair
 from parity.stages.logits import Logits
-from parity.trace import Array, Trace, layer_of
+from parity.trace import Array, Trace
 
 
 def forward(context: Context) -> Place:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from parity.bisect.place import Place, differs
-from parity.numerics import compare_group
+from parity.judge.numerics import compare_group
 from parity.record import Record, Verdict
-from parity.stages.base import Context
+from parity.stages.context import Context
 from parity.stages.loss_curve import aligned_training
 from parity.trace import Array, Trace
 

@@ -84,7 +84,7 @@ Watch = Callable[[str, int, int], None]
 """Called with what is asked, the runs so far and an estimate of those left."""
 
 
-class Asked:
+class CachedOracle:
     """An oracle that remembers, asks `repeats` times, and refuses contradictions."""
 
     def __init__(self, oracle: Oracle, repeats: int, watch: Watch | None) -> None:
@@ -150,7 +150,7 @@ def minimize(
         repeats: How often each question is asked; answers that disagree end in `inconclusive`.
         watch: Told of each question.
     """
-    ask = Asked(oracle, repeats, watch)
+    ask = CachedOracle(oracle, repeats, watch)
     result = Search()
     try:
         _search(list(changes), ask, weights or {}, result)
@@ -164,7 +164,9 @@ def minimize(
     return result
 
 
-def _search(changes: list[str], ask: Asked, weights: Mapping[str, float], result: Search) -> None:
+def _search(
+    changes: list[str], ask: CachedOracle, weights: Mapping[str, float], result: Search
+) -> None:
     ask.left = 2 + ceil(log2(max(len(changes), 2))) + 2
     ends = ask(changes, "everything from the subject"), ask((), "everything from the reference")
     if ends[0] is Answer.AGREES:
@@ -195,7 +197,7 @@ def _search(changes: list[str], ask: Asked, weights: Mapping[str, float], result
 
 
 def _one(
-    changes: list[str], ask: Asked, weights: Mapping[str, float], result: Search
+    changes: list[str], ask: CachedOracle, weights: Mapping[str, float], result: Search
 ) -> tuple[str, ...] | None:
     """One minimal set within changes that are known to make a difference together."""
     suspect = _halve(changes, ask, weights)
@@ -216,7 +218,7 @@ def _one(
     return found
 
 
-def _halve(changes: list[str], ask: Asked, weights: Mapping[str, float]) -> str:
+def _halve(changes: list[str], ask: CachedOracle, weights: Mapping[str, float]) -> str:
     """The suspect if there is a single cause: a half that agrees clears itself."""
     ranked = sorted(changes, key=lambda name: -weights.get(name, 1.0))
     while len(ranked) > 1:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from parity.errors import UsageError
-from parity.trace import write_atomically
+from parity.files import write_atomically
 
 SCHEMA = 1
 RISK = 1e-4  # bound on the probability that a search names a wrong candidate
@@ -28,14 +28,14 @@ class Outcome(StrEnum):
     FLAKY = "flaky"  # the check disagreed with itself
 
 
-class Answer(NamedTuple):
+class CheckResult(NamedTuple):
     """The outcome of one check, and why in a sentence."""
 
     outcome: str
     reason: str = ""
 
 
-class Told(NamedTuple):
+class FinishedCheck(NamedTuple):
     """One answer on the way: of which candidate, and what was said."""
 
     candidate: str
@@ -43,8 +43,12 @@ class Told(NamedTuple):
     reason: str
 
 
-Check = Callable[[str, int], Answer]  # (candidate, attempt from 0); each attempt is run afresh
-Progress = Callable[[str, Answer, int], None]  # (candidate, answer, runs that are probably left)
+VersionCheck = Callable[
+    [str, int], CheckResult
+]  # (candidate, attempt from 0); each attempt is run afresh
+Progress = Callable[
+    [str, CheckResult, int], None
+]  # (candidate, answer, runs that are probably left)
 
 
 class SameEnds(UsageError):
@@ -70,13 +74,13 @@ class Ledger:
             if owner != (SCHEMA, about):
                 raise UsageError(f"{file}: the ledger of another search: delete it or name another")
 
-    def remember(self, check: Check) -> Check:
+    def remember(self, check: VersionCheck) -> VersionCheck:
         """The same check, run only when its answer is not known."""
 
-        def remembered(candidate: str, attempt: int) -> Answer:
+        def remembered(candidate: str, attempt: int) -> CheckResult:
             for done in self.checks:
                 if (done["candidate"], done["attempt"]) == (candidate, attempt):
-                    return Answer(done["outcome"], done["reason"])
+                    return CheckResult(done["outcome"], done["reason"])
             started = time.perf_counter()
             answer = check(candidate, attempt)
             entry = {"candidate": candidate, "attempt": attempt, **answer._asdict()}
@@ -91,7 +95,7 @@ class Ledger:
 
 
 @dataclass(frozen=True)
-class Found:
+class ChangePoint:
     """Where the outcome changes: from `last_good` to `first_bad`, both empty when inconclusive.
 
     `hidden` are the gaps between them, `gaps` all that were met, `checks` counts the answers used,
@@ -105,7 +109,7 @@ class Found:
     inconclusive: str = ""
     checks: int = 0
     candidates: tuple[str, ...] = ()
-    told: tuple[Told, ...] = ()
+    told: tuple[FinishedCheck, ...] = ()
 
 
 def margin(candidates: int, flips: float, risk: float = RISK) -> int:
@@ -132,17 +136,22 @@ class _Unsettled(Exception):
 
 class _Search:
     def __init__(
-        self, candidates: Sequence[str], check: Check, flips: float, risk: float, watch: Progress
+        self,
+        candidates: Sequence[str],
+        check: VersionCheck,
+        flips: float,
+        risk: float,
+        watch: Progress,
     ) -> None:
         self.names, self.check, self.flips, self.watch = candidates, check, flips, watch
         self.margin = margin(len(candidates), flips, risk)
         self.repeats = self.margin / (1 - 2 * flips)  # expected: the walk's drift is 1 - 2 flips
         self.votes: dict[str, list[str]] = {}
         self.gaps: dict[str, str] = {}
-        self.told: list[Told] = []
+        self.told: list[FinishedCheck] = []
         self.open = range(1, len(candidates) - 1)
 
-    def narrow(self) -> Found:
+    def narrow(self) -> ChangePoint:
         low, first = self.end(range(len(self.names)))
         high, last = self.end(range(len(self.names) - 1, low, -1))
         if first is last:
@@ -159,7 +168,7 @@ class _Search:
             self.open = range(low + 1, high)
         self.settle(low, more=1)
         self.settle(high, more=1)
-        return Found(self.names[low], self.names[high], tuple(self.names[low + 1 : high]))
+        return ChangePoint(self.names[low], self.names[high], tuple(self.names[low + 1 : high]))
 
     def end(self, indices: Iterable[int]) -> tuple[int, Outcome]:
         for index in indices:
@@ -180,7 +189,7 @@ class _Search:
                 raise _Unsettled(f"{name}: {told}, more doubt than flips={self.flips:g} explains")
             answer = self.check(name, len(votes))
             votes.append(Outcome(answer.outcome))
-            self.told.append(Told(name, *answer))
+            self.told.append(FinishedCheck(name, *answer))
             steps = math.ceil(math.log2(len(self.open) + 1))
             self.watch(name, answer, math.ceil(steps * self.repeats) + 2)
             if votes == [Outcome.GAP]:
@@ -191,9 +200,9 @@ class _Search:
 
 
 def search(
-    candidates: Sequence[str], check: Check, *, flips: float = 0.0, risk: float = RISK,
+    candidates: Sequence[str], check: VersionCheck, *, flips: float = 0.0, risk: float = RISK,
     ledger: Ledger | None = None, progress: Progress | None = None,
-) -> Found:  # fmt: skip
+) -> ChangePoint:  # fmt: skip
     """Finds the first bad of candidates that are good at the start and bad at the end.
 
     The low end is checked before the high one; each end, and each neighbour of the change, once more
@@ -209,7 +218,7 @@ def search(
     try:
         found = asked.narrow()
     except _Unsettled as reason:
-        found = Found(inconclusive=str(reason))
+        found = ChangePoint(inconclusive=str(reason))
     return replace(
         found,
         gaps=asked.gaps,

@@ -9,30 +9,39 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
-from parity import content
-from parity.bisect.search import Answer, Found, Ledger, Outcome, Progress, SameEnds, search
-from parity.cell import Cell
-from parity.engine import Engine
-from parity.environments import (
+from parity.bisect.search import (
+    ChangePoint,
+    CheckResult,
+    Ledger,
+    Outcome,
+    Progress,
+    SameEnds,
+    search,
+)
+from parity.capture import keys as content
+from parity.capture.engine import Engine
+from parity.capture.environments import (
     HERE,
-    Gap,
-    Place,
+    Interpreter,
     Range,
+    UnavailableVersion,
     commits,
     digest,
     environment,
     releases,
     snapshot,
 )
-from parity.paths.base import registered, resolve
+from parity.capture.worker import Worker
+from parity.cells.cell import Cell
+from parity.cells.run import run_cell
+from parity.paths.registry import registered, resolve
 from parity.recipe import Recipe
 from parity.trace import Trace
-from parity.worker import Worker
 
 SIDES = {"subject": ("subject",), "reference": ("reference",), "both": ("subject", "reference")}
 
@@ -47,7 +56,7 @@ class Change:
 
     package: str
     side: str
-    found: Found
+    found: ChangePoint
     verdicts: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
     runs: int = 0
@@ -65,23 +74,25 @@ class Change:
         return f"{who} moved with {self.package} {when}{also}: {' → '.join(self.verdicts)}"
 
 
-class Elsewhere(Engine):
+class VersionEngine(Engine):
     """Runs some paths in other interpreters, with captures of their own; the rest in the base's.
 
     Repeats (`attempt` above 0) capture everything afresh.
     """
 
-    def __init__(self, base: Engine, places: Mapping[str, Place], attempt: int = 0) -> None:
+    def __init__(self, base: Engine, places: Mapping[str, Interpreter], attempt: int = 0) -> None:
         self.base, self.places, self.attempt = base, places, attempt
         keys = sorted((spec, place.key) for spec, place in places.items())
         folder = base.cache.resolve() / "elsewhere" / digest(keys, attempt)
         super().__init__(folder, base.timeout, folder / "logs", base.notice)
 
-    def capture(self, spec: str, method: str, recipe: Recipe, inputs: Trace) -> Trace:
+    def capture(
+        self, spec: str, method: str, recipe: Recipe, inputs: Trace, attempt: str = ""
+    ) -> Trace:
         """See `Engine.capture`."""
         if spec in self.places or self.attempt:
-            return super().capture(spec, method, recipe, inputs)
-        return self.base.capture(spec, method, recipe, inputs)
+            return super().capture(spec, method, recipe, inputs, attempt)
+        return self.base.capture(spec, method, recipe, inputs, attempt)
 
     def _worker(self, spec: str) -> Worker:
         worker = self._workers.get(spec)
@@ -98,7 +109,7 @@ class Elsewhere(Engine):
 
 
 @dataclass(frozen=True)
-class Bisection:
+class VersionSearch:
     """A cell, the side that runs elsewhere, and further requirements of its environments.
 
     The engine runs what stays as it is; its cache keeps environments, snapshots and, unless a file
@@ -132,7 +143,7 @@ class Bisection:
             try:
                 changes.append(self.release(span, *pins))
             except SameEnds as error:
-                found = Found(inconclusive=str(error))
+                found = ChangePoint(inconclusive=str(error))
                 changes.append(Change(span.package, self.side, found))
         return changes
 
@@ -143,7 +154,7 @@ class Bisection:
         return self.search(repo.name, named, lambda c: snapshot(repo, c, self.engine.cache))
 
     def search(
-        self, package: str, versions: list[str], place: Callable[[str], Place], *about: str
+        self, package: str, versions: list[str], place: Callable[[str], Interpreter], *about: str
     ) -> Change:
         """Finds where the verdict of the low end gives way to that of the high end.
 
@@ -156,17 +167,17 @@ class Bisection:
         names = {side: getattr(self.cell, side) for side in sides}
         cell = replace(self.cell, **{s: registered().get(n, n) for s, n in names.items()})
 
-        def run(version: str, attempt: int) -> Answer:
+        def run(version: str, attempt: int) -> CheckResult:
             where = place(version)
             specs = {getattr(cell, side): where for side in sides}
-            with Elsewhere(self.engine, specs, attempt) as elsewhere:
-                record = elsewhere.run(cell)
+            with VersionEngine(self.engine, specs, attempt) as elsewhere:
+                record = run_cell(elsewhere, cell)
             kind = (
                 re.search(r"(\w+) in \w+: ", record.reason) if record.verdict == "error" else None
             )
             state = "agree" if record.verdict.green else str(record.verdict)
             # One error is not another.
-            return Answer(f"{state} ({kind[1]})" if kind else state, record.reason)
+            return CheckResult(f"{state} ({kind[1]})" if kind else state, record.reason)
 
         paths = map(content.of_path, (cell.subject, cell.reference))
         told = package, cell.stage.name, cell.changes, self.side, about
@@ -174,23 +185,23 @@ class Bisection:
         book = Ledger(self.ledger or self.engine.cache / "bisect" / f"{key}.json", key)
         asked = book.remember(run)
 
-        def verdict(version: str, attempt: int = 0) -> Answer:
+        def verdict(version: str, attempt: int = 0) -> CheckResult:
             try:
                 return asked(version, attempt)
-            except Gap as error:
-                return Answer(Outcome.GAP, str(error))
+            except UnavailableVersion as error:
+                return CheckResult(Outcome.GAP, str(error))
 
-        def end(order: Iterable[str]) -> Answer:
+        def end(order: Iterable[str]) -> CheckResult:
             answers = map(verdict, order)
-            return next((a for a in answers if a.outcome != Outcome.GAP), Answer(Outcome.GAP))
+            return next((a for a in answers if a.outcome != Outcome.GAP), CheckResult(Outcome.GAP))
 
         first, last = end(versions), end(reversed(versions))
         labels = {last.outcome: Outcome.BAD, first.outcome: Outcome.GOOD, "gap": Outcome.GAP}
 
-        def check(version: str, attempt: int) -> Answer:
+        def check(version: str, attempt: int) -> CheckResult:
             outcome, reason = verdict(version, attempt)
             said = reason if outcome == Outcome.GAP else f"{outcome}: {reason}"
-            return Answer(labels.get(outcome, Outcome.GAP), said)
+            return CheckResult(labels.get(outcome, Outcome.GAP), said)
 
         try:
             found = search(versions, check, progress=self.progress)
@@ -208,30 +219,6 @@ class Bisection:
             said = tuple(check(version, 0).reason for version in ends)
             change = replace(change, verdicts=said, also=tuple(also))
         return replace(change, runs=book.computed, seconds=time.perf_counter() - started)
-
-
-def save(folder: Path, changes: Sequence[Change], command: str) -> list[Path]:
-    """Writes bisect.json, bisect.md and bisect.html of changes that a command line found."""
-    from parity.bisect.causes import save
-    from parity.report.bisect import render_versions
-
-    title = f"What moved with {', '.join(change.package for change in changes)}"
-    lines = [f"# {title}", "", *(f"- {change.sentence()}" for change in changes), ""]
-    for change in changes:
-        lines += [
-            f"## {change.package}",
-            "",
-            "| step | version | outcome | said |",
-            "|---|---|---|---|",
-        ]
-        lines += [
-            f"| {step} | {told.candidate} | {told.outcome} | {told.reason.replace('|', '/')} |"
-            for step, told in enumerate(change.found.told, 1)
-        ]
-        lines.append("")
-    lines += [f"Found by `{command}`.", ""]
-    data = {"command": command, "changes": [asdict(change) for change in changes]}
-    return save(folder, data, "\n".join(lines), render_versions(changes, title, command))
 
 
 def _code() -> str:

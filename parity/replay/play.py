@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from parity.bisect.causes import Bisection, Report
-from parity.bisect.versions import Bisection as Versions
-from parity.cell import Cell
-from parity.engine import Engine
-from parity.engine import check as find_wrong_use
-from parity.environments import parse_range
+from parity.bisect.causes import CauseSearch, SearchReport
+from parity.bisect.versions import VersionSearch
+from parity.capture.engine import Engine
+from parity.capture.engine import check as find_wrong_use
+from parity.capture.environments import parse_range
+from parity.cells.cell import Cell
+from parity.cells.run import run_cell
 from parity.errors import CaptureError, Unsupported, UsageError
 from parity.record import Verdict
 from parity.replay.scenario import Scenario, passing
@@ -21,7 +22,7 @@ from parity.stages import STAGES, find
 Notice = Callable[[str], None]
 
 
-class Status(StrEnum):
+class ScenarioStatus(StrEnum):
     """How a scenario came out."""
 
     AS_EXPECTED = "as expected"
@@ -30,7 +31,7 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ScenarioResult:
     """What a scenario gave.
 
     Attributes:
@@ -44,7 +45,7 @@ class Outcome:
     name: str
     title: str
     source: str
-    status: Status
+    status: ScenarioStatus
     expected: str
     found: str
     answer: str = ""
@@ -53,7 +54,7 @@ class Outcome:
     seconds: float = 0.0
 
 
-def play(scenario: Scenario, engine: Engine, notice: Notice = lambda _: None) -> Outcome:
+def play(scenario: Scenario, engine: Engine, notice: Notice = lambda _: None) -> ScenarioResult:
     """Runs one scenario."""
     started = time.perf_counter()
     answers: list[str] = []
@@ -75,10 +76,10 @@ def play(scenario: Scenario, engine: Engine, notice: Notice = lambda _: None) ->
             found += passing(shares)
             answers.append(answer)
         fits = found == scenario.expect.words()
-        status = Status.AS_EXPECTED if fits else Status.OTHERWISE
+        status = ScenarioStatus.AS_EXPECTED if fits else ScenarioStatus.OTHERWISE
     except (Unsupported, CaptureError, UsageError) as error:
-        status, found = Status.NOT_RUN, str(error)
-    return Outcome(
+        status, found = ScenarioStatus.NOT_RUN, str(error)
+    return ScenarioResult(
         scenario.name,
         scenario.title,
         scenario.source,
@@ -111,7 +112,7 @@ Said = Iterable[tuple[str, str, int]]
 def _search(scenario: Scenario, engine: Engine, notice: Notice) -> Said:
     stages = scenario.stages()
     for recipe in scenario.recipes():
-        report = Bisection(
+        report = CauseSearch(
             engine,
             scenario.subject,
             scenario.reference,
@@ -126,7 +127,7 @@ def _search(scenario: Scenario, engine: Engine, notice: Notice) -> Said:
         yield _words(report), report.answer(), report.runs
 
 
-def _words(report: Report) -> str:
+def _words(report: SearchReport) -> str:
     if report.verdict == "agree" and not report.skipped:
         return "no cause"
     if report.verdict != "found":
@@ -152,7 +153,7 @@ def _versions(scenario: Scenario, engine: Engine, notice: Notice) -> Said:
                 {side: values for side, values in changes.items() if values},
                 scenario.recipe,
             )
-            search = Versions(engine, cell, progress=progress)
+            search = VersionSearch(engine, cell, progress=progress)
             for change in search.each(*map(parse_range, scenario.package.split(","))):
                 where = change.found.first_bad
                 said = change.sentence()
@@ -168,7 +169,7 @@ def _gates(scenario: Scenario, engine: Engine) -> tuple[dict[str, str], str]:
     passes: dict[str, list[bool]] = {}
     for recipe in scenario.recipes():
         cell = Cell(find("08"), scenario.subject, scenario.reference, recipe)
-        record = engine.run(cell)
+        record = run_cell(engine, cell)
         if record.verdict in (Verdict.ERROR, Verdict.SKIP):
             raise CaptureError(record.reason)
         for side in ("subject", "reference"):
@@ -181,16 +182,3 @@ def _gates(scenario: Scenario, engine: Engine) -> tuple[dict[str, str], str]:
 
 def _share(values: list[bool]) -> str:
     return "all" if all(values) else "some" if any(values) else "none"
-
-
-def table(outcomes: list[Outcome]) -> str:
-    """The outcomes as Markdown."""
-    from parity.report.markdown import table as written
-
-    head = ["scenario", "expected", "found", "", "searches", "runs", "seconds", "source"]
-    rows = [
-        (f"{o.name}: {o.title}", o.expected, o.found, o.status, f"{o.points}", f"{o.runs}",
-         f"{o.seconds:.0f}", o.source)
-        for o in outcomes
-    ]  # fmt: skip
-    return written(head, rows)

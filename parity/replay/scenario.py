@@ -13,16 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from parity import recipe as recipes
 from parity import resources
 from parity.errors import UsageError
-from parity.paths.hybrid import LOOP, PARTS
+from parity.paths.parts import LOOP, PARTS
 from parity.recipe import DEFAULT, Recipe, factor_names
 from parity.stages import find
-from parity.stages.base import Stage
+from parity.stages.context import Stage
 
 Factors = dict[str, Any]
 Share = Literal["none", "some", "all"]
 
 
-class Section(BaseModel):
+class Table(BaseModel):
     """A frozen, strictly validated table; `set_subject` is written `set-subject`."""
 
     model_config = ConfigDict(
@@ -33,7 +33,7 @@ class Section(BaseModel):
     )
 
 
-class Expect(Section):
+class Expect(Table):
     """What must come out.
 
     Either a cause at a stage, or the release in which a package moved, or (with `agree`) that what was
@@ -79,7 +79,7 @@ def passing(shares: Mapping[str, str]) -> str:
     return f"; of the seeds {told}" if told else ""
 
 
-class Scenario(Section):
+class Scenario(Table):
     """One case.
 
     Attributes:

@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from parity.aggregate import Aggregate
-from parity.plan import Row
-from parity.series import Curve
+from parity.cells.plan import GridRow
+from parity.results.aggregate import Aggregate
+from parity.results.series import Curve
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,12 +32,12 @@ class Figure(NamedTuple):
     svg: str
 
 
-def figures(result: Aggregate) -> dict[Row, list[Figure]]:
+def figures(result: Aggregate) -> dict[GridRow, list[Figure]]:
     """For each row with step series: the losses, then |dloss| and |dgrad| over the steps."""
-    found: dict[Row, list[Figure]] = {}
+    found: dict[GridRow, list[Figure]] = {}
     if result.steps.empty:
         return found
-    by_row = dict(iter(result.steps.groupby([*Row._fields])))
+    by_row = dict(iter(result.steps.groupby([*GridRow._fields])))
     for row in result.cells:
         if row not in by_row:
             continue
@@ -52,7 +52,7 @@ def figures(result: Aggregate) -> dict[Row, list[Figure]]:
     return found
 
 
-def _losses(steps: pd.DataFrame, row: Row) -> Figure:
+def _losses(steps: pd.DataFrame, row: GridRow) -> Figure:
     def draw(axes: Axes) -> None:
         for _, seed in steps.groupby("seed", sort=True):
             axes.plot(seed["step"], seed["loss_reference"], color=_REFERENCE, lw=3.2, alpha=0.45)
@@ -65,7 +65,7 @@ def _losses(steps: pd.DataFrame, row: Row) -> Figure:
     return Figure(caption, _svg(draw, f"{row} loss"))
 
 
-def _difference(steps: pd.DataFrame, row: Row, curve: Curve) -> Figure:
+def _difference(steps: pd.DataFrame, row: GridRow, curve: Curve) -> Figure:
     name = curve.quantity
     values = steps[name].abs()
     if not (values > 0).any():

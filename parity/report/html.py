@@ -7,12 +7,12 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
-from parity.aggregate import GREEN, Aggregate, First, state
-from parity.plan import Row, row_of
+from parity.cells.plan import GridRow, row_of
 from parity.record import Metric, Record
 from parity.report import markdown as words
 from parity.report.figures import figures
 from parity.report.text import headline
+from parity.results.aggregate import GREEN, Aggregate, FirstFailure, state
 
 OPEN = 3  # failures shown unfolded
 SIDES = ("subject", "reference")
@@ -86,7 +86,7 @@ def off_said(record: Record) -> str:
     return ""
 
 
-def off_in(result: Aggregate, first: First) -> str:
+def off_in(result: Aggregate, first: FirstFailure) -> str:
     """The same for a pair, by the first probe that knows."""
     for row in (first.row, *first.later):
         for record in result.cells[row].values():
@@ -122,8 +122,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _by_pair(result: Aggregate) -> dict[str, dict[Row, Mapping[int, Record | None]]]:
-    found: dict[str, dict[Row, Mapping[int, Record | None]]] = {}
+def _by_pair(result: Aggregate) -> dict[str, dict[GridRow, Mapping[int, Record | None]]]:
+    found: dict[str, dict[GridRow, Mapping[int, Record | None]]] = {}
     for row, by_seed in result.cells.items():
         found.setdefault(row.pair, {})[row] = by_seed
     return found

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from math import isnan
 
-from parity.aggregate import Aggregate, First, Note, Passes, state
-from parity.plan import Row
+from parity.cells.plan import GridRow
 from parity.record import Record
-from parity.series import Curve
-from parity.stats import wilson
+from parity.report.text import describe
+from parity.results.aggregate import Aggregate, FirstFailure, Note, PassRates, state
+from parity.results.series import Curve
+from parity.results.statistics import wilson
 
 LIMIT = 1_000_000  # bytes; GitHub cuts a step's summary at 1 MiB
 SYMBOLS = {
@@ -56,15 +57,15 @@ def seeds_said(seeds: Sequence[int], of: int) -> str:
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
-def firsts(result: Aggregate) -> dict[tuple[str, str, str], list[First]]:
+def firsts(result: Aggregate) -> dict[tuple[str, str, str], list[FirstFailure]]:
     """(state, title of the probe, reason) to the pairs that go wrong there first."""
-    found: dict[tuple[str, str, str], list[First]] = {}
+    found: dict[tuple[str, str, str], list[FirstFailure]] = {}
     for first in result.first:
         found.setdefault((first.state, first.row.title, first.reason), []).append(first)
     return found
 
 
-def pairs_said(firsts: Sequence[First], of: int) -> str:
+def pairs_said(firsts: Sequence[FirstFailure], of: int) -> str:
     """`mlx vs mlx-lm · tiny-gemma3 (all 3 seeds), ...`."""
     return ", ".join(f"{f.row.pair} ({seeds_said(f.seeds, of)})" for f in firsts)
 
@@ -88,13 +89,13 @@ def over_said(curve: Curve) -> str:
     return f"step {curve.first_step} ({len(curve.over)} of {len(curve.seeds)})"
 
 
-def rates(passes: Passes) -> tuple[str, str]:
+def rates(passes: PassRates) -> tuple[str, str]:
     """Pass rate of subject and reference with their intervals."""
     c = passes.comparison
     return tuple(_rate(n, len(c.seeds)) for n in (c.a + c.b, c.a + c.c))  # type: ignore[return-value]
 
 
-def power_said(passes: Passes) -> str:
+def power_said(passes: PassRates) -> str:
     """What so many seeds could have shown, and how many could show more."""
     c = passes.comparison
     if c.discordance_upper is not None:
@@ -103,11 +104,11 @@ def power_said(passes: Passes) -> str:
     return f"{100 * c.power:.0f} % power; 80 % at {needed} seeds"
 
 
-def pass_rates(result: Aggregate) -> dict[Row, str]:
+def pass_rates(result: Aggregate) -> dict[GridRow, str]:
     """Row to its green share of the decided seeds, with the Wilson interval."""
     rows = result.summary.to_dict("records")
     return {
-        Row(*(row[name] for name in Row._fields)): _rate(
+        GridRow(*(row[name] for name in GridRow._fields)): _rate(
             row["identical"] + row["agree"] + row["stale"], row["decided"]
         )
         for row in rows
@@ -169,9 +170,9 @@ def _parts(result: Aggregate) -> Iterator[str]:
         yield f"### {title}\n\n" + "\n".join(f"- {_plain(line)}" for line in lines[:200]) + "\n"
 
 
-def grids(result: Aggregate) -> dict[str, list[tuple[Row, list[str]]]]:
+def grids(result: Aggregate) -> dict[str, list[tuple[GridRow, list[str]]]]:
     """Pair to its rows with a symbol for each seed."""
-    found: dict[str, list[tuple[Row, list[str]]]] = {}
+    found: dict[str, list[tuple[GridRow, list[str]]]] = {}
     for row, by_seed in result.cells.items():
         symbols = [SYMBOLS[state(record)] for record in by_seed.values()]
         found.setdefault(row.pair, []).append((row, symbols))
@@ -245,7 +246,7 @@ def _plain(text: str) -> str:
 
 
 def _failure(record: Record) -> str:
-    title, _, body = record.message().partition("\n")
+    title, _, body = describe(record).partition("\n")
     title, fence = title.replace("<", "&lt;"), "~" * 8
     details = f"{fence}text\n{body[:20_000]}\n{fence}"
     return f"<details><summary>{title}</summary>\n\n{details}\n</details>\n"

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
-from parity.aggregate import Aggregate, state
-from parity.plan import Row
+from parity.cells.plan import GridRow
 from parity.record import Metric, Record, Verdict, worst
 from parity.report import markdown as words
+from parity.report.text import describe
+from parity.results.aggregate import Aggregate, state
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -58,7 +59,7 @@ def render(result: Aggregate, console: Console) -> None:
     failures = result.failures()
     for record in failures[:SHOWN]:
         console.print()
-        console.print(record.message(), markup=False, soft_wrap=True)
+        console.print(describe(record), markup=False, soft_wrap=True)
     if len(failures) > SHOWN:
         console.print(f"\nand {len(failures) - SHOWN} more, all of them in report.html")
     _conclusion(result, console)
@@ -98,7 +99,7 @@ def _grid(result: Aggregate, model: str, console: Console) -> None:
         chunk = pairs[start : start + at_once]
         table = _table("probe", *(" vs ".join(pair) for pair in chunk))
         for probe in probes:
-            found = [Row(model, *pair, *probe) for pair in chunk]
+            found = [GridRow(model, *pair, *probe) for pair in chunk]
             cells = [
                 _cells(result.cells[r].values(), spaced, room - 2, console)
                 if r in result.cells

@@ -6,10 +6,10 @@ Comparing sees NumPy arrays only; no framework is imported here.
 from __future__ import annotations
 
 from parity.errors import UsageError
-from parity.stages.base import Stage
 from parity.stages.config import Config
+from parity.stages.context import Stage
 from parity.stages.cross_entropy import CrossEntropy
-from parity.stages.decode import Decode
+from parity.stages.decode import GreedyDecode
 from parity.stages.gradient import Gradient
 from parity.stages.kv_cache import KvCache
 from parity.stages.logits import Logits
@@ -30,7 +30,7 @@ STAGES: tuple[Stage, ...] = (
     OptimizerStep(),
     LossCurve(),
     KvCache(),
-    Decode(),
+    GreedyDecode(),
 )
 """In the order in which data flows, which is the order of the search for a cause."""
 

@@ -1,6 +1,6 @@
 """Stage 00: what each path will really do, read back from its live objects after set-up.
 
-The vocabulary (scalars of `Path.config`): `dtype.parameters` and `dtype.adapter` {dtype: elements},
+The vocabulary (scalars of `TrainingPath.config`): `dtype.parameters` and `dtype.adapter` {dtype: elements},
 `dtype.activations` {dtype: modules}, `rope.theta` [per layer], `lora.trainable`, `lora.parameters`, `lora.names`, `lora.rank`,
 `lora.scale`, `lora.dropout`, `lora.layers`, `lora.modules`, `optim.class`, `optim.betas`,
 `optim.eps`, `optim.weight_decay`, `optim.bias_correction`, `optim.lr` [per step], `clip.mode`,
@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from parity.errors import CaptureError, Unsupported
-from parity.numerics import nothing
+from parity.judge.numerics import nothing
 from parity.record import Metric, Verdict
-from parity.stages.base import Comparison, Context
+from parity.stages.context import Comparison, Context
 from parity.trace import Trace
 
 RELATIVE = 1e-6

@@ -6,10 +6,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from parity.numerics import compare, compare_exact
+from parity.judge.numerics import compare, compare_exact
 from parity.record import Verdict
-from parity.stages.base import Comparison, Context
-from parity.stages.noise import LENGTHS, loss_inputs
+from parity.stages.context import Comparison, Context
+from parity.stages.inputs import LENGTHS
 
 
 class CrossEntropy:
@@ -21,7 +21,7 @@ class CrossEntropy:
 
     def run(self, context: Context) -> Comparison:
         """Compares the supervised set exactly, losses under the floor."""
-        inputs = loss_inputs(context)
+        inputs = context.loss_inputs()
         pair = context.pair("cross_entropy", inputs)
         a, b = pair.subject, pair.reference
         result = Comparison(facts={"vocabulary": inputs.arrays["logits"].shape[-1]})

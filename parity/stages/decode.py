@@ -6,14 +6,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from parity.numerics import HEADROOM, compare, compare_exact, distance, first_difference
+from parity.judge.numerics import HEADROOM, compare, compare_exact, distance
 from parity.record import Metric, Verdict
-from parity.stages.base import Comparison, Context, Pair
+from parity.stages.context import Comparison, Context, Pair
 from parity.stages.loss_curve import aligned_training, decode_inputs
-from parity.trace import Trace
+from parity.trace import Trace, first_difference
 
 
-class Decode:
+class GreedyDecode:
     """The same trained adapter decoded by both, and each path's own adapter by itself."""
 
     number: ClassVar[int] = 8

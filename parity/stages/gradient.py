@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from parity.numerics import compare, compare_exact, compare_group
-from parity.stages.base import Comparison, Context, Pair
-from parity.stages.noise import common_rows
+from parity.judge.numerics import compare, compare_exact, compare_group
+from parity.stages.context import Comparison, Context, Pair
+from parity.stages.inputs import common_rows
 from parity.trace import Array, Trace
 
 LENGTHS = [9, 21, 30, 14]

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from parity.numerics import Noise, compare, compare_exact
+from parity.judge.numerics import Noise, compare, compare_exact
 from parity.record import Metric, Verdict
-from parity.stages.base import Comparison, Context, Pair
+from parity.stages.context import Comparison, Context, Pair
 from parity.stages.gradient import filled
 from parity.trace import Array, Trace
 

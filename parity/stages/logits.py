@@ -6,10 +6,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from parity.numerics import HEADROOM, compare, compare_exact, compare_group, distance
+from parity.judge.numerics import HEADROOM, compare, compare_exact, compare_group, distance
+from parity.names import each
 from parity.record import Verdict
-from parity.stages.base import Comparison, Context, Pair
-from parity.trace import Trace, each
+from parity.stages.context import Comparison, Context, Pair
+from parity.trace import Trace
 
 LONG = 160
 """Positions of the random rows: beyond the sliding windows of the tiny models."""

@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from parity.numerics import compare_exact, compare_group, nothing
+from parity.judge.numerics import compare_exact, compare_group, nothing
 from parity.record import Metric, Verdict
-from parity.stages.base import Comparison, Context
+from parity.stages.context import Comparison, Context
 from parity.trace import Array, Trace
 
 ALPHA = 1e-4

@@ -7,11 +7,12 @@ from typing import ClassVar
 import numpy as np
 
 from parity.errors import CaptureError, Unsupported
-from parity.numerics import compare_exact, compare_group, compare_series, nothing
+from parity.judge.numerics import compare_exact, compare_group, compare_series, nothing
+from parity.names import each
 from parity.recipe import Recipe
 from parity.record import Metric, Verdict
-from parity.stages.base import Comparison, Context, Pair
-from parity.trace import Array, Trace, each
+from parity.stages.context import Comparison, Context, Pair
+from parity.trace import Array, Trace
 
 HALF_STEPS = 5  # as shipped, where half precision makes a step many times slower on Linux
 

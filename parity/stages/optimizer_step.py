@@ -7,9 +7,9 @@ from typing import ClassVar
 import numpy as np
 
 from parity.errors import Unsupported
-from parity.numerics import compare_group
+from parity.judge.numerics import compare_group
 from parity.record import Verdict
-from parity.stages.base import Comparison, Context
+from parity.stages.context import Comparison, Context
 from parity.trace import Array, Trace
 
 STEPS = 5

@@ -10,10 +10,11 @@ from typing import ClassVar
 import numpy as np
 
 from parity.errors import Unsupported
-from parity.numerics import nothing
+from parity.judge.numerics import nothing
+from parity.names import each
 from parity.record import Metric, Verdict
-from parity.stages.base import Comparison, Context
-from parity.trace import Trace, each
+from parity.stages.context import Comparison, Context
+from parity.trace import Trace
 
 ROWS = 6  # distinct rows of the recipe that are handed over
 LONG, CUT = 24, 17  # tokens of a row, and the width at which it is cut
@@ -25,7 +26,7 @@ Target = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Row:
+class TrainingRow:
     """A training row: its ids, and the index of the first token that is to be learned."""
 
     ids: tuple[int, ...]
@@ -37,7 +38,7 @@ class Row:
 class Difference:
     """What one side alone supervises in a row."""
 
-    row: Row
+    row: TrainingRow
     subject: set[Target] = field(default_factory=set)
     reference: set[Target] = field(default_factory=set)
     both: set[Target] = field(default_factory=set)
@@ -63,7 +64,7 @@ class SupervisedPositions:
         tokens = context.given("tokenization", texts)
         offsets = each(tokens.arrays, "offset")
         known = [
-            Row(tuple(ids.tolist()), max(int(offset), 1), f"training row {index}")
+            TrainingRow(tuple(ids.tolist()), max(int(offset), 1), f"training row {index}")
             for index, (ids, offset) in enumerate(
                 zip(each(tokens.arrays, "row"), offsets, strict=True)
             )
@@ -82,7 +83,9 @@ class SupervisedPositions:
         self._own(context, known, agreed, result)
         return result
 
-    def _own(self, context: Context, known: list[Row], agreed: bool, result: Comparison) -> None:
+    def _own(
+        self, context: Context, known: list[TrainingRow], agreed: bool, result: Comparison
+    ) -> None:
         """Rows of the paths' own batches, matched by content: order and width do not matter."""
         size = context.recipe.train.batch_size
         count = min(MOST, max(1, -(-len(known) // size)))
@@ -111,7 +114,7 @@ class SupervisedPositions:
             result.facts["rows that fill their batch"] = filled
 
 
-def batches(known: list[Row]) -> tuple[list[tuple[str, list[Row]]], Trace]:
+def batches(known: list[TrainingRow]) -> tuple[list[tuple[str, list[TrainingRow]]], Trace]:
     """Three batches made of the recipe's rows: named rows, and inputs of both paths.
 
     With and without padding behind the longest row; then rows of one token and more, a row cut at
@@ -121,9 +124,9 @@ def batches(known: list[Row]) -> tuple[list[tuple[str, list[Row]]], Trace]:
     long = [token for row in own for token in row.ids]
     long = (long * (LONG // len(long) + 1))[:LONG]
 
-    def part(length: int, offset: int) -> Row:
+    def part(length: int, offset: int) -> TrainingRow:
         cut = f"row of {length} tokens" + (f", prompt of {offset}" if offset else "")
-        return Row(tuple(long[:length]), max(offset, 1), cut)
+        return TrainingRow(tuple(long[:length]), max(offset, 1), cut)
 
     odd = [part(CUT, 0), part(1, 0), part(2, 0), part(CUT - 1, 0), part(9, 1), part(9, 4)]
     odd += [part(9, 8), part(9, 9), part(9, 12), part(CUT, 6), part(CUT, CUT)]
@@ -146,14 +149,14 @@ def batches(known: list[Row]) -> tuple[list[tuple[str, list[Row]]], Trace]:
 
 
 def matched(
-    trace: Trace, known: list[Row]
-) -> tuple[dict[Row, list[frozenset[Target]]], list[tuple[int, ...]]]:
+    trace: Trace, known: list[TrainingRow]
+) -> tuple[dict[TrainingRow, list[frozenset[Target]]], list[tuple[int, ...]]]:
     """What is supervised in each known row of a path's batches, and rows that are not known.
 
     A row is known by its tokens, not by the length that the path says it has.
     """
     rows = sorted({row.ids: row for row in reversed(known)}.values(), key=lambda r: -len(r.ids))
-    found: dict[Row, list[frozenset[Target]]] = defaultdict(list)
+    found: dict[TrainingRow, list[frozenset[Target]]] = defaultdict(list)
     strangers = []
     for index, ids in enumerate(each(trace.arrays, "ids")):
         supervised = _by_row(trace, index, len(ids))
@@ -233,7 +236,7 @@ def sentence(differences: list[Difference], pieces: Mapping[str, str]) -> str:
     return f"{'; '.join(parts)}; {len(bad)} of {len(differences)} rows differ"
 
 
-def place(row: Row, index: int) -> str:
+def place(row: TrainingRow, index: int) -> str:
     """Where in its row a token stands."""
     length = len(row.ids)
     if index >= length:

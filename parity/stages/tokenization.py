@@ -6,10 +6,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from parity.numerics import compare_exact, nothing
+from parity.judge.numerics import compare_exact, nothing
+from parity.names import each
 from parity.record import Metric, Verdict
-from parity.stages.base import Comparison, Context
-from parity.trace import Trace, each
+from parity.stages.context import Comparison, Context
+from parity.trace import Trace
 
 _PIECES = (
     "naïve café", "日本語のテキスト", "🤖🔥👩‍👩‍👧", "\t\ttabs", "   three spaces", "line\n\n\nbreaks",

@@ -1,0 +1,1 @@
+"""Captures: asked of worker processes, kept by content, carried as bundles."""

@@ -1,0 +1,70 @@
+"""Content keys: what a capture depends on, so that no cell is computed twice and none wrongly kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from functools import cache as memoized
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from parity import resources
+from parity.capture.worker import openblas
+from parity.paths.registry import resolve
+from parity.recipe import Recipe
+
+# What a user may set for the worker's process and what changes its numbers.
+_VARIABLES = (
+    "MLX_", "PARITY_TORCH", "OMP_", "OPENBLAS_", "CUBLAS_", "CUDA_VISIBLE", "NVIDIA_TF32",
+)  # fmt: skip
+
+
+def of_recipe(recipe: Recipe) -> str:
+    """A recipe's factors and the state of the files that it names."""
+    model = resources.fingerprint(resources.model_dir(recipe.model.source))
+    data = resources.fingerprint(resources.data_dir(recipe.data.source))
+    return f"{recipe.digest()} {model} {data}"
+
+
+@memoized
+def of_path(spec: str) -> str:
+    """Content key of a path: its code, its packages' versions, what its process is given."""
+    kind = resolve(spec)
+    versions = []
+    for package in kind.packages:
+        try:
+            versions.append(f"{package}={version(package)}")
+        except PackageNotFoundError:
+            versions.append(f"{package}=none")
+    classes = {base for member in kind.made_of() for base in member.__mro__[:-1]}
+    files = {getattr(sys.modules[base.__module__], "__file__", None) for base in classes}
+    own = b"".join(Path(file).read_bytes() for file in sorted(f for f in files if f))
+    variables = {k: v for k, v in os.environ.items() if k.startswith(_VARIABLES)}
+    parts = [spec, sys.version, *versions, str(openblas()), json.dumps(variables, sort_keys=True)]
+    code = _package_code() + hashlib.sha256(own).hexdigest()
+    return hashlib.sha256("\n".join([*parts, code]).encode()).hexdigest()[:16]
+
+
+@memoized
+def _package_code() -> str:
+    """Hash of the code that runs inside workers."""
+    root = Path(__file__).parents[1]
+    nouns = ("errors", "files", "names", "recipe", "trace", "capture/worker")
+    files = [*sorted((root / "paths").rglob("*.py")), *(root / f"{noun}.py" for noun in nouns)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+@memoized
+def git_state() -> str:
+    """Commit of the working directory, marked when it has changes; empty outside a repository."""
+    try:
+        out = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True, text=True, timeout=10, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return out.stdout.strip()

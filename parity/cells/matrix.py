@@ -1,0 +1,93 @@
+"""A run: cells over probes, references and seeds, written as records while it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from parity.cells.cell import Cell
+from parity.errors import UsageError
+from parity.recipe import DEFAULT, Recipe
+from parity.stages import BY_NUMBER, find
+from parity.stages.context import Stage
+
+REFERENCES = ("mlx-lm", "hf")
+SEEDS = (3407, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13)
+"""Fifteen seeds in a fixed order; the first is the one people quote."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What is to be run."""
+
+    stages: tuple[Stage, ...]
+    subject: str
+    references: tuple[str, ...]
+    seeds: tuple[int, ...]
+    recipe: Recipe
+    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    origin: str = DEFAULT
+
+    def cells(self) -> list[Cell]:
+        """Seed by seed, so that early answers come early."""
+        return [
+            Cell(
+                stage,
+                self.subject,
+                reference,
+                self.recipe.override({"seed.value": seed}),
+                self.changes,
+                self.origin,
+            )
+            for seed in self.seeds
+            for stage in self.stages
+            for reference in self.references
+        ]
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`3` means the first three of `SEEDS`; `3407,0` names seeds, and so does `5,` with its comma.
+
+    A single number up to 15 is a count, a greater one is a seed.
+
+    Raises:
+        UsageError: Not numbers, none, or the same one twice.
+    """
+    try:
+        numbers = [int(part) for part in text.removesuffix(",").split(",")]
+    except ValueError:
+        raise UsageError(
+            f"--seeds {text!r}: give a count such as 3 or seeds such as 3407,0"
+        ) from None
+    if any(number < 0 or number >= 2**32 for number in numbers):
+        raise UsageError(f"--seeds {text!r}: seeds lie between 0 and 2**32 - 1")
+    if text.isdigit() and 0 < numbers[0] <= len(SEEDS):
+        return SEEDS[: numbers[0]]
+    if len(set(numbers)) < len(numbers):
+        raise UsageError(f"--seeds {text!r}: a seed stands twice")
+    return tuple(numbers)
+
+
+def parse_probes(names: Iterable[str]) -> tuple[Stage, ...]:
+    """Stages by number or name in the order of their numbers; none given means all."""
+    wanted = [find(part) for name in names for part in name.split(",")]
+    return tuple(stage for stage in BY_NUMBER if stage in wanted) if wanted else BY_NUMBER
+
+
+def default_folder() -> Path:
+    """A new folder below reports/."""
+    return Path("reports") / datetime.now().strftime("run-%Y%m%d-%H%M%S")
+
+
+def sides(changes: Sequence[tuple[str, str]]) -> dict[str, dict[str, Any]]:
+    """Groups `(side, "factor=value")` by side."""
+    from parity.recipe import parse_setting
+
+    grouped: dict[str, dict[str, Any]] = {}
+    for side, text in changes:
+        name, value = parse_setting(text)
+        grouped.setdefault(side, {})[name] = value
+    return grouped

@@ -1,0 +1,187 @@
+"""`parity bisect`: what a person types and sees. The answer goes to stdout, progress to stderr."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from parity.commands.options import (
+    EXIT_GREEN,
+    EXIT_NOT_GREEN,
+    device_option,
+    out_option,
+    recipe_options,
+    timeout_option,
+)
+
+if TYPE_CHECKING:
+    from parity.capture.engine import Engine
+    from parity.cells.cell import Cell
+    from parity.recipe import Recipe
+    from parity.report.search_progress import Display
+
+
+@click.command()
+@click.option("--subject", default="mlx", show_default=True, help="The path under question.")
+@click.option("--reference", default="mlx-lm", show_default=True, help="What it is held against.")
+@recipe_options
+@click.option(
+    "--set-subject", multiple=True, metavar="FACTOR=VALUE", help="Change a factor of the subject."
+)
+@click.option(
+    "--set-reference",
+    multiple=True,
+    metavar="FACTOR=VALUE",
+    help="Change the reference throughout.",
+)
+@click.option("--shipped", "as_shipped", is_flag=True, help="Let each path use its own defaults.")
+@click.option(
+    "--check",
+    "command",
+    metavar="COMMAND",
+    help="Ask a command instead: it finds the recipe in $PARITY_RECIPE and exits with 0 (agrees), "
+    "125 (cannot tell) or another code (differs).",
+)
+@click.option(
+    "--package",
+    metavar="RANGE",
+    help="Find the release that changed a probe's verdict: mlx-lm==0.30.0..0.32.2, several "
+    "separated by commas.",
+)
+@click.option(
+    "--repo",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Find the commit of a checkout instead, between --good and --bad.",
+)
+@click.option("--good", metavar="REVISION", help="A commit of --repo that is known to be good.")
+@click.option("--bad", metavar="REVISION", help="A commit of --repo that is known to be bad.")
+@click.option(
+    "--probe", default="02", show_default=True, help="The probe that --package and --repo ask."
+)
+@click.option(
+    "--side",
+    type=click.Choice(["subject", "reference", "both"]),
+    default="subject",
+    show_default=True,
+    help="The side that runs the other versions.",
+)
+@click.option("--seed", default=3407, show_default=True, type=click.IntRange(0, 2**32 - 1))
+@click.option(
+    "--repeats",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, 20),
+    help="How often each question is asked; answers that disagree end in `inconclusive`.",
+)
+@out_option("reports/bisect")
+@device_option
+@timeout_option
+def bisect(
+    recipe: str, settings: tuple[str, ...], set_subject: tuple[str, ...],
+    set_reference: tuple[str, ...], seed: int, out: Path, **asked: Any,
+) -> None:  # fmt: skip
+    """Find what makes a subject differ from its reference.
+
+    Stages first, in the order in which data flows; then the factors in which the two recipes differ,
+    every minimal set of them; then, where no factor explains it, the module, tensor or step.
+
+    \b
+    Examples:
+      parity bisect --reference hf --shipped
+      parity bisect --set-subject lora.num_layers=16 --set-subject optim.weight_decay=0.01
+      parity bisect --reference hf --recipe smollm2 --set model.source=smollm2-135m-as-saved
+      parity bisect --reference hf --package mlx-lm==0.28.0..0.29.1 --probe 02
+      parity bisect --subject my_trainer:Path --repo ../my-trainer --good v1 --bad main --probe 07
+      parity bisect --set-subject lora.rank=4 --check './my-check.sh "$PARITY_RECIPE"'
+    """  # noqa: D301
+    from parity import recipe as recipes
+    from parity.cells.matrix import sides
+
+    shared = recipes.load(recipe, settings).override({"seed.value": seed})
+    changes = sides([("subject", text) for text in set_subject]).get("subject", {})
+    held = sides([("reference", text) for text in set_reference]).get("reference", {})
+    for changed in (changes, held):
+        shared.override(changed)
+    try:
+        verdict = _ask(shared, changes, held, recipe, out, **asked)
+    except KeyboardInterrupt:
+        click.echo("stopped; the same command goes on where it was", err=True)
+        sys.exit(130)
+    sys.exit(EXIT_GREEN if verdict == "agree" else EXIT_NOT_GREEN)
+
+
+def _ask(
+    shared: Recipe, changes: dict[str, Any], held: dict[str, Any], origin: str, out: Path, *,
+    subject: str, reference: str, as_shipped: bool, command: str | None, repeats: int, timeout: float,
+    **moving: Any,
+) -> str:  # fmt: skip
+    """Runs the search, prints the answer, and returns the verdict."""
+    from parity.bisect import check
+    from parity.bisect.causes import CauseSearch, shipped
+    from parity.capture.engine import Engine
+    from parity.capture.engine import check as find_wrong_use
+    from parity.report.search_files import save
+    from parity.report.search_progress import Lines, shown
+
+    if command:
+        # The command writes to the same terminal: no display that is redrawn in place.
+        report = check.report(command, shared, changes, max(2, repeats), Lines().watch, timeout)
+    else:
+        find_wrong_use([subject, reference], shared)
+        with Engine(timeout=timeout, log_dir=out / "logs") as engine, shown() as display:
+            if moving["package"] or moving["repo"]:
+                cell = _cell(subject, reference, shared, changes, origin, moving.pop("probe"))
+                return _versions(engine, cell, out, display, **moving)
+            if as_shipped:
+                shared, own = shipped(engine, subject, reference, shared)
+                changes = {**own, **changes}
+            display.notice(f"{len(changes)} factors differ: {', '.join(changes) or 'none'}")
+            report = CauseSearch(
+                engine, subject, reference, shared, changes, display.watch, repeats, origin,
+                notice=display.notice, held=held,
+            ).search()  # fmt: skip
+    click.echo(report.answer())
+    click.echo("wrote " + ", ".join(map(str, save(out, report))), err=True)
+    return report.verdict
+
+
+def _cell(
+    subject: str, reference: str, shared: Recipe, changes: dict[str, Any], origin: str, probe: str
+) -> Cell:
+    from parity.cells.cell import Cell
+    from parity.stages import find
+
+    sides = {"subject": changes} if changes else {}
+    return Cell(find(probe), subject, reference, shared, sides, origin)
+
+
+def _versions(
+    engine: Engine, cell: Cell, out: Path, display: Display, *, package: str | None, repo: Path | None,
+    good: str | None, bad: str | None, side: str,
+) -> str:  # fmt: skip
+    """Searches releases or commits; prints a sentence for each."""
+    from parity.bisect.versions import VersionSearch
+    from parity.capture.environments import parse_range
+    from parity.errors import UsageError
+    from parity.report.search_files import save_versions
+
+    bisection = VersionSearch(
+        engine, cell, side, ledger=out / "versions.json", progress=display.progress
+    )
+    if package:
+        found = bisection.each(*[parse_range(part) for part in package.split(",")])
+    elif repo and good and bad:
+        found = [bisection.commit(repo, good, bad)]
+    else:
+        raise UsageError("--repo needs --good REVISION and --bad REVISION")
+    for change in found:
+        click.echo(change.sentence())
+        if change.runs:
+            display.notice(f"{change.runs} runs in {change.seconds:.0f} s")
+    files = save_versions(out, found, shlex.join(["parity", *sys.argv[1:]]))
+    display.notice("wrote " + ", ".join(map(str, files)))
+    return "inconclusive" if any(change.found.inconclusive for change in found) else "found"

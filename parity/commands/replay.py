@@ -1,0 +1,88 @@
+"""`parity replay`: what a person types and sees."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from parity.commands.options import (
+    EXIT_GREEN,
+    EXIT_MISSING,
+    EXIT_NOT_GREEN,
+    out_option,
+    timeout_option,
+)
+
+if TYPE_CHECKING:
+    from parity.replay.play import ScenarioResult
+    from parity.replay.scenario import Scenario
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="[SCENARIO|FILE]...")
+@click.option("--list", "listing", is_flag=True, help="Say which there are, and run none.")
+@out_option("reports/replay")
+@timeout_option
+def replay(names: tuple[str, ...], listing: bool, out: Path, timeout: float) -> None:
+    """Replay known cases and hold the causes found against those expected.
+
+    Each scenario is a case that somebody met: with its stage and cause, or as something that was
+    suspected and made no difference. Exit code 0: all came out as expected; 1: one did not; 3: one
+    could not be run here.
+
+    \b
+    Examples:
+      parity replay                           all of them
+      parity replay --list                    what there is
+      parity replay last-16-layers compile    these two
+      parity replay my-case.toml              one of your own
+    """  # noqa: D301
+    from parity.replay import scenario
+
+    chosen = [scenario.load(name) for name in names or scenario.names()]
+    if listing:
+        for case in chosen:
+            click.echo(f"{case.name:24} {case.expect.words():44} {case.title}")
+        return
+    try:
+        outcomes = _play(chosen, out, timeout)
+    except KeyboardInterrupt:
+        click.echo("stopped; the same command goes on where it was", err=True)
+        sys.exit(130)
+    statuses = [str(outcome.status) for outcome in outcomes]
+    click.echo(f"{statuses.count('as expected')} of {len(outcomes)} scenarios came out as expected")
+    if "not as expected" in statuses:
+        sys.exit(EXIT_NOT_GREEN)
+    sys.exit(EXIT_MISSING if "not run" in statuses else EXIT_GREEN)
+
+
+def _play(chosen: list[Scenario], out: Path, timeout: float) -> list[ScenarioResult]:
+    """Runs scenarios one after the other; what is finished is written after each."""
+    from dataclasses import asdict
+
+    from parity.capture.engine import Engine
+    from parity.files import dumps, write_atomically
+    from parity.replay.play import play
+    from parity.report.replay import table
+
+    outcomes: list[ScenarioResult] = []
+    with Engine(timeout=timeout, log_dir=out / "logs") as engine:
+        for index, case in enumerate(chosen):
+            click.echo(f"[{index + 1}/{len(chosen)}] {case.name}: {case.title}", err=True)
+            outcome = play(case, engine, lambda text: click.echo(f"    {text}", err=True))
+            outcomes.append(outcome)
+            write_atomically(out / "replay.md", table(outcomes).encode())
+            results = [asdict(outcome) for outcome in outcomes]
+            write_atomically(out / "replay.json", dumps(results, indent=1).encode())
+            click.echo(f"{_MARKS[outcome.status]} {outcome.name}: {outcome.found}")
+            if outcome.status != "as expected":
+                click.echo(f"    expected: {outcome.expected}\n    source: {outcome.source}")
+            click.echo(f"    {outcome.runs} runs, {outcome.seconds:.0f} s", err=True)
+    click.echo(f"wrote {out / 'replay.md'}, {out / 'replay.json'}", err=True)
+    return outcomes
+
+
+_MARKS = {"as expected": "✓", "not as expected": "✗", "not run": "–"}

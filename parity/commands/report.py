@@ -1,0 +1,28 @@
+"""`parity report`: the tables of a folder of records."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+def report(folder: Path) -> None:
+    """Aggregate a folder of records: table, JSON, CSV, Markdown, HTML."""
+    from parity import record
+    from parity.cells.plan import read_plan
+    from parity.report import terminal
+    from parity.report.write import write
+    from parity.results import expected
+    from parity.results.aggregate import aggregate
+
+    known = expected.kept(folder)
+    records = [expected.mark(found, known) for found in record.load_all(folder)]
+    result = aggregate(records, read_plan(folder), known)
+    files = write(result, folder)
+    terminal.render(result, terminal.console())
+    click.echo("wrote " + ", ".join(str(file) for file in files))
+    sys.exit(result.exit_code)

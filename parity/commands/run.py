@@ -1,0 +1,118 @@
+"""`parity run`: probes over seeds, with a report at the end."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from parity.commands.options import (
+    device_option,
+    recipe_options,
+    timeout_option,
+)
+
+
+@click.command()
+@click.option(
+    "--subject", default="mlx", show_default=True, metavar="PATH", help="The path under question."
+)
+@click.option("--reference", "references", multiple=True, metavar="PATH",
+              help="What it is held against; may be repeated.  [default: mlx-lm, hf]")  # fmt: skip
+@click.option("--seeds", default="3", show_default=True, metavar="N|LIST",
+              help="How many seeds (up to 15), or the seeds themselves: 3407,0,1.")  # fmt: skip
+@click.option(
+    "--probes", multiple=True, metavar="LIST", help="Numbers or names, e.g. 02,05.  [default: all]"
+)
+@recipe_options
+@click.option(
+    "--set-subject", multiple=True, metavar="FACTOR=VALUE", help="Change a factor on one side only."
+)
+@click.option(
+    "--set-reference",
+    multiple=True,
+    metavar="FACTOR=VALUE",
+    help="Change a factor on one side only.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of the run.  [default: reports/run-…]",
+)
+@click.option(
+    "--jobs",
+    default=2,
+    show_default=True,
+    type=click.IntRange(1, 64),
+    help="Cells under way at once.",
+)
+@device_option
+@timeout_option
+@click.option("--expected", type=click.Path(path_type=Path, exists=True, dir_okay=False),
+              help="Known divergences.  [default: the fixtures' file of each pair]")  # fmt: skip
+@click.option("--no-expected", is_flag=True, help="Expect no divergence.")
+def run(
+    subject: str,
+    references: tuple[str, ...],
+    seeds: str,
+    probes: tuple[str, ...],
+    recipe: str,
+    settings: tuple[str, ...],
+    set_subject: tuple[str, ...],
+    set_reference: tuple[str, ...],
+    out: Path | None,
+    jobs: int,
+    timeout: float,
+    expected: Path | None,
+    no_expected: bool,
+) -> None:
+    """Run probes over seeds and report.
+
+    Captures are cached by content: what was finished before an interruption is not run again.
+    """
+    from parity import recipe as recipes
+    from parity.capture import engine as engines
+    from parity.cells import matrix as runs
+    from parity.cells.plan import Plan, write_plan
+    from parity.cells.run import run_matrix
+    from parity.report import progress, terminal
+    from parity.report.write import write
+    from parity.results import expected as expectations
+    from parity.results.aggregate import aggregate
+
+    shared = recipes.load(recipe, settings)
+    changes = runs.sides(
+        [*(("subject", t) for t in set_subject), *(("reference", t) for t in set_reference)]
+    )
+    for side in changes:
+        shared.override(changes[side])
+    matrix = runs.Matrix(
+        runs.parse_probes(probes),
+        subject,
+        references or runs.REFERENCES,
+        runs.parse_seeds(seeds),
+        shared,
+        changes,
+        recipe,
+    )
+    engines.check([subject, *matrix.references], shared)
+    known = expectations.chosen(subject, matrix.references, expected, no_expected)
+    folder = out or runs.default_folder()
+    plan = Plan.of(matrix.cells())
+    write_plan(plan, folder)
+    expectations.keep(known, folder)
+    with (
+        progress.shown(len(matrix.cells())) as (done, notice),
+        engines.Engine(timeout=timeout, log_dir=folder / "logs", notice=notice) as engine,
+    ):
+        records = run_matrix(matrix, engine, folder, jobs, done)
+    records = [expectations.mark(record, known) for record in records]
+    for record in records:
+        if record.expected:
+            record.save(folder / "records")
+    result = aggregate(records, plan, known)
+    files = write(result, folder)
+    terminal.render(result, terminal.console())
+    click.echo("wrote " + ", ".join(str(file) for file in files if file.suffix in (".md", ".html")))
+    sys.exit(result.exit_code)

@@ -1,0 +1,41 @@
+"""`parity list` and `parity factors`: what there is."""
+
+from __future__ import annotations
+
+import click
+
+from parity.commands.options import (
+    recipe_options,
+)
+
+
+@click.command("list")
+def list_() -> None:
+    """Show paths, probes, models, data, recipes and scenarios."""
+    from parity import resources
+    from parity.paths.registry import registered
+    from parity.stages import BY_NUMBER
+
+    click.echo("paths")
+    for name, target in sorted(registered().items()):
+        click.echo(f"  {name:<10} {target}")
+    click.echo("probes")
+    for stage in BY_NUMBER:
+        click.echo(f"  {stage.number:02d} {stage.name:<20} {stage.question}")
+    click.echo("models     " + ", ".join([*resources.names("models"), *resources.EXTRA_MODELS]))
+    click.echo("data       " + ", ".join(resources.names("data")))
+    click.echo("recipes    " + ", ".join(resources.names("recipes")))
+    click.echo("scenarios  " + ", ".join(resources.names("scenarios")))
+    click.echo(f"cache      {resources.cache()}")
+
+
+@click.command()
+@recipe_options
+def factors(recipe: str, settings: tuple[str, ...]) -> None:
+    """Show every factor of a recipe with its value."""
+    import json
+
+    from parity import recipe as recipes
+
+    for name, value in recipes.load(recipe, settings).factors().items():
+        click.echo(f"{name} = {json.dumps(value, ensure_ascii=False)}")

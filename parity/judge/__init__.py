@@ -1,0 +1,1 @@
+"""Arrays against arrays: distances, noise floors, and what a divergence resembles."""

@@ -1,0 +1,121 @@
+"""A conversation through a live transformers model, with its KV cache and without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from parity.names import each
+from parity.paths.hf.live import ids_tensor, to_numpy
+from parity.trace import Array, Trace
+
+
+def kv_cache_trace(model: Any, make: Callable[[Any], Any], inputs: Trace) -> Trace:
+    """See `TrainingPath.kv_cache`.
+
+    Args:
+        model: A PeftModel in evaluation mode.
+        make: Makes a fresh cache for it, or None for the one that transformers makes by itself.
+        inputs: `turn.N` (n,) int32; scalar `trim`.
+    """
+    import torch
+
+    turns = list(each(inputs.arrays, "turn"))
+    whole = np.concatenate(turns)
+    ends = np.cumsum([len(turn) for turn in turns])
+
+    def forward(ids: Array) -> Array:
+        return _logits(model(input_ids=ids_tensor(ids[None]), use_cache=False).logits)
+
+    with torch.no_grad():
+        prefixes = [
+            forward(whole[:end])[end - len(turn) :] for turn, end in zip(turns, ends, strict=True)
+        ]
+        uncached = np.concatenate(prefixes)
+        prefill, cache = fed(model, turns, make(model))
+        trace = Trace(
+            {
+                "uncached": uncached,
+                "lengthened": np.abs(forward(whole) - uncached).max(axis=-1),
+                "prefill": prefill,
+            }
+        )
+        trace.arrays["positions"], trace.arrays["steps"] = generated(model, make(model), turns)
+        layers = list(getattr(cache, "layers", ()))
+        trace.scalars = {
+            "window": getattr(model.config.get_text_config(), "sliding_window", None),
+            "caches": sorted({type(part).__name__ for part in layers or [cache]}),
+            "untrimmed": trimmed(trace, model, make(model), turns[: inputs.scalars["trim"] + 1]),
+        }
+    return trace
+
+
+def _logits(values: Any) -> Array:
+    return to_numpy(values[0].float())
+
+
+def fed(model: Any, turns: list[Array], cache: Any) -> tuple[Array, Any]:
+    """Logits (T, V) of turns fed one after the other, and the cache they went through."""
+    logits = []
+    for turn in turns:
+        output = model(input_ids=ids_tensor(turn[None]), past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits.append(_logits(output.logits))
+    return np.concatenate(logits), cache
+
+
+def generated(model: Any, cache: Any, turns: list[Array]) -> tuple[Array, Array]:
+    """Positions (K,) and logits (K, V) of `generate`, which is forced to the replies."""
+    import torch
+    from transformers import GenerationConfig
+
+    positions: list[int] = []
+    seen: list[Array] = []
+    whole = np.concatenate(turns)
+    start = 0
+    for prompt, reply in zip(turns[::2], turns[1::2], strict=True):
+        start += len(prompt)
+        end = start + len(reply)
+
+        def force(ids: Any, scores: Any) -> Any:
+            only = torch.full_like(scores, -torch.inf)
+            only[:, int(whole[ids.shape[1]])] = 0
+            return only
+
+        # No reply ends early: -1 is no token. Whatever is left open comes from the model's config.
+        config = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            max_new_tokens=len(reply),
+            eos_token_id=-1,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        ids = ids_tensor(whole[None, :start])
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=ids.new_ones(ids.shape),
+            generation_config=config,
+            logits_processor=[force],
+            **({} if cache is None else {"past_key_values": cache}),
+        )
+        cache = output.past_key_values
+        seen += [_logits(logits) for logits in output.logits]
+        positions += range(start - 1, end - 1)
+        start = end
+    return np.array(positions), np.stack(seen)
+
+
+def trimmed(trace: Trace, model: Any, cache: Any, turns: list[Array]) -> str:
+    """Adds `trimmed` (n, V) of the last turn, or says why the cache gives nothing back."""
+    _, cache = fed(model, turns, cache)
+    try:
+        cache.crop(-len(turns[-1]))
+    except (RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
+        return f"transformers cannot crop it: {error}"
+    trace.arrays["trimmed"], _ = fed(model, [turns[-1]], cache)
+    return ""

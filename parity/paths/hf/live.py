@@ -1,0 +1,375 @@
+"""What the torch paths share: float64 throughout, rows, names, supervision, live read-back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from parity import resources
+from parity.errors import UnmatchedNames, Unsupported, UsageError
+from parity.names import canonical
+from parity.paths.handed import handed
+from parity.recipe import Recipe
+from parity.trace import Array, Trace
+
+Batch = tuple[Array, Array]
+"""Ids (B, W) and lengths (B, 2), both int32."""
+
+Loss = Callable[..., Any]
+"""transformers' loss: keywords logits, labels, shift_labels and vocab_size."""
+
+IGNORED = -100
+"""The label that torch's cross-entropy leaves out."""
+
+# The process -------------------------------------------------------------------------------------
+
+
+def device() -> Any:
+    """What `--device` says, or the CPU: on hosted Macs MPS runs out of memory."""
+    import torch
+
+    return torch.device(os.environ.get("PARITY_TORCH_DEVICE") or "cpu")
+
+
+def prepare() -> None:
+    """One thread, full float32, and the same bits run after run.
+
+    1 and 2 threads differ by 2e-6 in a loss. TF32 keeps 10 bits of a float32's mantissa, and sums in
+    half precision lose as many: on CUDA both are switched off.
+
+    Raises:
+        RuntimeError: CUDA is asked for and there is none, which torch would say much later.
+    """
+    import torch
+
+    if device().type == "cuda":
+        # Read when cuBLAS starts; without the first one its sums may come in another order.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
+        if not torch.cuda.is_available():
+            raise RuntimeError(f"torch {torch.__version__} finds no CUDA")
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def describe_torch() -> dict[str, Any]:
+    """Device, threads and the BLAS that torch was built with, which may be linked statically."""
+    import torch
+
+    blas = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    cuda = device().type == "cuda"
+    named = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda} if cuda else {}
+    return {
+        "device": str(device()),
+        **named,
+        "torch_threads": torch.get_num_threads(),
+        "torch_blas": blas[1] if blas else None,
+        "torch_float32_matmul": torch.get_float32_matmul_precision(),
+    }
+
+
+def autocast(recipe: Recipe) -> Any:
+    """Mixed precision, or nothing of the kind."""
+    import torch
+
+    dtype, kind = recipe.train.autocast, device().type
+    return contextlib.nullcontext() if dtype == "none" else torch.autocast(kind, torch.bfloat16)
+
+
+def float64_throughout(dtype: str) -> contextlib.AbstractContextManager[Any]:
+    """Makes a float64 run one of float64 everywhere; other dtypes are left alone.
+
+    transformers casts norms, softmax, rotary embedding and the logits of its loss to float32 by
+    name, whatever the dtype of the model: after that a float64 run is no more right than a float32
+    run. Here every such cast becomes one to float64, so that the real functions stay in use.
+    """
+    if dtype != "float64":
+        return contextlib.nullcontext()
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    def raised(value: Any) -> Any:
+        return torch.float64 if value is torch.float32 else value
+
+    class Float64(TorchFunctionMode):  # type: ignore[misc]
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.Tensor.float:
+                func = torch.Tensor.double
+            named = {name: raised(value) for name, value in (kwargs or {}).items()}
+            return func(*map(raised, args), **named)
+
+    return Float64()
+
+
+def to_numpy(tensor: Any) -> Array:
+    """A tensor as NumPy; bfloat16, which NumPy lacks, as float32 (exact)."""
+    import torch
+
+    tensor = tensor.detach().cpu()
+    return np.array(tensor.float() if tensor.dtype == torch.bfloat16 else tensor)
+
+
+def loss_dtype(recipe: Recipe) -> str:
+    """The dtype of adapter, loss and optimizer: float32 also over weights of 16 bits."""
+    return "float64" if recipe.model.dtype == "float64" else "float32"
+
+
+def ids_tensor(ids: Array) -> Any:
+    """Token ids or labels on the device."""
+    import torch
+
+    return torch.as_tensor(np.asarray(ids, np.int64), device=device())
+
+
+# Rows and batches --------------------------------------------------------------------------------
+
+
+def tokenized(row: Mapping[str, Any], recipe: Recipe, tokenizer: Any) -> tuple[list[int], int]:
+    """Ids of a training row and its first supervised token (0: all).
+
+    Raises:
+        Unsupported: A prompt is to be masked in a row that has none.
+        UsageError: A row of another kind.
+    """
+    if "text" in row:
+        if recipe.mask.prompt:
+            raise Unsupported("rows of plain text have no prompt to mask (mask.prompt)")
+        ids = list(tokenizer(row["text"])["input_ids"])
+        end = [tokenizer.eos_token_id]
+        return ids + end if recipe.data.append_eos and ids[-1:] != end else ids, 0
+    if "messages" in row:
+        messages = row["messages"]
+    elif "prompt" in row and "completion" in row:
+        turns = {"user": row["prompt"], "assistant": row["completion"]}
+        messages = [{"role": role, "content": content} for role, content in turns.items()]
+    else:
+        raise UsageError(f"a row needs text, messages or prompt and completion, not {sorted(row)}")
+
+    def templated(part: list[Any], **options: Any) -> list[int]:
+        tools = row.get("tools")
+        return list(tokenizer.apply_chat_template(part, tools=tools, return_dict=False, **options))
+
+    if not recipe.mask.prompt:
+        return templated(messages), 0
+    answered = messages[-1]["role"] == "assistant"
+    return templated(messages), len(templated(messages[:-1], add_generation_prompt=answered))
+
+
+def rows(recipe: Recipe, tokenizer: Any) -> list[tuple[list[int], int]]:
+    """Ids and first supervised token of each training row, cut at the greatest length."""
+    file = resources.data_dir(recipe.data.source) / "train.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    found = [tokenized(json.loads(line), recipe, tokenizer) for line in lines if line.strip()]
+    return [(ids[: recipe.data.max_length], offset) for ids, offset in found]
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The tokenizer's padding id; 0, as mlx-lm has it, where there is none."""
+    return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+
+
+def padded(rows: list[tuple[list[int], int]], recipe: Recipe, padding: int) -> Batch:
+    """A batch at the recipe's width, padded on the right."""
+    multiple, longest = recipe.data.pad_multiple, max(len(ids) for ids, _ in rows)
+    width = recipe.data.pad_extra + -(-longest // multiple) * multiple
+    batch = np.full((len(rows), min(width, recipe.data.max_length)), padding, np.int32)
+    for line, (ids, _) in zip(batch, rows, strict=True):
+        line[: len(ids)] = ids
+    return batch, np.array([(offset, len(ids)) for ids, offset in rows], np.int32)
+
+
+def given(inputs: Trace, recipe: Recipe | None = None) -> Iterator[Batch] | None:
+    """Batches that were handed over, cut to the size of a recipe if one is given; or None."""
+    return handed(inputs, recipe) if "batches/ids.0" in inputs.arrays else None
+
+
+def recorded(trace: Trace, batches: Iterator[Batch], prefix: str = "batches/") -> Iterator[Batch]:
+    """Writes batches into a trace as they are drawn."""
+    for index, (ids, lengths) in enumerate(batches):
+        trace.arrays[f"{prefix}ids.{index}"] = ids
+        trace.arrays[f"{prefix}lengths.{index}"] = lengths
+        yield ids, lengths
+
+
+# The adapter -------------------------------------------------------------------------------------
+
+
+def adapter_parameters(model: Any) -> dict[str, Any]:
+    """Canonical name → live trainable parameter, in PEFT's orientation."""
+    return {canonical(n): p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def oriented(tensors: Mapping[str, Any]) -> dict[str, Array]:
+    """PEFT's (r, in) and (out, r) as canonical (in, r) and (r, out)."""
+    return {name: to_numpy(value).T for name, value in tensors.items()}
+
+
+def transplant(parameters: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+    """Copies canonical arrays into live parameters.
+
+    Raises:
+        UnmatchedNames: Names that stand on one side only.
+        ValueError: A shape that does not fit.
+    """
+    import torch
+
+    check_names(parameters, arrays)
+    for name, parameter in parameters.items():
+        value = torch.from_numpy(np.ascontiguousarray(arrays[name].T))
+        if value.shape != parameter.shape:
+            raise ValueError(f"{name}: shape {arrays[name].shape} does not fit")
+        parameter.data.copy_(value)
+
+
+def check_names(ours: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raises UnmatchedNames unless both sides name the same tensors."""
+    missing, strange = sorted(ours.keys() - given.keys()), sorted(given.keys() - ours.keys())
+    if missing or strange:
+        raise UnmatchedNames(
+            f"cannot hand over the tensors: {len(missing)} of the model were not given "
+            f"({', '.join(missing[:3])}), {len(strange)} that were given are not in the model "
+            f"({', '.join(strange[:3])})"
+        )
+
+
+def unload(recipe: Recipe, model: Any, base: Any, trainable: Mapping[str, bool]) -> None:
+    """Takes the adapter out again and checks that the base is what it was.
+
+    Args:
+        recipe: What the adapter was put in for.
+        model: The PeftModel around `base`.
+        base: The model that was wrapped.
+        trainable: `requires_grad` of each parameter before it was.
+
+    Raises:
+        RuntimeError: Something of the adapter stayed behind.
+    """
+    model.unload()
+    if recipe.train.gradient_checkpointing:
+        base.gradient_checkpointing_disable()
+        base.disable_input_require_grads()
+    base.eval()
+    names = [name for name, _ in base.named_parameters()]
+    if names != list(trainable) or hasattr(base, "peft_config"):
+        raise RuntimeError("PEFT's unload left parts of the adapter in the base model")
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(trainable[name])
+
+
+# Supervision -------------------------------------------------------------------------------------
+
+
+def labels(recipe: Recipe, ids: Array, lengths: Array) -> Array:
+    """Targets (B, T) of a batch (B, T + 1), `IGNORED` where nothing is supervised (see Mask)."""
+    steps = np.arange(1, ids.shape[1])
+    first = np.maximum(lengths[:, :1], 1) + recipe.mask.start_shift
+    last = lengths[:, 1:] - 1 + recipe.mask.end_shift
+    return np.where((steps >= first) & (steps <= last), ids[:, 1:], IGNORED).astype(np.int64)
+
+
+def loss_of(loss_function: Loss, logits: Any, targets: Array) -> Any:
+    """The model's loss on given logits (B, T, V) and targets (B, T), already shifted."""
+    shifted = ids_tensor(targets)
+    return loss_function(
+        logits=logits, labels=shifted, shift_labels=shifted, vocab_size=logits.shape[-1]
+    )
+
+
+def probed_loss(loss_function: Loss, logits: Any, targets: Array) -> dict[str, Array]:
+    """The loss, with what it supervises found from its gradient.
+
+    The gradient (softmax minus one-hot) is zero where a position is left out and negative at the
+    target alone. It is taken in float32, which the loss casts to anyway, lest float16 underflows.
+    """
+    import torch
+
+    leaf = logits.float().requires_grad_()
+    loss = loss_of(loss_function, leaf, targets)
+    (slope,) = torch.autograd.grad(loss, leaf)
+    supervised = to_numpy((slope != 0).any(dim=-1))
+    return {
+        "loss": to_numpy(loss),
+        "supervised": supervised,
+        "targets": np.where(supervised, to_numpy(slope.argmin(dim=-1)), -1).astype(np.int32),
+    }
+
+
+def token_losses(loss_function: Loss, logits: Any, ids: Array) -> Array:
+    """The loss (B, T) of each position of a batch (B, T + 1) as the only supervised one."""
+    losses = [
+        [
+            loss_of(loss_function, logits[row : row + 1, at : at + 1], target[None, None]).item()
+            for at, target in enumerate(targets)
+        ]
+        for row, targets in enumerate(ids[:, 1:])
+    ]
+    return np.array(losses)
+
+
+# Optimizer ---------------------------------------------------------------------------------------
+
+
+def make_optimizer(recipe: Recipe, parameters: Iterable[Any]) -> tuple[Any, Any]:
+    """The optimizer and its learning-rate schedule.
+
+    Raises:
+        Unsupported: Adam without bias correction, or Adam (not AdamW) with weight decay.
+    """
+    import torch
+    from transformers import get_scheduler
+
+    o = recipe.optim
+    # Which of its kernels torch takes is left to it, as trainers do.
+    options: dict[str, Any] = {}
+    if o.name == "sgd":
+        kind: Any = torch.optim.SGD
+    else:
+        kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[o.name]
+        options |= {"betas": o.betas, "eps": o.eps}
+        if not o.bias_correction:
+            raise Unsupported("torch's Adam always corrects bias (optim.bias_correction=false)")
+    if o.name == "adam" and o.weight_decay:
+        raise Unsupported(f"Adam has no weight decay (optim.weight_decay={o.weight_decay})")
+    optimizer = kind(list(parameters), lr=o.lr, weight_decay=o.weight_decay, **options)
+    schedule = get_scheduler(
+        "constant_with_warmup" if o.schedule == "constant" else o.schedule,
+        optimizer,
+        num_warmup_steps=o.warmup_steps,
+        num_training_steps=recipe.train.steps,
+    )
+    return optimizer, schedule
+
+
+def gradient_norm(parameters: Iterable[Any]) -> float:
+    """Global L2 norm of the gradients, which stay as they are."""
+    import torch
+
+    norms = [torch.linalg.vector_norm(p.grad) for p in parameters if p.grad is not None]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
+
+
+def update(recipe: Recipe, parameters: list[Any], optimizer: Any, schedule: Any) -> None:
+    """Clips, steps and clears the gradients."""
+    import torch
+
+    limit = recipe.optim.clip_value
+    if recipe.optim.clip == "value":
+        torch.nn.utils.clip_grad_value_(parameters, limit)
+    elif recipe.optim.clip == "norm":
+        torch.nn.utils.clip_grad_norm_(parameters, limit)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()

@@ -1,0 +1,220 @@
+"""Path `hf`: transformers + PEFT + torch.optim in a plain loop; in float64 it is the referee.
+
+Every factor is honoured but `optim.bias_correction = false`, which torch cannot do, and
+`train.compile`, which names MLX's compiler and changes nothing here. Base weights in bfloat16 or
+float16 carry an adapter in float32, PEFT's default; in float64 everything is float64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from parity import resources
+from parity.errors import Unsupported, UsageError
+from parity.paths.describe import defaults, describe_process, model_key
+from parity.paths.hf import live as _torch
+from parity.paths.hf.live import Batch
+from parity.paths.hf.stages import TorchStages
+from parity.paths.hf.work import accumulate
+from parity.recipe import Recipe
+from parity.trace import Array
+
+KEPT = 2
+"""Base models kept in memory: the float32 run and its float64 referee take turns."""
+
+
+class HfPath(TorchStages):
+    """Fine-tuning with transformers and PEFT."""
+
+    name: ClassVar[str] = "hf"
+    framework: ClassVar[str] = "torch"
+    packages: ClassVar[tuple[str, ...]] = ("torch", "transformers", "peft", "numpy")
+    release: ClassVar[str] = "transformers"
+
+    def __init__(self, cache: Path) -> None:
+        super().__init__(cache)
+        self._bases: dict[tuple[str, ...], Any] = {}
+        _torch.prepare()
+
+    # What it does when nobody says anything, and where it runs ---------------------------------
+
+    def shipped(self) -> dict[str, Any]:
+        """Defaults of PEFT, torch's AdamW and transformers' collator and loss."""
+        import torch
+        from peft import LoraConfig
+        from transformers import DataCollatorForSeq2Seq
+        from transformers.loss.loss_utils import ForCausalLMLoss
+
+        lora, adamw = LoraConfig(), defaults(torch.optim.AdamW)
+        collator = defaults(DataCollatorForSeq2Seq)
+        ignored = defaults(ForCausalLMLoss)["ignore_index"]
+        return {
+            "lora.rank": lora.r,
+            "lora.scale": lora.lora_alpha / lora.r,
+            "lora.dropout": lora.lora_dropout,
+            "lora.num_layers": -1 if lora.layers_to_transform is None else 1,
+            "optim.name": "adamw",
+            "optim.betas": adamw["betas"],
+            "optim.eps": adamw["eps"],
+            "optim.weight_decay": adamw["weight_decay"],
+            "optim.bias_correction": True,
+            "optim.clip": "none",
+            "mask.end_shift": 0 if collator["label_pad_token_id"] == ignored else 1,
+            "data.pad_multiple": collator["pad_to_multiple_of"] or 1,
+            "data.pad_extra": 0,
+        }
+
+    def environment(self) -> dict[str, Any]:
+        """Versions, device, threads, BLAS and variables of this process."""
+        return {**describe_process(self.packages), **_torch.describe_torch()}
+
+    # Parts -------------------------------------------------------------------------------------
+
+    def tokenizer(self, recipe: Recipe) -> Any:
+        """The tokenizer that comes with the model."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(resources.model_dir(recipe.model.source))
+
+    def load(self, recipe: Recipe) -> Any:
+        """The base model with eager attention: sdpa dropped Gemma 2's soft-capping in 4.57.
+
+        Raises:
+            Unsupported: float64 on a device without it.
+            RuntimeError: Weights that are not in the checkpoint.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        device, dtype = _torch.device(), getattr(torch, recipe.model.dtype)
+        if device.type == "mps" and dtype is torch.float64:
+            raise Unsupported("MPS has no float64")
+        model, report = AutoModelForCausalLM.from_pretrained(
+            resources.model_dir(recipe.model.source),
+            dtype=dtype,
+            attn_implementation="eager",
+            output_loading_info=True,
+        )
+        # transformers fills them with random numbers and goes on
+        if absent := sorted(report["missing_keys"]):
+            raise RuntimeError(f"{len(absent)} weights are not in the checkpoint: {absent[0]}, ...")
+        if recipe.model.weights != "stored":
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(getattr(torch, recipe.model.weights)).to(dtype)
+        return model.to(device).eval()
+
+    @contextlib.contextmanager
+    def pristine(self, recipe: Recipe) -> Iterator[Any]:
+        """The base model without adapter."""
+        with _torch.float64_throughout(recipe.model.dtype):
+            key = model_key(recipe)
+            base = self._bases.pop(key, None)
+            self._keep(key, base := self.load(recipe) if base is None else base)
+            yield base
+
+    @contextlib.contextmanager
+    def adapted(self, recipe: Recipe, adapter: Mapping[str, Array] | None = None) -> Iterator[Any]:
+        """The model with LoRA in it, initialised from the seed or from a given adapter."""
+        import torch
+
+        with _torch.float64_throughout(recipe.model.dtype):
+            key = model_key(recipe)
+            base = self._bases.pop(key, None)
+            if recipe.seed.placement == "before_load":
+                torch.manual_seed(recipe.seed.value)
+                base = self.load(recipe)
+            else:
+                base = self.load(recipe) if base is None else base
+                torch.manual_seed(recipe.seed.value)
+            trainable = {name: p.requires_grad for name, p in base.named_parameters()}
+            model = self.wire(base, recipe)
+            try:
+                if adapter is not None:
+                    _torch.transplant(_torch.adapter_parameters(model), adapter)
+                yield model
+            finally:
+                _torch.unload(recipe, model, base, trainable)
+                # Only here: a base that did not come back clean is never used again.
+                self._keep(key, base)
+
+    def _keep(self, key: tuple[str, ...], base: Any) -> None:
+        self._bases[key] = base
+        while len(self._bases) > KEPT:
+            del self._bases[next(iter(self._bases))]
+
+    def wire(self, base: Any, recipe: Recipe) -> Any:
+        """Puts LoRA into the base model.
+
+        Raises:
+            Unsupported: More layers, or other modules, than the model has.
+        """
+        from peft import get_peft_model
+
+        config = self.lora_config(base, recipe)
+        if recipe.train.gradient_checkpointing:
+            # Before PEFT, which sees it and makes the frozen embedding's output require a gradient.
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        return get_peft_model(base, config)
+
+    def lora_config(self, base: Any, recipe: Recipe) -> Any:
+        """PEFT's configuration of the recipe's adapter.
+
+        Raises:
+            Unsupported: More layers, or other modules, than the model has.
+        """
+        from peft import LoraConfig
+
+        lora, layers = recipe.lora, base.config.get_text_config().num_hidden_layers
+        if lora.num_layers > layers:
+            raise Unsupported(f"lora.num_layers={lora.num_layers}, the model has {layers} layers")
+        present = {name.rpartition(".")[2] for name, _ in base.named_modules()}
+        if missing := sorted(set(lora.target_modules) - present):
+            raise Unsupported(f"the model has no modules {missing} (lora.target_modules)")
+        last = list(range(layers - lora.num_layers, layers))
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=lora.rank,
+            lora_alpha=lora.scale * lora.rank,
+            lora_dropout=lora.dropout,
+            target_modules=list(lora.target_modules),
+            layers_to_transform=None if lora.num_layers == -1 else last,
+        )
+
+    def iterate(self, recipe: Recipe, tokenizer: Any) -> Iterator[Batch]:
+        """Endless batches: all rows shuffled anew each epoch, an incomplete batch dropped."""
+        import torch
+
+        rows, size = _torch.rows(recipe, tokenizer), recipe.train.batch_size
+        if len(rows) < size:
+            raise UsageError(
+                f"data {recipe.data.source!r} has {len(rows)} rows, fewer than "
+                f"train.batch_size={size}"
+            )
+        seed = recipe.seed.value if recipe.seed.data is None else recipe.seed.data
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            order = torch.randperm(len(rows), generator=generator).tolist()
+            for start in range(0, len(rows) - size + 1, size):
+                chosen = [rows[index] for index in order[start : start + size]]
+                yield _torch.padded(chosen, recipe, _torch.padding_id(tokenizer))
+
+    def loop(self, recipe: Recipe, model: Any, batches: Iterator[Batch]) -> dict[str, list[float]]:
+        """Trains; returns loss, gradient norm and supervised tokens of each optimizer step."""
+        parameters = list(_torch.adapter_parameters(model).values())
+        optimizer, schedule = _torch.make_optimizer(recipe, parameters)
+        model.train()
+        result: dict[str, list[float]] = {"loss": [], "gradient_norm": [], "tokens": []}
+        for step in range(recipe.train.steps):
+            parts = list(itertools.islice(batches, recipe.train.accumulation))
+            if len(parts) < recipe.train.accumulation:
+                raise ValueError(f"the batches that were handed over end in step {step + 1}")
+            loss, tokens = accumulate(recipe, model, parts)
+            result["loss"].append(loss)
+            result["gradient_norm"].append(_torch.gradient_norm(parameters))
+            result["tokens"].append(tokens)
+            _torch.update(recipe, parameters, optimizer, schedule)
+        return result

@@ -1,0 +1,257 @@
+"""What a torch path emits at each stage, made of its parts."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from parity.names import each
+from parity.paths.hf import live as _torch
+from parity.paths.hf import readback
+from parity.paths.hf.kv_cache import kv_cache_trace
+from parity.paths.hf.live import IGNORED, Batch, Loss, to_numpy
+from parity.paths.hf.modules import WatchedGradients, module_outputs, watch
+from parity.paths.hf.work import accumulate, completion_loss, greedy, margins, supervised_positions
+from parity.paths.protocol import TrainingPath
+from parity.recipe import Recipe
+from parity.trace import Array, Trace
+
+SHOWN = 8
+"""Micro-batches that the effective configuration describes."""
+
+
+class TorchStages(TrainingPath):
+    """The stages of a path that can load, adapt, batch and train."""
+
+    @abstractmethod
+    def tokenizer(self, recipe: Recipe) -> Any:
+        """The tokenizer that comes with the model."""
+
+    @abstractmethod
+    def pristine(self, recipe: Recipe) -> AbstractContextManager[Any]:
+        """The base model without adapter."""
+
+    @abstractmethod
+    def adapted(
+        self, recipe: Recipe, adapter: Mapping[str, Array] | None = None
+    ) -> AbstractContextManager[Any]:
+        """The model with LoRA in it, initialised from the seed or from a given adapter."""
+
+    @abstractmethod
+    def iterate(self, recipe: Recipe, tokenizer: Any) -> Iterator[Batch]:
+        """Endless batches."""
+
+    @abstractmethod
+    def loop(self, recipe: Recipe, model: Any, batches: Iterator[Batch]) -> dict[str, list[float]]:
+        """Trains; returns loss, gradient norm and supervised tokens of each optimizer step."""
+
+    def rows(self, recipe: Recipe, tokenizer: Any) -> list[tuple[list[int], int]]:
+        """Ids and first supervised token (0: all) of each training row."""
+        return _torch.rows(recipe, tokenizer)
+
+    @contextlib.contextmanager
+    def criterion(self, recipe: Recipe) -> Iterator[Loss]:
+        """The live loss, taking logits."""
+        with self.pristine(recipe) as model:
+            yield model.loss_function
+
+    @contextlib.contextmanager
+    def updates(self, recipe: Recipe, parameters: list[Any]) -> Iterator[Callable[[], None]]:
+        """Clip, optimizer and schedule: each call takes a step and clears the gradients."""
+        optimizer, schedule = _torch.make_optimizer(recipe, parameters)
+        yield lambda: _torch.update(recipe, parameters, optimizer, schedule)
+
+    def tokenization(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `TrainingPath.tokenization`."""
+        tokenizer, trace = self.tokenizer(recipe), Trace()
+        for index, (ids, offset) in enumerate(self.rows(recipe, tokenizer)):
+            trace.arrays[f"row.{index}"] = np.asarray(ids, np.int32)
+            trace.arrays[f"offset.{index}"] = np.asarray(offset, np.int32)
+        texts = [tokenizer(text)["input_ids"] for text in inputs.scalars["texts"]]
+        chats = [
+            tokenizer.apply_chat_template(conversation, return_dict=False)
+            for conversation in inputs.scalars["conversations"]
+        ]
+        for stem, rows in (("text", texts), ("chat", chats)):
+            for index, ids in enumerate(rows):
+                trace.arrays[f"{stem}.{index}"] = np.asarray(ids, np.int32)
+        trace.scalars = {
+            "decoded": [tokenizer.decode(ids, skip_special_tokens=True) for ids in texts],
+            "bos": tokenizer.bos_token_id,
+            "eos": tokenizer.eos_token_id,
+            "pad": _torch.padding_id(tokenizer),
+            "vocab_size": len(tokenizer),
+        }
+        return trace
+
+    def batches(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `TrainingPath.batches`."""
+        count = recipe.train.steps * recipe.train.accumulation
+        drawn = itertools.islice(self.iterate(recipe, self.tokenizer(recipe)), count)
+        trace = Trace()
+        for _ in _torch.recorded(trace, drawn, prefix=""):
+            pass
+        return trace
+
+    def supervised_positions(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `TrainingPath.supervised_positions`."""
+        tokenizer, trace, targets = self.tokenizer(recipe), Trace(), set()
+        own = itertools.islice(self.iterate(recipe, tokenizer), inputs.scalars.get("count", 0))
+        batches = _torch.recorded(trace, _torch.given(inputs) or own, prefix="")
+        with self.criterion(recipe) as loss:
+            for index, batch in enumerate(batches):
+                found = supervised_positions(loss, _torch.labels(recipe, *batch))
+                trace.arrays[f"supervised.{index}"] = found
+                targets |= set(found[:, 2].tolist())
+        trace.scalars["pieces"] = {str(i): tokenizer.decode([i]) for i in sorted(targets)}
+        return trace
+
+    def logits(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `TrainingPath.logits`."""
+        import torch
+
+        trace = Trace(scalars={"dtype": recipe.model.dtype})
+        watched = inputs.scalars.get("modules", False)
+        with self.pristine(recipe) as model, torch.no_grad():
+            for index, ids in enumerate(each(inputs.arrays, "ids")):
+                with module_outputs(model, watched, inputs.group("replace")) as seen:
+                    logits = model(input_ids=_torch.ids_tensor(ids), use_cache=False).logits
+                trace.scalars["dtype"] = readback.dtype_name(logits.dtype)
+                trace.arrays[f"logits.{index}"] = to_numpy(logits.float())
+                for name, value in seen.items() if watched else ():
+                    trace.arrays[f"module.{index}/{name}"] = to_numpy(value.float())
+                if watched:
+                    trace.scalars["order"] = list(seen)
+        return trace
+
+    def cross_entropy(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `TrainingPath.cross_entropy`."""
+        import torch
+
+        targets = _torch.labels(recipe, inputs.arrays["ids"], inputs.arrays["lengths"])
+        dtype = getattr(torch, recipe.model.dtype)
+        with self.criterion(recipe) as loss:
+            logits = torch.tensor(inputs.arrays["logits"], device=_torch.device()).to(dtype)
+            arrays = _torch.probed_loss(loss, logits, targets)
+            each_token = _torch.token_losses(loss, logits, inputs.arrays["ids"])
+            arrays["token_loss"] = each_token.astype(_torch.loss_dtype(recipe))
+        return Trace(arrays, {"tokens": int((targets != IGNORED).sum())})
+
+    def lora_init(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `TrainingPath.lora_init`."""
+        with self.adapted(recipe) as model:
+            return readback.adapter_trace(model)
+
+    def gradient(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `TrainingPath.gradient`; without dropout, whose masks no two frameworks share."""
+        still, replace = recipe.override({"lora.dropout": 0.0}), inputs.group("replace")
+        watched = inputs.scalars.get("modules", False) or bool(replace)
+        if watched:  # a layer that is run again in the backward pass would be seen twice
+            still = still.override({"train.gradient_checkpointing": False})
+        batch = inputs.arrays["ids"], inputs.arrays["lengths"]
+        with self.adapted(still, inputs.group("adapter")) as model:
+            run, found = partial(accumulate, still, model.train(), [batch]), WatchedGradients()
+            if watched:
+                (loss, tokens), found = watch(model, run, replace)
+            else:
+                loss, tokens = run()
+            parameters = _torch.adapter_parameters(model)
+            norm = _torch.gradient_norm(parameters.values())
+            gradient = _torch.oriented({name: p.grad for name, p in parameters.items()})
+        dtype = _torch.loss_dtype(recipe)
+        arrays = {"loss": np.asarray(loss, dtype), "norm": np.asarray(norm, dtype)}
+        trace = Trace(arrays, {"tokens": tokens} | ({"order": found.order} if watched else {}))
+        for group, tensors in (("activation", found.outputs), ("input", found.inputs)):
+            trace = trace.with_group(group, {n: to_numpy(value) for n, value in tensors.items()})
+        return trace.with_group("gradient", gradient)
+
+    def optimizer_step(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `TrainingPath.optimizer_step`."""
+        import torch
+
+        def live(array: Array) -> Any:
+            oriented = np.ascontiguousarray(array.T, _torch.loss_dtype(recipe))
+            return torch.tensor(oriented, device=_torch.device())
+
+        weights = inputs.group("weight")
+        parameters = {name: torch.nn.Parameter(live(value)) for name, value in weights.items()}
+        trace, step = Trace(), 0
+        with self.updates(recipe, list(parameters.values())) as update:
+            while fed := inputs.group(f"gradient.{step}"):
+                _torch.check_names(parameters, fed)
+                for name, parameter in parameters.items():
+                    parameter.grad = live(fed[name])
+                update()
+                trace = trace.with_group(f"weight.{step}", _torch.oriented(parameters))
+                step += 1
+        return trace
+
+    def train(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `TrainingPath.train`."""
+        batches = _torch.given(inputs, recipe) or self.iterate(recipe, self.tokenizer(recipe))
+        trace = Trace()
+        with self.adapted(recipe, inputs.group("adapter") or None) as model:
+            result = self.loop(recipe, model, _torch.recorded(trace, batches))
+            adapter = _torch.oriented(_torch.adapter_parameters(model))
+        trace.arrays.update({name: np.asarray(values) for name, values in result.items()})
+        return trace.with_group("adapter", adapter)
+
+    def kv_cache(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `TrainingPath.kv_cache`."""
+        with self.adapted(recipe, inputs.group("adapter")) as model:
+            return kv_cache_trace(model.eval(), self.prompt_cache, inputs)
+
+    def prompt_cache(self, model: Any) -> Any:
+        """A fresh KV cache; None leaves it to transformers, which makes one when it is asked to."""
+        return None
+
+    def decode(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `TrainingPath.decode`."""
+        import torch
+
+        tokenizer, trace = self.tokenizer(recipe), Trace()
+        losses, texts = [], []
+        with self.adapted(recipe, inputs.group("adapter")) as model, torch.no_grad():
+            model.eval()
+            for index, prompt in enumerate(inputs.scalars["prompts"]):
+                start = tokenizer(prompt)["input_ids"]
+                whole = tokenizer(prompt + inputs.scalars["expected"])["input_ids"]
+                ids = greedy(recipe, model, start, tokenizer)
+                trace.arrays[f"ids.{index}"] = np.asarray(ids, np.int32)
+                trace.arrays[f"margin.{index}"] = margins(model, start, ids)
+                texts.append(tokenizer.decode(ids))
+                losses.append(completion_loss(model, start, whole))
+        trace.arrays["completion_loss"] = np.asarray(losses, _torch.loss_dtype(recipe))
+        trace.scalars["text"] = texts
+        return trace
+
+    def config(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `TrainingPath.config`."""
+        tokenizer = self.tokenizer(recipe)
+        drawn = list(itertools.islice(self.iterate(recipe, tokenizer), SHOWN))
+        targets = _torch.labels(recipe, *drawn[0])
+        with self.adapted(recipe) as model:
+            parameters = _torch.adapter_parameters(model).values()
+            optimizer, schedule = _torch.make_optimizer(recipe, parameters)
+            supervised = supervised_positions(model.get_base_model().loss_function, targets)
+            scalars = {
+                **readback.model_facts(model),
+                **readback.optimizer_facts(optimizer, schedule, recipe.train.steps),
+                **readback.batch_facts(drawn, supervised),
+                "batch.pad_id": _torch.padding_id(tokenizer),
+                "clip.mode": recipe.optim.clip,
+                "clip.value": None if recipe.optim.clip == "none" else recipe.optim.clip_value,
+                "accumulation.steps": recipe.train.accumulation,
+                "accumulation.weighting": recipe.train.accumulation_weighting,
+                "train.autocast": recipe.train.autocast,
+                "train.gradient_checkpointing": readback.checkpointed(model),
+                "seed.placement": recipe.seed.placement,
+            }
+        return Trace({"supervised": supervised}, scalars)

@@ -1,0 +1,90 @@
+"""A live transformers model at work: micro-batches, supervision, greedy decoding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from parity.paths.hf import live as _torch
+from parity.paths.hf.live import IGNORED, Batch, Loss, to_numpy
+from parity.recipe import Recipe
+from parity.trace import Array, first_difference
+
+
+def accumulate(recipe: Recipe, model: Any, parts: list[Batch]) -> tuple[float, int]:
+    """Leaves the gradient of one step in the parameters; returns its loss and supervised tokens.
+
+    There is no attention mask: padding stands on the right, where the causal mask hides it from
+    all real tokens, and a supervised padding position must see what it sees in mlx-lm.
+    """
+    targets = [_torch.labels(recipe, ids, lengths) for ids, lengths in parts]
+    tokens = sum(int((target != IGNORED).sum()) for target in targets)
+    by_token = recipe.train.accumulation_weighting == "token"
+    # With a count transformers divides the sum of a micro-batch by it, as its Trainer does.
+    count = {"num_items_in_batch": tokens} if by_token else {}
+    total = 0.0
+    for (ids, _), target in zip(parts, targets, strict=True):
+        shifted = _torch.ids_tensor(target)
+        with _torch.autocast(recipe):
+            loss = model(
+                input_ids=_torch.ids_tensor(ids[:, :-1]),
+                labels=shifted,
+                shift_labels=shifted,
+                use_cache=False,
+                **count,
+            ).loss
+        share = loss if by_token else loss / len(parts)
+        share.backward()
+        total += share.item()
+    return total, tokens
+
+
+def supervised_positions(loss_function: Loss, targets: Array) -> Array:
+    """What a live loss supervises of targets (B, T): (row, position, target id), (K, 3) int64.
+
+    Flat logits over a vocabulary just large enough for the targets.
+    """
+    import torch
+
+    logits = torch.zeros(*targets.shape, max(int(targets.max()), 0) + 2, device=_torch.device())
+    arrays = _torch.probed_loss(loss_function, logits, targets)
+    where = np.argwhere(arrays["supervised"])
+    return np.column_stack([where, arrays["targets"][tuple(where.T)]]).astype(np.int64)
+
+
+def greedy(recipe: Recipe, model: Any, prompt: list[int], tokenizer: Any) -> list[int]:
+    """Ids that `generate` appends to a prompt, an end-of-sequence id included."""
+    from transformers import GenerationConfig
+
+    ids, own = _torch.ids_tensor(np.array([prompt])), model.generation_config.eos_token_id
+    # Whatever is left open here is filled from the model's own generation config.
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        max_new_tokens=recipe.decode.max_tokens,
+        eos_token_id=tokenizer.eos_token_id if own is None else own,
+        pad_token_id=_torch.padding_id(tokenizer),
+    )
+    whole = model.generate(
+        input_ids=ids, attention_mask=ids.new_ones(ids.shape), generation_config=config
+    )
+    return [int(token) for token in whole[0, len(prompt) :]]
+
+
+def margins(model: Any, prompt: list[int], ids: list[int]) -> Array:
+    """Top-1 minus top-2 logit at each generated id, from one forward pass."""
+    whole = _torch.ids_tensor(np.array([prompt + ids]))
+    logits = model(input_ids=whole, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    top = logits.float().topk(2).values
+    return to_numpy(top[:, 0] - top[:, 1])
+
+
+def completion_loss(model: Any, prompt: list[int], whole: list[int]) -> float:
+    """Mean cross-entropy of what follows the prefix that `whole` shares with the prompt."""
+    common = first_difference(prompt, whole)
+    targets = _torch.ids_tensor(np.array([[IGNORED] * (common - 1) + whole[common:]]))
+    inputs = _torch.ids_tensor(np.array([whole[:-1]]))
+    loss = model(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False).loss
+    return float(loss)

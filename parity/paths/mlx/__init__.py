@@ -1,0 +1,5 @@
+"""Path `mlx`."""
+
+from parity.paths.mlx.path import MlxPath
+
+__all__ = ["MlxPath"]

@@ -1,0 +1,193 @@
+"""What an MLX path emits at each stage, made of its parts."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from parity.names import canonical, each
+from parity.paths.mlx import live as _mlx
+from parity.paths.mlx import modules as _mlx_modules
+from parity.paths.mlx.kv_cache import kv_cache_trace
+from parity.paths.mlx.live import Batch, Setup, to_numpy
+from parity.paths.mlx.traces import (
+    config_trace,
+    cross_entropy_trace,
+    decode_trace,
+    given,
+    lora_init_trace,
+    optimizer_trace,
+    recorded,
+    supervised_trace,
+    watched_trace,
+)
+from parity.paths.protocol import TrainingPath
+from parity.recipe import Recipe
+from parity.trace import Array, Trace
+
+
+class MlxStages(TrainingPath):
+    """The stages of a path that can set up its live objects and run its loop."""
+
+    @abstractmethod
+    def base(self, recipe: Recipe) -> tuple[Any, Any]:
+        """Model, without adapter, and tokenizer."""
+
+    @abstractmethod
+    def dataset(self, recipe: Recipe, tokenizer: Any) -> Any:
+        """The training rows: a sequence of (ids, offset)."""
+
+    @abstractmethod
+    def setup(self, recipe: Recipe, adapter: Mapping[str, Array] | None = None) -> Setup:
+        """All live objects just before the first step."""
+
+    @abstractmethod
+    def loop(
+        self, recipe: Recipe, setup: Setup, batches: Iterator[Batch]
+    ) -> dict[str, list[float]]:
+        """Trains; returns loss, gradient norm and supervised tokens of each optimizer step."""
+
+    def tokenization(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `TrainingPath.tokenization`."""
+        _, tokenizer = self.base(recipe)
+        dataset = self.dataset(recipe, tokenizer)
+        trace = Trace()
+        for index in range(len(dataset)):
+            ids, offset = dataset[index]
+            limit = recipe.data.max_length
+            trace.arrays[f"row.{index}"] = np.asarray(ids[:limit], np.int32)
+            trace.arrays[f"offset.{index}"] = np.asarray(offset, np.int32)
+        decoded = []
+        for index, text in enumerate(inputs.scalars["texts"]):
+            ids = tokenizer.encode(text)
+            trace.arrays[f"text.{index}"] = np.asarray(ids, np.int32)
+            decoded.append(tokenizer.decode(ids, skip_special_tokens=True))
+        for index, conversation in enumerate(inputs.scalars["conversations"]):
+            ids = tokenizer.apply_chat_template(conversation, return_dict=False)
+            trace.arrays[f"chat.{index}"] = np.asarray(ids, np.int32)
+        trace.scalars = {
+            "decoded": decoded,
+            "bos": tokenizer.bos_token_id,
+            "eos": tokenizer.eos_token_id,
+            "pad": 0,  # iterate_batches pads with zeros, whatever the tokenizer says
+            "vocab_size": len(tokenizer),
+        }
+        return trace
+
+    def batches(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `TrainingPath.batches`."""
+        setup = self.setup(recipe)
+        count = recipe.train.steps * recipe.train.accumulation
+        trace = Trace()
+        recorded(trace, itertools.islice(setup.iterate(), count), prefix="")
+        return trace
+
+    def supervised_positions(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `TrainingPath.supervised_positions`."""
+        setup = self.setup(recipe)
+        own = itertools.islice(setup.iterate(), inputs.scalars.get("count", 0))
+        return supervised_trace(setup, given(inputs) or own)
+
+    def logits(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `TrainingPath.logits`."""
+        import mlx.core as mx
+
+        model, _ = self.base(recipe)
+        trace = Trace(scalars={"dtype": recipe.model.dtype})
+        replace = inputs.group("replace")
+        watched = inputs.scalars.get("modules", False)
+        for index, ids in enumerate(each(inputs.arrays, "ids")):
+            with contextlib.ExitStack() as stack:
+                seen: list[tuple[str, Any]] = []
+                if watched or replace:
+                    seen = stack.enter_context(_mlx_modules.module_outputs(model, replace))
+                logits = model(mx.array(ids))
+            trace.scalars["dtype"] = str(logits.dtype).removeprefix("mlx.core.")
+            trace.arrays[f"logits.{index}"] = to_numpy(logits.astype(mx.float32))
+            if watched:
+                for name, value in seen:
+                    trace.arrays[f"module.{index}/{name}"] = to_numpy(value.astype(mx.float32))
+                trace.scalars["order"] = list(dict.fromkeys(name for name, _ in seen))
+        return trace
+
+    def cross_entropy(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `TrainingPath.cross_entropy`."""
+        return cross_entropy_trace(self.setup(recipe).loss, recipe, inputs)
+
+    def lora_init(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `TrainingPath.lora_init`."""
+        return lora_init_trace(self.setup(recipe).model)
+
+    def gradient(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `TrainingPath.gradient`."""
+        import mlx.core as mx
+        import mlx.nn as nn
+
+        setup = self.setup(recipe, inputs.group("adapter"))
+        model, loss = setup.model.train(), setup.loss
+        batch = mx.array(inputs.arrays["ids"]), mx.array(inputs.arrays["lengths"])
+        replace, trace = inputs.group("replace"), Trace()
+        if inputs.scalars.get("modules", False) or replace:
+            found = _mlx_modules.gradients(model, loss, batch, replace)
+            value, tokens, gradient = found.loss, found.tokens, found.parameters
+            trace = watched_trace(found.outputs, found.inputs)
+        else:
+            (value, tokens), gradient = nn.value_and_grad(model, loss)(model, *batch)
+        named = {canonical(k): to_numpy(v) for k, v in _mlx.flat(gradient).items()}
+        trace.arrays |= {"loss": to_numpy(value), "norm": to_numpy(_mlx.gradient_norm(gradient))}
+        trace.scalars["tokens"] = tokens.item()
+        return trace.with_group("gradient", named)
+
+    def optimizer_step(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `TrainingPath.optimizer_step`."""
+        setup = self.setup(recipe)
+        return optimizer_trace(setup.optimizer, setup.clip, inputs)
+
+    def train(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `TrainingPath.train`."""
+        setup = self.setup(recipe, inputs.group("adapter"))
+        trace = Trace()
+        batches = recorded(trace, given(inputs, recipe) or setup.iterate(), lazy=True)
+        with _mlx.compiled(recipe.train.compile), _mlx.restored_layer_class(setup.model):
+            result = self.loop(recipe, setup, batches)
+        trace.arrays.update({name: np.asarray(values) for name, values in result.items()})
+        return trace.with_group("adapter", _mlx.adapter(setup.model))
+
+    def kv_cache(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `TrainingPath.kv_cache`."""
+        setup = self.setup(recipe, inputs.group("adapter"))
+        return kv_cache_trace(setup.model.eval(), self.prompt_cache, inputs)
+
+    def prompt_cache(self, model: Any) -> list[Any]:
+        """A fresh KV cache, one entry a layer, as mlx-lm makes it."""
+        from mlx_lm.models.cache import make_prompt_cache
+
+        return list(make_prompt_cache(model))
+
+    def decode(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `TrainingPath.decode`."""
+        import mlx.core as mx
+        from mlx_lm.generate import generate_step
+
+        setup = self.setup(recipe, inputs.group("adapter"))
+        setup.model.eval()
+
+        def generate(prompt: str) -> Iterator[tuple[int, Any]]:
+            ids = mx.array(setup.tokenizer.encode(prompt))
+            for token, logprobs in generate_step(
+                ids, setup.model, max_tokens=recipe.decode.max_tokens
+            ):
+                yield int(token), logprobs
+                if int(token) in setup.tokenizer.eos_token_ids:
+                    return
+
+        return decode_trace(setup.model, setup.tokenizer, generate, inputs)
+
+    def config(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `TrainingPath.config`."""
+        return config_trace(recipe, self.setup(recipe))

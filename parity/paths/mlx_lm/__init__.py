@@ -1,0 +1,5 @@
+"""Path `mlx-lm`."""
+
+from parity.paths.mlx_lm.path import MlxLmPath
+
+__all__ = ["MlxLmPath"]

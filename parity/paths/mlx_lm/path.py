@@ -1,0 +1,347 @@
+"""Path `mlx-lm`: the shipped CLI, run as `mlx_lm.lora.main()` with a YAML file of its own.
+
+The CLI prints three decimals. For full precision its call of `train` is met at the door: there the
+live model, optimizer, dataset and arguments that it built are read, and `train` itself is called
+with a reporting callback and with an optimizer whose state carries the gradient norm out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+from unittest import mock
+
+import numpy as np
+
+from parity import resources
+from parity.errors import Unsupported
+from parity.names import canonical
+from parity.paths.describe import defaults
+from parity.paths.mlx import live as _mlx
+from parity.paths.mlx.kv_cache import kv_cache_trace
+from parity.paths.mlx.live import Batch, Setup, to_numpy
+from parity.paths.mlx.path import MlxPath
+from parity.paths.mlx.settings import lora_parameters, lr_schedule, one_step, optimizer_config
+from parity.paths.mlx.traces import config_trace, decode_trace, given, recorded
+from parity.recipe import Recipe
+from parity.trace import Array, Trace
+
+
+class MlxLmPath(MlxPath):
+    """The mlx-lm command line."""
+
+    name: ClassVar[str] = "mlx-lm"
+    fixed: ClassVar[Mapping[str, Any]] = {
+        **MlxPath.fixed,
+        "model.weights": "stored",
+        "data.pad_multiple": 32,
+        "data.pad_extra": 1,
+        "data.append_eos": True,
+        "seed.placement": "before_lora",
+        "mask.start_shift": 0,
+        "mask.end_shift": 1,
+        "optim.clip": "none",
+        "train.accumulation_weighting": "mean",
+    }
+
+    def load(self, recipe: Recipe) -> tuple[Any, Any]:
+        """The checkpoint as `mlx_lm.load` gives it."""
+        import mlx_lm
+
+        return mlx_lm.load(self.checkpoint(recipe))[:2]  # type: ignore[no-any-return]
+
+    def setup(self, recipe: Recipe, adapter: Mapping[str, Array] | None = None) -> Setup:
+        """The live objects that the CLI hands to `train`."""
+        seen: dict[str, Any] = {}
+
+        def at_train(**handed: Any) -> None:
+            seen.update(self._swapped(recipe, handed), rng=_mlx.rng_state())
+
+        with self._main(recipe, adapter, at_train):
+            pass
+        args, dataset = seen["args"], seen["train_dataset"]
+
+        def iterate() -> Iterator[Batch]:
+            return seen["iterate_batches"](  # type: ignore[no-any-return]
+                dataset, args.batch_size, args.max_seq_length, loop=True
+            )
+
+        facts = {
+            "accumulation.steps": args.grad_accumulation_steps,
+            "train.gradient_checkpointing": args.grad_checkpoint,
+            "accumulation.weighting": "mean",
+            "seed.rng": seen["rng"],
+        }
+        _, tokenizer = self.base(recipe)
+        return Setup(
+            seen["model"],
+            tokenizer,
+            seen["optimizer"],
+            dataset,
+            seen["loss"],
+            iterate,
+            self.part("clip").clip(recipe),
+            facts,
+        )
+
+    def gradient(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """The gradient that one iteration of the CLI's `train` hands to its optimizer.
+
+        At modules it is taken outside of `train`, of the live model and loss that are handed to it.
+        """
+        import mlx.core as mx
+
+        if inputs.group("replace"):
+            return super().gradient(recipe, inputs)
+        batch = (mx.array(inputs.arrays["ids"]), mx.array(inputs.arrays["lengths"]))
+        once = one_step(recipe)
+        losses, observer, _ = self._train(once, inputs.group("adapter"), iter([batch]), True)
+        trace = Trace(
+            {
+                "loss": np.asarray(losses[0]["train_loss"]),
+                "norm": np.asarray(observer.norm()),
+            },
+            {"tokens": int(losses[0]["trained_tokens"])},
+        )
+        gradient = observer.gradient()
+        if inputs.scalars.get("modules", False):
+            seen = super().gradient(recipe, inputs)
+            for name, value in seen.group("gradient").items():
+                if not np.array_equal(value, gradient[name]):
+                    raise RuntimeError(f"outside of `train` the gradient of {name} is another one")
+            trace = Trace({**seen.arrays, **trace.arrays}, seen.scalars | trace.scalars)
+        return trace.with_group("gradient", gradient)
+
+    def train(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """The CLI's training, from `main()` to the adapter file it saves."""
+        trace = Trace()
+        norms: list[float] = []
+        reports, _, adapter = self._train(
+            recipe, inputs.group("adapter"), given(inputs, recipe), False, trace, norms
+        )
+        parts = recipe.train.accumulation
+        losses = np.asarray([r["train_loss"] for r in reports], np.float64)
+        tokens = np.diff([0, *(r["trained_tokens"] for r in reports)])
+        trace.arrays["loss"] = losses.reshape(-1, parts).mean(axis=1)
+        trace.arrays["gradient_norm"] = np.asarray(norms[parts - 1 :: parts])
+        trace.arrays["tokens"] = tokens.reshape(-1, parts).sum(axis=1)
+        return trace.with_group("adapter", adapter)
+
+    def kv_cache(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """As `mlx_lm.chat` does: the adapter saved and loaded back, one prompt cache for all turns."""
+        model, _ = self._reloaded(recipe, inputs.group("adapter"))
+        return kv_cache_trace(model, self.prompt_cache, inputs)
+
+    def _reloaded(self, recipe: Recipe, adapter: Mapping[str, Array]) -> tuple[Any, Any]:
+        """Model and tokenizer with an adapter that was saved and loaded with `mlx_lm.load`."""
+        import mlx.core as mx
+        import mlx_lm
+
+        if self.donors.keys() & {"loader", "wiring"}:  # `mlx_lm.load` would make its own model
+            setup = self.setup(recipe, adapter)
+            return setup.model.eval(), setup.tokenizer
+        setup = self.setup(recipe)
+        names = _mlx.renamed(setup.model, adapter)
+        with tempfile.TemporaryDirectory() as folder:
+            mx.save_safetensors(f"{folder}/adapters.safetensors", names)
+            Path(folder, "adapter_config.json").write_text(
+                json.dumps(self._arguments(recipe, folder)), encoding="utf-8"
+            )
+            return mlx_lm.load(self.checkpoint(recipe), adapter_path=folder)[:2]  # type: ignore[no-any-return]
+
+    def decode(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """Saves the adapter, loads it back with `mlx_lm.load`, streams greedily."""
+        import mlx_lm
+
+        model, tokenizer = self._reloaded(recipe, inputs.group("adapter"))
+
+        def generate(prompt: str) -> Iterator[tuple[int, Any]]:
+            for answer in mlx_lm.stream_generate(
+                model, tokenizer, prompt, max_tokens=recipe.decode.max_tokens
+            ):
+                yield int(answer.token), answer.logprobs
+
+        return decode_trace(model, tokenizer, generate, inputs)
+
+    def config(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `TrainingPath.config`."""
+        return config_trace(recipe, self.setup(recipe))
+
+    def check(self, recipe: Recipe) -> None:
+        """See `TrainingPath.check`."""
+        super().check(recipe)
+        if recipe.seed.data not in (None, recipe.seed.value):
+            raise Unsupported("the mlx-lm CLI has one seed for LoRA init and data order")
+        if recipe.model.dtype == "float64":
+            raise Unsupported("the mlx-lm CLI has no float64")
+
+    # The CLI and its door ----------------------------------------------------------------------
+
+    def checkpoint(self, recipe: Recipe) -> str:
+        """The model's folder, its weights stored in the recipe's dtype.
+
+        The CLI computes in the dtype of the checkpoint; another one takes a converted copy, kept
+        in the cache.
+        """
+        import mlx.core as mx
+
+        source = resources.model_dir(recipe.model.source)
+        wanted = getattr(mx, recipe.model.dtype)
+        files = sorted(Path(source).glob("*.safetensors"))
+        if not files or all(
+            value.dtype in (wanted, mx.uint32)
+            for file in files
+            for value in _mlx.load_arrays(file).values()
+        ):
+            return source
+        key = f"{resources.fingerprint(source)}-{recipe.model.dtype}"
+        copy = self.cache / "checkpoints" / key
+        if not (copy / "complete").exists():
+            copy.mkdir(parents=True, exist_ok=True)
+            for file in Path(source).iterdir():
+                if file.suffix == ".safetensors":
+                    tensors = {k: v.astype(wanted) for k, v in _mlx.load_arrays(file).items()}
+                    mx.save_safetensors(str(copy / file.name), tensors)
+                elif file.is_file():
+                    (copy / file.name).write_bytes(file.read_bytes())
+            (copy / "complete").touch()
+        return str(copy)
+
+    def _arguments(self, recipe: Recipe, folder: str, resume: str | None = None) -> dict[str, Any]:
+        """The CLI's YAML: every option named, none left to a default."""
+        t = recipe.train
+        return {
+            "model": self.checkpoint(recipe),
+            "train": True,
+            "data": str(resources.data_dir(recipe.data.source)),
+            "fine_tune_type": "lora",
+            "seed": recipe.seed.value,
+            "num_layers": recipe.lora.num_layers,
+            "lora_parameters": lora_parameters(recipe, self.base(recipe)[0]),
+            "batch_size": t.batch_size,
+            "iters": t.steps * t.accumulation,
+            "grad_accumulation_steps": t.accumulation,
+            "grad_checkpoint": t.gradient_checkpointing,
+            "learning_rate": recipe.optim.lr,
+            "lr_schedule": lr_schedule(recipe),
+            "optimizer": recipe.optim.name,
+            "optimizer_config": {recipe.optim.name: optimizer_config(recipe)},
+            "mask_prompt": recipe.mask.prompt,
+            "max_seq_length": recipe.data.max_length,
+            "adapter_path": folder,
+            "resume_adapter_file": resume,
+            "steps_per_report": 1,
+            "steps_per_eval": t.steps * t.accumulation + 1,
+            "save_every": t.steps * t.accumulation + 1,
+            # Validation draws from the generator that orders the training data.
+            "val_batches": 0,
+        }
+
+    def _swapped(self, recipe: Recipe, handed: Mapping[str, Any]) -> dict[str, Any]:
+        """What `train` is called with, parts of other paths in the place of the CLI's own."""
+        from mlx_lm.tuner import trainer
+
+        default = defaults(trainer.train)
+        called = {name: default[name] for name in ("loss", "iterate_batches")} | dict(handed)
+        if "loss" in self.donors:
+            called["loss"] = self.donors["loss"].loss(recipe)
+        if "optimizer" in self.donors:
+            called["optimizer"] = self.donors["optimizer"].optimizer(recipe)
+        if batching := self.donors.get("batching"):
+            dataset = batching.dataset(recipe, self.base(recipe)[1])
+            draw = batching.iterate(recipe, dataset)
+            called |= {"train_dataset": dataset, "iterate_batches": lambda *_, **__: draw()}
+        return called
+
+    @contextlib.contextmanager
+    def _main(
+        self,
+        recipe: Recipe,
+        adapter: Mapping[str, Array] | None,
+        at_train: Callable[..., None],
+    ) -> Iterator[Path]:
+        """Runs the CLI, `at_train` standing where it calls `train`; gives its output folder."""
+        import mlx.core as mx
+        import mlx_lm.lora
+        import yaml
+
+        with tempfile.TemporaryDirectory() as folder:
+            resume = None
+            if adapter:
+                resume = str(Path(folder, "init.safetensors"))
+                model, _ = self.base(recipe)
+                self.part("wiring").wire(model, recipe)
+                mx.save_safetensors(resume, _mlx.renamed(model, adapter))
+            file = Path(folder, "config.yaml")
+            file.write_text(yaml.safe_dump(self._arguments(recipe, folder, resume)), "utf-8")
+            door = mock.Mock(side_effect=at_train)
+            swaps: dict[str, Any] = {"train": door}
+            if loader := self.donors.get("loader"):
+                swaps["load"] = lambda *_, **__: loader.load(recipe)
+            if wiring := self.donors.get("wiring"):
+                swaps["linear_to_lora_layers"] = lambda model, *_, **__: wiring.wire(model, recipe)
+            with (
+                mock.patch.object(sys, "argv", ["mlx_lm.lora", "--config", str(file)]),
+                mock.patch.multiple(mlx_lm.lora, **swaps),
+                _mlx.compiled(recipe.train.compile),
+            ):
+                try:
+                    mlx_lm.lora.main()
+                except ValueError as error:
+                    # What the CLI refuses is what this path cannot do.
+                    raise Unsupported(f"mlx-lm: {error}") from None
+            if door.call_count != 1:  # else nothing of the CLI was seen
+                raise RuntimeError(
+                    f"the mlx-lm CLI called `train` {door.call_count} times, not once"
+                )
+            yield Path(folder)
+
+    def _train(
+        self,
+        recipe: Recipe,
+        adapter: Mapping[str, Array],
+        batches: Iterator[Batch] | None,
+        gradients: bool,
+        trace: Trace | None = None,
+        norms: list[float] | None = None,
+    ) -> tuple[list[dict[str, Any]], Any, dict[str, Array]]:
+        """Trains for real; returns the CLI's own reports, the observer and the saved adapter."""
+        from mlx_lm.tuner.callbacks import TrainingCallback
+        from mlx_lm.tuner.trainer import train
+
+        reports: list[dict[str, Any]] = []
+        observers: list[Any] = []
+        count = recipe.train.steps * recipe.train.accumulation
+
+        class Report(TrainingCallback):  # type: ignore[misc]
+            def on_train_loss_report(self, info: dict[str, Any]) -> None:
+                reports.append(info)
+                update = len(reports) % recipe.train.accumulation == 0
+                if norms is not None:
+                    norms.append(observers[0].norm() if update else float("nan"))
+
+        def at_train(**handed: Any) -> None:
+            handed = self._swapped(recipe, handed)
+            iterate = handed["iterate_batches"]
+
+            def drawn(**arguments: Any) -> Iterator[Batch]:
+                rows = batches if batches is not None else iterate(**arguments)
+                if trace is None:
+                    return rows
+                return recorded(trace, itertools.islice(rows, count), lazy=True)
+
+            _mlx.clip_before(handed["optimizer"], self.part("clip").clip(recipe))
+            observers.append(_mlx.Observer(handed["optimizer"], gradients))
+            handed["training_callback"] = Report()
+            with _mlx.restored_layer_class(handed["model"]):
+                train(**{**handed, "iterate_batches": drawn})
+
+        with self._main(recipe, adapter, at_train) as folder:
+            saved = _mlx.load_arrays(folder / "adapters.safetensors")
+        return reports, observers[0], {canonical(k): to_numpy(v) for k, v in saved.items()}

@@ -1,0 +1,86 @@
+"""Paths by name: those that are installed, those of a user, hybrids, and pinned releases."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from parity.errors import UsageError
+from parity.paths import parts
+from parity.paths.hybrid import compose
+from parity.paths.protocol import TrainingPath
+
+GROUP = "parity.paths"
+
+
+def registered() -> dict[str, str]:
+    """Registered paths: name to `module:Class`."""
+    return {point.name: point.value for point in entry_points(group=GROUP)}
+
+
+def resolve(spec: str) -> type[TrainingPath]:
+    """The class of a registered name, of `package.module:Class`, or of a hybrid of such.
+
+    `PATH@VERSION` is the path in an environment of its own (see `capture.environments.pinned`).
+
+    Raises:
+        UsageError: It is neither, cannot be imported, or is no path.
+    """
+    if "+" in spec:
+        return _hybrid(spec)
+    if "@" in spec:
+        return _pinned(spec)
+    known = registered()
+    target = known.get(spec, spec)
+    module, colon, attribute = target.partition(":")
+    if not colon or not module or not attribute:
+        raise UsageError(
+            f"unknown path {spec!r}: give one of {', '.join(sorted(known))} or package.module:Class"
+        )
+    # A trainer of one's own lies where the command is run, not where this package is installed.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # a module of a user may raise anything
+        raise UsageError(f"cannot import path {spec!r}: {type(error).__name__}: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, TrainingPath)):
+        raise UsageError(f"{spec!r} is no subclass of parity.paths.protocol.TrainingPath")
+    return found
+
+
+def swappable(spec: str) -> bool:
+    """Whether the parts of a path can stand in another."""
+    # A release in an environment of its own cannot share a process with anything else.
+    return "@" not in spec and resolve(spec).swappable
+
+
+def _hybrid(spec: str) -> type[TrainingPath]:
+    sources = parts.sources(spec)
+    if wrong := [path for path in dict.fromkeys(sources.values()) if not swappable(path)]:
+        raise UsageError(
+            f"{spec!r}: the parts of {wrong[0]!r} cannot be swapped, only those on MLX in this "
+            "environment can"
+        )
+    base = sources.pop(parts.LOOP)
+    donors = {part: resolve(path) for part, path in sources.items() if path != base}
+    return compose(spec, resolve(base), donors)
+
+
+def _pinned(spec: str) -> type[TrainingPath]:
+    # Here only: what lies in a user's working directory must not stand in for it in a worker.
+    from packaging.version import InvalidVersion, Version
+
+    name, _, version = spec.partition("@")
+    kind = resolve(name)
+    if not kind.release:
+        raise UsageError(f"{spec!r}: path {name!r} names no package whose release could be chosen")
+    try:
+        Version(version)
+    except InvalidVersion:
+        raise UsageError(
+            f"{spec!r}: {version!r} is no version of {kind.release}: write {name}@1.2.3"
+        ) from None
+    return type(kind.__name__, (kind,), {"name": spec, "__module__": kind.__module__})

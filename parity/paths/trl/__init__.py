@@ -1,0 +1,5 @@
+"""Path `trl`."""
+
+from parity.paths.trl.path import TrlPath
+
+__all__ = ["TrlPath"]

@@ -1,0 +1,336 @@
+"""Path `trl`: TRL's SFTTrainer with PEFT, the control between MLX and a plain torch loop.
+
+The base model, LoRA's configuration, the tokenizer and decoding are those of path `hf`.
+Tokenization, collation, order, seeding, loss, clip, optimizer, schedule and loop are the trainer's.
+Two things make `trl` and `hf` differ by rounding, and nothing else does: the trainer's loss projects
+hidden states and takes the logarithm of the softmax in one function of its own, and its forward pass
+covers the last position of a row as well, which no target follows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import itertools
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from parity import resources
+from parity.errors import Unsupported
+from parity.paths.hf import live as _torch
+from parity.paths.hf import readback
+from parity.paths.hf.live import Batch, Loss
+from parity.paths.hf.path import HfPath
+from parity.paths.hf.stages import SHOWN
+from parity.paths.hf.work import supervised_positions
+from parity.paths.trl import trainer as _trl
+from parity.paths.trl.trainer import ObservedRun
+from parity.recipe import Recipe
+from parity.trace import Array, Trace
+
+_FUSED = "SFTTrainer computes head and loss in one function of its own"
+
+
+class TrlPath(HfPath):
+    """Fine-tuning with TRL's SFTTrainer."""
+
+    name: ClassVar[str] = "trl"
+    packages: ClassVar[tuple[str, ...]] = (*HfPath.packages, "trl", "accelerate", "datasets")
+    release: ClassVar[str] = "trl"
+    operations: ClassVar[Mapping[str, str]] = {
+        "config": "SFTTrainer makes other batches",
+        "cross_entropy": _FUSED,
+        "gradient": _FUSED,
+        "loss_curve": _FUSED,
+        "greedy_decode": _FUSED,
+    }
+
+    def __init__(self, cache: Path) -> None:
+        # Read when huggingface_hub is imported: a probe reports to nobody.
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+        super().__init__(cache)
+
+    def shipped(self) -> dict[str, Any]:
+        """Defaults of the live SFTConfig and LoraConfig."""
+        from trl import SFTConfig
+
+        with tempfile.TemporaryDirectory() as folder:
+            args = SFTConfig(output_dir=folder, use_cpu=_torch.device().type == "cpu")
+        clip = {"optim.clip_value": args.max_grad_norm} if args.max_grad_norm else {}
+        return {
+            **{name: value for name, value in super().shipped().items() if name[:5] == "lora."},
+            "optim.name": "adamw" if str(args.optim.value).startswith("adamw") else args.optim,
+            "optim.betas": (args.adam_beta1, args.adam_beta2),
+            "optim.eps": args.adam_epsilon,
+            "optim.weight_decay": args.weight_decay,
+            "optim.bias_correction": True,
+            "optim.schedule": args.lr_scheduler_type.value,
+            "optim.warmup_steps": int(args.warmup_steps),
+            "optim.clip": "norm" if clip else "none",
+            **clip,
+            "train.accumulation": args.gradient_accumulation_steps,
+            "train.accumulation_weighting": "token",
+            "train.gradient_checkpointing": args.gradient_checkpointing,
+            "train.autocast": "bfloat16" if args.bf16 else "none",
+            "mask.prompt": bool(args.completion_only_loss),
+            "mask.start_shift": 0,
+            "mask.end_shift": 0,
+            "data.max_length": args.max_length,
+            "data.pad_multiple": args.pad_to_multiple_of or 1,
+            "data.pad_extra": 0,
+            "data.append_eos": True,
+            # As in its examples, which name a checkpoint: seed, load, adapt.
+            "seed.placement": "before_load",
+        }
+
+    # The trainer -------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def trainer(
+        self,
+        recipe: Recipe,
+        adapter: Mapping[str, Array] | None = None,
+        batches: list[Batch] | None = None,
+        seen: ObservedRun | None = None,
+    ) -> Iterator[Any]:
+        """A live SFTTrainer, ready to train on its own batches or on those handed over.
+
+        Raises:
+            Unsupported: A factor it has no setting for.
+        """
+        self._check(recipe)
+        kind, steps = _trl.observed(seen or ObservedRun())
+        rows = _trl.given_rows(recipe, batches) if batches else _trl.own_rows(recipe)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            self.pristine(recipe) as base,
+        ):
+            from trl import SFTConfig
+
+            early = recipe.seed.placement == "before_load"
+            trainer = kind(
+                # The trainer patches the model it is given, so it gets one of its own.
+                model=resources.model_dir(recipe.model.source) if early else copy.deepcopy(base),
+                args=SFTConfig(folder, **self._arguments(recipe, batches, early)),
+                train_dataset=rows,
+                processing_class=self.tokenizer(recipe),
+                peft_config=self.lora_config(base, recipe),
+                callbacks=[steps],
+            )
+            try:
+                if adapter:
+                    _torch.transplant(_torch.adapter_parameters(trainer.model), adapter)
+                yield trainer
+            finally:
+                del trainer
+                gc.collect()  # trainer, callbacks and model hold each other
+
+    def _check(self, recipe: Recipe) -> None:
+        import torch
+
+        o, kind = recipe.optim, _torch.device().type
+        for refused, reason in (
+            (kind not in ("cpu", "cuda"), f"SFTTrainer is run on cpu or cuda, not on {kind}"),
+            (
+                kind == "cuda" and torch.cuda.device_count() > 1,
+                "SFTTrainer wants one visible GPU: set CUDA_VISIBLE_DEVICES",
+            ),
+            (recipe.model.dtype == "float64", "the loss of SFTTrainer is summed in float32"),
+            (o.name == "adam", "SFTConfig has no Adam without decoupled decay (optim.name=adam)"),
+            (
+                o.name == "adamw" and not o.bias_correction,
+                "torch's Adam always corrects bias (optim.bias_correction=false)",
+            ),
+            (o.clip == "value", "SFTTrainer clips by norm only (optim.clip=value)"),
+            (
+                recipe.train.accumulation > 1 and recipe.train.accumulation_weighting == "mean",
+                "SFTTrainer weights micro-batches by tokens (train.accumulation_weighting=mean)",
+            ),
+            (
+                recipe.seed.placement == "before_load" and recipe.model.weights != "stored",
+                "SFTTrainer loads weights as they are stored (model.weights)",
+            ),
+        ):
+            if refused:
+                raise Unsupported(reason)
+
+    def _check_own_batches(self, recipe: Recipe) -> None:
+        mask, extra = recipe.mask, recipe.data.pad_extra
+        if extra:
+            raise Unsupported("SFTTrainer's own batches have no extra padding (data.pad_extra=1)")
+        for name, shift in (("start_shift", mask.start_shift), ("end_shift", mask.end_shift)):
+            if shift:
+                raise Unsupported(f"SFTTrainer's own labels are not shifted (mask.{name}={shift})")
+
+    def _arguments(
+        self, recipe: Recipe, batches: list[Batch] | None, early: bool
+    ) -> dict[str, Any]:
+        """SFTConfig: every option that matters is named, none left to a default."""
+        o, t, d = recipe.optim, recipe.train, recipe.data
+        given: dict[str, Any] = {
+            "per_device_train_batch_size": len(batches[0][0]),
+            "train_sampling_strategy": "sequential",
+            "pad_to_multiple_of": None,
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+        } if batches else {"per_device_train_batch_size": t.batch_size}  # fmt: skip
+        return {
+            "use_cpu": _torch.device().type == "cpu",
+            "bf16": t.autocast == "bfloat16",
+            "gradient_checkpointing": t.gradient_checkpointing,
+            "max_steps": t.steps,
+            "gradient_accumulation_steps": t.accumulation,
+            # Not the fused kernel, which rounds differently.
+            "optim": {"adamw": "adamw_torch", "sgd": "sgd"}[o.name],
+            "learning_rate": o.lr,
+            "adam_beta1": o.betas[0],
+            "adam_beta2": o.betas[1],
+            "adam_epsilon": o.eps,
+            "weight_decay": o.weight_decay,
+            "lr_scheduler_type": "constant_with_warmup" if o.schedule == "constant" else o.schedule,
+            "warmup_steps": o.warmup_steps,
+            "max_grad_norm": o.clip_value if o.clip == "norm" else 0.0,
+            "seed": recipe.seed.value,
+            "data_seed": recipe.seed.data,
+            "max_length": d.max_length,
+            "pad_to_multiple_of": d.pad_multiple if d.pad_multiple > 1 else None,
+            "completion_only_loss": recipe.mask.prompt,
+            "packing": False,
+            "model_init_kwargs": {
+                "dtype": recipe.model.dtype,
+                "attn_implementation": "eager",
+                "device_map": None,
+            }
+            if early
+            else None,
+            "logging_steps": 1,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            **given,
+        }
+
+    # Parts -------------------------------------------------------------------------------------
+
+    def rows(self, recipe: Recipe, tokenizer: Any) -> list[tuple[list[int], int]]:
+        """Ids and first supervised token of each row, as the trainer prepared it."""
+        with self.trainer(recipe) as trainer:
+            prepared = trainer.train_dataset
+            return [
+                (list(ids), next(i for i, label in enumerate(labels) if label != _torch.IGNORED))
+                for ids, labels in zip(prepared["input_ids"], prepared["labels"], strict=True)
+            ]
+
+    def iterate(self, recipe: Recipe, tokenizer: Any) -> Iterator[Batch]:
+        """Endless batches of the trainer's own loader."""
+        self._check_own_batches(recipe)
+        with self.trainer(recipe) as trainer:
+            for ids, lengths, _ in _trl.drawn(trainer):
+                yield ids, lengths
+
+    @contextlib.contextmanager
+    def criterion(self, recipe: Recipe) -> Iterator[Loss]:
+        """`SFTTrainer.compute_loss`, taking logits."""
+        with self.trainer(recipe) as trainer:
+            yield _trl.loss_of_logits(trainer)
+
+    @contextlib.contextmanager
+    def updates(self, recipe: Recipe, parameters: list[Any]) -> Iterator[Callable[[], None]]:
+        """The trainer's clip, optimizer and schedule on other parameters than the model's."""
+        import torch
+
+        with self.trainer(recipe) as trainer:
+            holder = torch.nn.ParameterList(parameters)
+            optimizer = trainer.create_optimizer(holder)
+            schedule = trainer.create_scheduler(recipe.train.steps, optimizer)
+
+            def update() -> None:
+                if limit := trainer.args.max_grad_norm:
+                    trainer.accelerator.clip_grad_norm_(holder.parameters(), limit)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+
+            yield update
+
+    # Stages ------------------------------------------------------------------------------------
+
+    def lora_init(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `TrainingPath.lora_init`."""
+        with self.trainer(recipe) as trainer:
+            return readback.adapter_trace(trainer.model)
+
+    def gradient(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """One step of the trainer, its gradient read before anything is done with it."""
+        once = recipe.override(
+            {"lora.dropout": 0.0, "optim.clip": "none", "train.steps": 1, "train.accumulation": 1}
+        )
+        batches = [(inputs.arrays["ids"], inputs.arrays["lengths"])]
+        seen = ObservedRun(keep_gradient=True)
+        with self.trainer(once, inputs.group("adapter"), batches, seen) as trainer:
+            trainer.train()
+        seen.check(once)
+        dtype = _torch.loss_dtype(recipe)
+        arrays = {
+            "loss": np.asarray(seen.loss[0], dtype),
+            "norm": np.asarray(seen.gradient_norm[0], dtype),
+        }
+        trace = Trace(arrays, {"tokens": seen.tokens[0]})
+        return trace.with_group("gradient", seen.gradient)
+
+    def train(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """`SFTTrainer.train`, on batches exactly as handed over or on its own."""
+        batches, seen = list(_torch.given(inputs, recipe) or ()), ObservedRun()
+        count = recipe.train.steps * recipe.train.accumulation
+        if not batches:
+            self._check_own_batches(recipe)
+        elif len(batches) < count:
+            step = len(batches) // recipe.train.accumulation + 1
+            raise ValueError(f"the batches that were handed over end in step {step}")
+        batches = batches[:count]
+        with self.trainer(recipe, inputs.group("adapter"), batches, seen) as trainer:
+            trainer.train()
+            adapter = _torch.oriented(_torch.adapter_parameters(trainer.model))
+        seen.check(recipe)
+        for (ids, _), (trained, _) in zip(batches, seen.batches, strict=False):
+            if not np.array_equal(ids, trained):
+                raise RuntimeError("SFTTrainer trained on other batches than were handed over")
+        trace = Trace(
+            {name: np.asarray(getattr(seen, name)) for name in ("loss", "gradient_norm", "tokens")}
+        )
+        for _ in _torch.recorded(trace, iter(batches or seen.batches)):
+            pass
+        return trace.with_group("adapter", adapter)
+
+    def config(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """What the live trainer has in effect; its own batches, whatever the recipe asks of them."""
+        with self.trainer(recipe) as trainer:
+            batches = list(itertools.islice(_trl.drawn(trainer), SHOWN))
+            args = trainer.args
+            scalars = readback.model_facts(trainer.model)
+            trainer.create_optimizer_and_scheduler(num_training_steps=args.max_steps)
+            rates = readback.optimizer_facts(
+                trainer.optimizer, trainer.lr_scheduler, args.max_steps
+            )
+            supervised = supervised_positions(_trl.loss_of_logits(trainer), batches[0][2][:, 1:])
+            scalars |= {
+                **rates,
+                **readback.batch_facts([(ids, n) for ids, n, _ in batches], supervised),
+                "batch.pad_id": trainer.data_collator.pad_token_id,
+                "clip.mode": "norm" if args.max_grad_norm else "none",
+                "clip.value": args.max_grad_norm or None,
+                "accumulation.steps": args.gradient_accumulation_steps,
+                "accumulation.weighting": recipe.train.accumulation_weighting,
+                "train.autocast": {"no": "none", "bf16": "bfloat16"}.get(
+                    trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision
+                ),
+                "train.gradient_checkpointing": args.gradient_checkpointing,
+                "seed.value": args.seed,
+                "seed.placement": recipe.seed.placement,
+            }
+        return Trace({"supervised": supervised}, scalars)

@@ -1,0 +1,5 @@
+"""Path `unsloth`."""
+
+from parity.paths.unsloth.path import UnslothPath
+
+__all__ = ["UnslothPath"]

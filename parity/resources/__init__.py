@@ -1,0 +1,94 @@
+"""Where fixtures, probes, caches and model files are found."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from parity.errors import UsageError
+from parity.resources import smollm2
+from parity.resources.folders import cache, fixtures, names, probes
+
+EXTRA_MODELS = smollm2.NAMES
+"""Models made on first use from the extra `smollm2`."""
+
+__all__ = [
+    "EXTRA_MODELS",
+    "cache",
+    "data_dir",
+    "fingerprint",
+    "fixtures",
+    "model_dir",
+    "names",
+    "probes",
+    "recipe_file",
+]
+
+
+def recipe_file(source: str) -> Path:
+    """A recipe's file by name or by path.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if source.endswith(".toml"):
+        if Path(source).is_file():
+            return Path(source)
+        raise UsageError(f"no recipe at {source!r}")
+    file = fixtures() / "recipes" / f"{source}.toml"
+    if source and file.is_file():
+        return file
+    raise UsageError(
+        f"no recipe {source!r}: give a path ending in .toml or one of {', '.join(names('recipes'))}"
+    )
+
+
+def data_dir(source: str) -> Path:
+    """A data folder by fixture name or path.
+
+    Raises:
+        UsageError: No such folder, or no train.jsonl in it.
+    """
+    folder = fixtures() / "data" / source
+    if not folder.is_dir():
+        folder = Path(source)
+    if not (folder / "train.jsonl").is_file():
+        raise UsageError(
+            f"no data {source!r}: give one of {', '.join(names('data'))} "
+            "or a folder that holds train.jsonl"
+        )
+    return folder
+
+
+def model_dir(source: str) -> str:
+    """A model's folder by fixture name or path; a hub id comes back as it is.
+
+    Raises:
+        UsageError: A path that does not exist, or a fixture whose package is missing.
+    """
+    if source in EXTRA_MODELS:
+        return str(smollm2.checkpoint(source))
+    folder = fixtures() / "models" / source
+    if (folder / "config.json").is_file():
+        return str(folder)
+    if (Path(source) / "config.json").is_file():
+        return str(Path(source).resolve())
+    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
+        return source
+    raise UsageError(
+        f"no model {source!r}: give one of {', '.join([*names('models'), *EXTRA_MODELS])}, "
+        "a folder that holds config.json, or a hub id such as org/name"
+    )
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Cheap content key of a folder: names, sizes and times of its files (hub ids: the id)."""
+    root = Path(folder)
+    h = hashlib.sha256(str(folder).encode())
+    if root.is_dir():
+        for file in sorted(
+            p for p in root.rglob("*") if p.is_file() and "__pycache__" not in p.parts
+        ):
+            stat = file.stat()
+            h.update(f"{file.relative_to(root)}{stat.st_size}{stat.st_mtime_ns}".encode())
+    return h.hexdigest()[:16]

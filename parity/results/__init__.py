@@ -1,0 +1,1 @@
+"""Many records together: tables, statistics, one verdict."""

@@ -1,0 +1,312 @@
+"""Records of all seeds and pairs become tables, one verdict and one exit code."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product, zip_longest
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from parity.cells.plan import GridRow, Plan, row_of
+from parity.record import Record, Verdict, worst
+from parity.results.series import STEP_COLUMNS, Curve, curves, steps
+from parity.results.statistics import PairedComparison, holm, paired, wilson
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from parity.results.expected import KnownDivergence
+
+SCHEMA = 1
+MISSING, EXPECTED, STALE = "missing", "expected", "stale"
+STATES = (*(str(verdict) for verdict in Verdict), EXPECTED, STALE, MISSING)
+"""What a cell of the grid can hold: a verdict, `missing` where there is no record, `expected` for a
+known divergence and `stale` for a cell that came out green where one was known."""
+GREEN = ("identical", "agree")
+GAPS = ("error", MISSING, STALE, EXPECTED, "skip")
+NOT_RED = (*GREEN, EXPECTED, "skip")
+GRAVEST_FIRST = (
+    "error", MISSING, "diverge", STALE, "inconclusive", EXPECTED, "skip", "agree", "identical",
+)  # fmt: skip
+
+
+class Note(NamedTuple):
+    """An observation, once for all seeds in which it was made."""
+
+    kind: str
+    """`shipped`, `finding` or `hint`."""
+    row: GridRow
+    text: str
+    seeds: tuple[int, ...]
+    varies: bool
+    """Whether numbers in it differ from seed to seed; `text` is the first seed's."""
+
+
+class FirstFailure(NamedTuple):
+    """Where a pair goes wrong first, in the order in which data flows."""
+
+    row: GridRow
+    state: str
+    seeds: tuple[int, ...]
+    reason: str
+    """The first such seed's, as the rest of its record."""
+    record: Record | None
+    later: tuple[GridRow, ...]
+    """Rows after it that are not green either."""
+    hints: tuple[str, ...]
+    """Of any row of the pair."""
+
+
+class PassRates(NamedTuple):
+    """How often each side said what was expected after one prompt, over seeds."""
+
+    row: GridRow
+    prompt: str
+    comparison: PairedComparison
+    holm_p: float
+    """Exact McNemar, corrected for all prompts and pairs."""
+
+
+class Uncompared(NamedTuple):
+    """Cells of a row in which nothing was compared, and why."""
+
+    row: GridRow
+    seeds: tuple[int, ...]
+    reason: str
+
+
+Cells = Mapping[GridRow, Mapping[int, Record | None]]
+"""Row to seed to its record, None where it is missing."""
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """What all records say together, in a fixed order."""
+
+    verdict: str
+    """Worst state of any cell."""
+    exit_code: int
+    """0 all green or expected, 1 something diverges, is stale or inconclusive, 3 cells missing or in
+    error."""
+    reason: str
+    counts: dict[str, int]
+    seeds: tuple[int, ...]
+    cells: Cells
+    summary: pd.DataFrame
+    """Per row: number of cells in each state, pass rate = green / decided, Wilson interval."""
+    grid: pd.DataFrame
+    """Rows by seeds, each cell a state."""
+    steps: pd.DataFrame
+    """Losses, gradient norms and differences, one row a step."""
+    curves: tuple[Curve, ...]
+    passes: tuple[PassRates, ...]
+    first: tuple[FirstFailure, ...]
+    notes: tuple[Note, ...]
+    gaps: dict[str, tuple[Uncompared, ...]]
+    """Cells by `error`, `missing`, `stale`, `expected` and `skip`."""
+    problems: tuple[str, ...]
+    """What keeps numbers from being taken at face value."""
+
+    @property
+    def records(self) -> list[Record]:
+        """All that count, row by row."""
+        return [r for row in self.cells.values() for r in row.values() if r]
+
+    def failures(self) -> list[Record]:
+        """Records neither green, expected nor skipped: the first seed of each row, then the next of each."""
+        bad = [
+            [r for r in row.values() if r and state(r) not in NOT_RED]
+            for row in self.cells.values()
+        ]
+        return [record for turn in zip_longest(*bad) for record in turn if record]
+
+
+def state(record: Record | None) -> str:
+    """Verdict of a cell, `missing`, or what became of a known divergence."""
+    if record is None:
+        return MISSING
+    if record.expected:
+        return STALE if record.verdict.green else EXPECTED
+    return str(record.verdict)
+
+
+def aggregate(
+    records: Iterable[Record], expected: Plan | None = None, known: Sequence[KnownDivergence] = ()
+) -> Aggregate:
+    """Puts records together.
+
+    A cell is missing where the plan has it, or where another row has its seed, and no record came.
+    Of the known divergences those that match no record are named; records are marked already.
+    """
+    from parity.results.expected import unmatched
+
+    records = list(records)
+    found: dict[tuple[GridRow, int], list[Record]] = defaultdict(list)
+    for record in sorted(records, key=lambda r: (r.seed, r.verdict, r.reason, r.reproduce)):
+        found[row_of(record), record.seed].append(record)
+    rows = sorted({row for row, _ in found} | _planned(expected, [row for row, _ in found]))
+    seeds = tuple(sorted({seed for _, seed in found} | set(expected.seeds if expected else ())))
+    cells = {row: {seed: _worst(found[row, seed]) for seed in seeds} for row in rows}
+    present = {row: [r for r in by_seed.values() if r] for row, by_seed in cells.items()}
+    counts = Counter(state(r) for by_seed in cells.values() for r in by_seed.values())
+    verdict, code, reason = conclude(counts)
+    found_curves = tuple(curves(present))
+    problems = [
+        f"{row.title}, {row.pair}, seed {seed}: {len(group)} records for one cell, the worst counts"
+        for (row, seed), group in found.items()
+        if len(group) > 1
+    ]
+    problems += [f"{c.quantity}, {c.row.pair}, {p}" for c in found_curves for p in c.problems]
+    problems += unmatched(records, known)
+    return Aggregate(
+        verdict=verdict,
+        exit_code=code,
+        reason=reason,
+        counts={name: counts[name] for name in STATES if counts[name]},
+        seeds=seeds,
+        cells=cells,
+        summary=_summary(cells),
+        grid=_table(
+            [
+                {**row._asdict(), **{str(seed): state(r) for seed, r in by_seed.items()}}
+                for row, by_seed in cells.items()
+            ],
+            [*GridRow._fields, *map(str, seeds)],
+        ),
+        steps=_table(steps(present), [*GridRow._fields, "seed", "step", *STEP_COLUMNS]),
+        curves=found_curves,
+        passes=_passes(present),
+        first=tuple(_first(cells)),
+        notes=_notes(present),
+        gaps={name: tuple(_gaps(cells, name)) for name in GAPS},
+        problems=tuple(sorted(problems)),
+    )
+
+
+def _planned(plan: Plan | None, seen: Sequence[GridRow]) -> set[GridRow]:
+    """The rows of a plan; a probe has the stage name that records or this tool give it."""
+    if plan is None:
+        return set()
+    from parity.stages import STAGES
+
+    names = {stage.number: stage.name for stage in STAGES} | {r.probe: r.stage for r in seen}
+    return {
+        GridRow(model, *pair, probe, names.get(probe, "unknown"))
+        for model, pair, probe in product(plan.models, plan.pairs, plan.probes)
+    }
+
+
+def _worst(records: Sequence[Record]) -> Record | None:
+    if not records:
+        return None
+    verdict = worst([record.verdict for record in records])
+    # Of two that diverge, the one nobody expected.
+    return min((r for r in records if r.verdict is verdict), key=lambda r: bool(r.expected))
+
+
+def conclude(counts: Mapping[str, int]) -> tuple[str, int, str]:
+    """Verdict, exit code and sentence from the number of cells in each state."""
+    total = sum(counts.values())
+    said = {name: f"{n} {name}" for name in GRAVEST_FIRST if (n := counts.get(name, 0))}
+    listed = ", ".join(said.values())
+    for code, states in ((3, ("error", MISSING)), (1, ("diverge", STALE, "inconclusive"))):
+        if bad := [name for name in states if name in said]:
+            return bad[0], code, f"{total} cell{'s' * (total != 1)}: {listed}"
+    verdict = next((name for name in said if name != "skip"), None)
+    if verdict is None:
+        return "inconclusive", 1, "nothing was compared" + (f": {listed}" if listed else "")
+    what = "green or diverge as expected" if EXPECTED in said else "green"
+    return verdict, 0, f"all {total - counts.get('skip', 0)} cells compared are {what}: {listed}"
+
+
+def _table(rows: Iterable[Mapping[str, Any]], columns: list[str]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame([*rows], columns=columns)
+
+
+def _summary(cells: Cells) -> pd.DataFrame:
+    rows = []
+    for row, by_seed in cells.items():
+        counts = Counter(map(state, by_seed.values()))
+        green = sum(counts[name] for name in (*GREEN, STALE))
+        decided = green + counts["diverge"] + counts[EXPECTED]
+        ci = wilson(green, decided) if decided else None
+        rows.append(
+            row._asdict()
+            | {"seeds": len(by_seed)}
+            | {name: counts[name] for name in STATES}
+            | {"decided": decided, "pass_rate": green / decided if decided else float("nan")}
+            | {"low": ci.low if ci else float("nan"), "high": ci.high if ci else float("nan")}
+        )
+    columns = ["seeds", *STATES, "decided", "pass_rate", "low", "high"]
+    return _table(rows, [*GridRow._fields, *columns])
+
+
+def _passes(rows: Mapping[GridRow, Sequence[Record]]) -> tuple[PassRates, ...]:
+    found = {}
+    for row, records in rows.items():
+        for prompt in dict.fromkeys(p for r in records for side in r.passes.values() for p in side):
+            subject, reference = (
+                {
+                    r.seed: r.passes[side][prompt]
+                    for r in records
+                    if prompt in r.passes.get(side, {})
+                }
+                for side in ("subject", "reference")
+            )
+            found[row, prompt] = paired(subject, reference)
+    corrected = holm({str(key): c.test.exact_p for key, c in found.items()})
+    return tuple(PassRates(*key, c, corrected[str(key)].adjusted_p) for key, c in found.items())
+
+
+def _first(cells: Cells) -> Iterator[FirstFailure]:
+    from parity.stages import flow
+
+    pairs: dict[str, list[GridRow]] = defaultdict(list)
+    for row, by_seed in cells.items():
+        if any(state(r) not in NOT_RED for r in by_seed.values()):
+            pairs[row.pair].append(row)
+    for rows in pairs.values():
+        rows.sort(key=lambda row: (flow(row.stage), row.probe))
+        # What diverges says more than what is missing before it.
+        ranked = [
+            (name, row, seeds)
+            for name in ("diverge", "error", "inconclusive", STALE, MISSING)
+            for row in rows
+            if (seeds := tuple(s for s, r in cells[row].items() if state(r) == name))
+        ]
+        name, row, seeds = ranked[0]
+        record = cells[row][seeds[0]]
+        reason = record.expected or record.reason if record else "no record came"
+        later = tuple(rows[rows.index(row) + 1 :])
+        every = [r for other in rows for r in cells[other].values() if r]
+        hints = tuple(dict.fromkeys(hint for r in every for hint in r.hints))
+        yield FirstFailure(row, name, seeds, reason, record, later, hints)
+
+
+def _notes(rows: Mapping[GridRow, Sequence[Record]]) -> tuple[Note, ...]:
+    """Findings and hints once each; numbers that change from seed to seed do not part them."""
+    found: dict[tuple[str, GridRow, str], dict[int, str]] = defaultdict(dict)
+    for row, records in rows.items():
+        for record in records:
+            said = [("finding", text) for text in record.findings]
+            for kind, text in [*said, *(("hint", text) for text in record.hints)]:
+                kind = "shipped" if text.startswith("as shipped") else kind
+                pattern = re.sub(r"\d[\d.,]*(e[+-]?\d+)?", "#", text)
+                found[kind, row, pattern].setdefault(record.seed, text)
+    return tuple(
+        Note(kind, row, next(iter(by.values())), tuple(by), len({*by.values()}) > 1)
+        for (kind, row, _), by in found.items()
+    )
+
+
+def _gaps(cells: Cells, name: str) -> Iterator[Uncompared]:
+    for row, by_seed in cells.items():
+        reasons: dict[str, list[int]] = defaultdict(list)
+        for seed, record in by_seed.items():
+            if state(record) == name:
+                reasons[record.expected or record.reason if record else "no record"].append(seed)
+        yield from (Uncompared(row, tuple(seeds), reason) for reason, seeds in reasons.items())

@@ -1,0 +1,165 @@
+"""Divergences that are known: marked, listed with their reason, and red once they are gone.
+
+A file `<subject>-vs-<reference>.toml` holds entries for that pair; a file of another name speaks of
+every pair. A record that diverges is *expected* when entries cover all its diverging metrics.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+from packaging.specifiers import SpecifierSet
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
+
+from parity import resources
+from parity.errors import UsageError
+from parity.record import Record, Verdict
+from parity.stages import find
+
+FOLDER = "expected"  # of the fixtures, and of a run, which keeps the files it ran with
+
+
+def _number(value: object) -> int:
+    try:
+        return find(str(value)).number
+    except UsageError as error:
+        raise ValueError(str(error)) from None
+
+
+def _specifier(value: str) -> str:
+    SpecifierSet(value)  # raises a ValueError that names it
+    return value
+
+
+class Entry(BaseModel, frozen=True, extra="forbid", strict=True):
+    """One known divergence.
+
+    `probe` is a number or a name, `metric` may hold `*` and `?`, `versions` lead from a distribution
+    to a PEP 440 specifier; `deterministic` says that it shows in every cell.
+    """
+
+    probe: Annotated[int, BeforeValidator(_number)]
+    model: str | None = None
+    metric: str = "*"
+    versions: dict[str, Annotated[str, AfterValidator(_specifier)]] = {}
+    reason: Annotated[str, Field(min_length=1)]
+    link: str = ""
+    deterministic: bool
+
+
+class _File(BaseModel, extra="forbid"):
+    entry: list[Entry]
+
+
+class KnownDivergence(NamedTuple):
+    """An entry and where it stands."""
+
+    file: Path
+    number: int
+    entry: Entry
+
+    @property
+    def said(self) -> str:
+        """Reason and link."""
+        return self.entry.reason + f" ({self.entry.link})" * bool(self.entry.link)
+
+    def of_pair(self, record: Record) -> bool:
+        """Whether the file is about the record's pair."""
+        pair = file_name(record.subject.path, record.reference.path)
+        return "-vs-" not in self.file.name or self.file.name == pair
+
+    def applies(self, record: Record) -> bool:
+        """Whether the entry speaks of this cell in these versions, whatever its verdict."""
+        sides = (record.reference, record.subject)
+        ran = {k: v for side in sides for k, v in side.environment.get("versions", {}).items() if v}
+        same = self.entry.probe == record.probe and self.entry.model in (None, record.model)
+        wanted = self.entry.versions.items()
+        fits = (p in ran and SpecifierSet(v).contains(ran[p], prereleases=True) for p, v in wanted)
+        return same and self.of_pair(record) and all(fits)
+
+
+def file_name(subject: str, reference: str) -> str:
+    """Name of the file of a pair."""
+    return f"{subject}-vs-{reference}.toml".replace("/", "_").replace(":", "_")
+
+
+def load(file: Path) -> list[KnownDivergence]:
+    """The entries of one file; a UsageError names the file, entry and value that is wrong."""
+    try:
+        entries = _File.model_validate(tomllib.loads(file.read_text(encoding="utf-8"))).entry
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ": ".join(str(p + 1) if isinstance(p, int) else str(p) for p in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise UsageError(
+            f"{file}: {where.replace('entry: ', 'entry ')}: {message}, got {first['input']!r}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file}: no expected divergences: {error}") from None
+    return [KnownDivergence(file, number, entry) for number, entry in enumerate(entries, 1)]
+
+
+def chosen(
+    subject: str, references: Iterable[str], file: Path | None, none: bool
+) -> list[KnownDivergence]:
+    """The entries of a file that is named, or what the fixtures know of these pairs."""
+    if file and none:
+        raise UsageError(f"--expected {file} and --no-expected: give one of them")
+    shipped = [resources.fixtures() / FOLDER / file_name(subject, name) for name in references]
+    files = [file] if file else [] if none else [file for file in shipped if file.is_file()]
+    return [known for file in files for known in load(file)]
+
+
+def keep(known: Iterable[KnownDivergence], folder: Path) -> None:
+    """Copies the files into the folder of a run, so that its report can be made again anywhere."""
+    for file in {k.file for k in known}:
+        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+        (folder / FOLDER / file.name).write_bytes(file.read_bytes())
+
+
+def kept(folder: Path) -> list[KnownDivergence]:
+    """What a run, or the shards below a folder, were told to expect."""
+    files = {file.name: file for file in sorted(folder.rglob(f"{FOLDER}/*.toml"))}
+    # Copies go by their name: it is not in them that an entry is to be mended.
+    return [k._replace(file=Path(name)) for name, file in files.items() for k in load(file)]
+
+
+def mark(record: Record, known: Sequence[KnownDivergence]) -> Record:
+    """The record with `expected` filled: why it diverges, or that it no longer does."""
+    gone = "no longer diverges: remove entry {0.number} from {0.file}: {0.said}"
+    say = (gone if record.verdict.green else "{0.said}").format
+    said = "; ".join(dict.fromkeys(map(say, _matching(record, known))))
+    return record.model_copy(update={"expected": said}) if said else record
+
+
+def _matching(record: Record, known: Sequence[KnownDivergence]) -> list[KnownDivergence]:
+    """Stale entries of what is green; of what diverges the entries that together cover it."""
+    applying = [k for k in known if k.applies(record)]
+    if record.verdict.green:
+        return [k for k in applying if k.entry.deterministic]
+    bad = [m for m in record.metrics if m.gate and not m.verdict.green]
+    # What was inconclusive beside a known divergence is not known.
+    if {record.verdict, *(m.verdict for m in bad)} != {Verdict.DIVERGE}:
+        return []
+    # Names that do not match leave no metrics: then only an entry for every metric covers it.
+    names = [m.name for m in bad] or [""]
+    found = [[k for k in applying if fnmatchcase(name, k.entry.metric)] for name in names]
+    return [k for k in applying if any(k in group for group in found)] if all(found) else []
+
+
+def unmatched(records: Sequence[Record], known: Sequence[KnownDivergence]) -> list[str]:
+    """Entries that explain no record, but for those of probes and known models that were not run."""
+    probes = {r.probe for r in records}
+    models = {*resources.names("models"), *resources.EXTRA_MODELS} - {r.model for r in records}
+    used = [k for r in records for k in _matching(r, known)]
+    for k in known:
+        not_run = k.entry.probe not in probes or k.entry.model in models
+        used += [k] * (not_run and any(map(k.of_pair, records)))
+    lone = (
+        "{0.file}: entry {0.number} (probe {0.entry.probe:02d}, {0.entry.metric}) matched no record"
+    )
+    return [lone.format(k) for k in known if k not in used]
