@@ -100,10 +100,10 @@ class VersionEngine(Engine):
             if worker is not None:
                 worker.close()
             # Entry points are not known in another interpreter: the class is named.
-            target, framework = registered().get(spec, spec), resolve(spec).framework
+            target, kind = registered().get(spec, spec), resolve(spec)
             python = self.places[spec].python if spec in self.places else sys.executable
             log = self.log_dir / f"{digest(spec)}-{os.getpid()}-{time.monotonic_ns()}.log"
-            worker = Worker(target, framework, self.base.cache.resolve(), log, str(python))
+            worker = Worker(target, kind, self.base.cache.resolve(), log, str(python))
             self._workers[spec] = worker
         return worker
 

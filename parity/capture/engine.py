@@ -120,7 +120,7 @@ class Engine:
             target, python = spec, sys.executable
             if "@" in spec:
                 target, python = self._pinned(spec)
-            worker = Worker(target, resolve(spec).framework, self.cache.resolve(), log, python)
+            worker = Worker(target, resolve(spec), self.cache.resolve(), log, python)
             self._workers[spec] = worker
         return worker
 

@@ -16,12 +16,16 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Collection
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from parity.errors import CaptureError, UnmatchedNames, Unsupported, UsageError
 from parity.recipe import Recipe, build
 from parity.trace import Trace
+
+if TYPE_CHECKING:
+    from parity.paths.protocol import TrainingPath
 
 # Errors that mean something to the engine keep their type over the pipe.
 _RAISED: dict[str, type[Exception]] = {
@@ -64,24 +68,29 @@ class Worker:
 
     Args:
         spec: A registered path or `package.module:Class`.
-        framework: Decides the environment variables.
+        kind: Its class, which decides the environment variables and what the process cannot import.
         cache: Shared folder for kernels and converted checkpoints.
         log: File that takes what the process prints.
         python: Interpreter to run it in.
     """
 
     def __init__(
-        self, spec: str, framework: str, cache: Path, log: Path, python: str = sys.executable
+        self,
+        spec: str,
+        kind: type[TrainingPath],
+        cache: Path,
+        log: Path,
+        python: str = sys.executable,
     ) -> None:
         self.spec, self.log = spec, log
         log.parent.mkdir(parents=True, exist_ok=True)
         self._stderr: IO[bytes] = log.open("ab")
         self._process = subprocess.Popen(
-            [python, "-m", "parity.capture.worker", spec, str(cache)],
+            [python, "-m", "parity.capture.worker", spec, str(cache), *kind.hidden],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env=environment(framework, cache),
+            env=environment(kind.framework, cache),
         )
 
     @property
@@ -169,8 +178,23 @@ def _describe(code: int | None) -> str:
     return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
-def serve(spec: str, cache: Path) -> None:
+def hide(packages: Collection[str]) -> None:
+    """Makes packages look as if they were not installed, for this process."""
+    from importlib.machinery import PathFinder
+
+    class Hiding(PathFinder):
+        @classmethod
+        def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
+            if name.partition(".")[0] in packages:
+                return None
+            return super().find_spec(name, path, target)
+
+    sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
+
+
+def serve(spec: str, cache: Path, hidden: Collection[str] = ()) -> None:
     """The child's loop: requests from stdin until it closes."""
+    hide(hidden)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what frameworks print must not end up among the answers
     sys.stdout = sys.stderr
@@ -208,4 +232,4 @@ def serve(spec: str, cache: Path) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], Path(sys.argv[2]))
+    serve(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

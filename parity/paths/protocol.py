@@ -102,6 +102,9 @@ class TrainingPath:
     """The one of them that `PATH@VERSION` names a release of; without one there is no such path."""
     without_dependencies: ClassVar[tuple[str, ...]] = ()
     """Those of them that run without what they require, which would not fit this machine."""
+    hidden: ClassVar[tuple[str, ...]] = ()
+    """Packages that its process cannot import: mlx-lm imports transformers, and that imports torch
+    where it is installed, for 2 s and 180 MB of which no MLX path uses anything."""
     swappable: ClassVar[bool] = False
     """Whether its parts (see `parity.paths.parts`) can stand in another such path, and others in it."""
 

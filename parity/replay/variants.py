@@ -127,7 +127,7 @@ class FreshProcess(MlxLmPath):
         with tempfile.TemporaryDirectory() as folder:
             source, output = Path(folder, "inputs"), Path(folder, "output.safetensors")
             inputs.save(source)
-            worker = Worker("mlx-lm", "mlx", self.cache, Path(folder, "log"))
+            worker = Worker("mlx-lm", MlxLmPath, self.cache, Path(folder, "log"))
             try:
                 worker.call("train", recipe, source, output, timeout=3600)
             finally:

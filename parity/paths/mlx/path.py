@@ -35,6 +35,7 @@ class MlxPath(MlxStages):
     packages: ClassVar[tuple[str, ...]] = ("mlx", "mlx-lm", "transformers", "numpy")
     release: ClassVar[str] = "mlx-lm"
     fixed: ClassVar[Mapping[str, Any]] = {"train.autocast": "none"}
+    hidden: ClassVar[tuple[str, ...]] = ("torch",)
     swappable: ClassVar[bool] = True
 
     def __init__(self, cache: Path) -> None:
