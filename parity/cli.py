@@ -14,7 +14,7 @@ from parity.commands.options import EXIT_GREEN, EXIT_USAGE
 from parity.commands.replay import replay
 from parity.commands.report import report
 from parity.commands.run import run
-from parity.commands.show import factors, list_
+from parity.commands.show import contract, factors, list_, new_path
 from parity.errors import UsageError
 
 
@@ -59,7 +59,7 @@ def main() -> None:
     """Tells whether an MLX fine-tuning path does the same thing as its reference."""
 
 
-for command in (run, bisect, replay, report, capture, list_, factors):
+for command in (run, bisect, replay, report, capture, list_, factors, contract, new_path):
     main.add_command(command)
 
 

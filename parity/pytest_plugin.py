@@ -75,16 +75,22 @@ def _matrix(config: pytest.Config, stage: str) -> Matrix:
     from parity import recipe as recipes
     from parity.cells import matrix as runs
     from parity.errors import UsageError
+    from parity.paths.registry import knobs
     from parity.stages import find
 
+    references = tuple(config.getoption("--reference") or runs.REFERENCES)
     try:
         changes = runs.sides([("subject", text) for text in config.getoption("--subject-factor")])
         matrix = runs.Matrix(
             (find(stage),),
             config.getoption("--subject"),
-            tuple(config.getoption("--reference") or runs.REFERENCES),
+            references,
             runs.parse_seeds(config.getoption("--seeds")),
-            recipes.load(config.getoption("--recipe"), config.getoption("--factor")),
+            recipes.load(
+                config.getoption("--recipe"),
+                config.getoption("--factor"),
+                knobs([config.getoption("--subject"), *references]),
+            ),
             changes,
             config.getoption("--recipe"),
         )

@@ -1,7 +1,9 @@
 """Recipes and factors: everything that is to be run, frozen, read from TOML.
 
 Every leaf of a recipe is a *factor* with a dotted name (`lora.num_layers`); factors are what
-`--set` overrides and what a search flips.
+`--set` overrides and what a search flips. `Neutral` marks values that a path meets without an option
+for the factor, `Idle` factors that have no effect beside others. Factors of one trainer alone are its
+*knobs*: a section that a recipe has where that trainer takes part.
 """
 
 from __future__ import annotations
@@ -10,11 +12,21 @@ import difflib
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 
 from parity import resources
 from parity.errors import UsageError
@@ -26,10 +38,35 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+class Neutral:
+    """Marks the values of a factor that ask nothing: a path without such an option meets them."""
+
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Marks a factor that has no effect while another one has a certain value."""
+
+    factor: str
+    value: Any
+
+
 class FactorGroup(BaseModel):
     """A frozen, strictly validated group of factors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Knobs(FactorGroup):
+    """Factors that only one trainer has. They are declared with its path (`TrainingPath.knobs`)."""
+
+    section: ClassVar[str]
+    """The name of the section, usually that of the path."""
+
+
+AnyKnobs = TypeVar("AnyKnobs", bound=Knobs)
 
 
 class Model(FactorGroup):
@@ -38,7 +75,7 @@ class Model(FactorGroup):
     source: Name = "tiny-gemma3"
     """A fixture's name, a local directory or a hub id."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
-    weights: Literal["stored", "bfloat16", "float16"] = "stored"
+    weights: Annotated[Literal["stored", "bfloat16", "float16"], Neutral("stored")] = "stored"
     """What the weights are rounded to before they are computed with in `dtype`."""
 
 
@@ -49,8 +86,8 @@ class Data(FactorGroup):
     """A fixture's name or a directory with train.jsonl (and valid.jsonl)."""
     max_length: Positive = 2048
     """Tokens a row may have; the rest is cut."""
-    pad_multiple: Positive = 32
-    pad_extra: Literal[0, 1] = 1
+    pad_multiple: Annotated[Positive, Neutral(1)] = 32
+    pad_extra: Annotated[Literal[0, 1], Neutral(0)] = 1
     """Width of a batch = pad_extra + the longest row rounded up to pad_multiple."""
     append_eos: bool = True
 
@@ -60,7 +97,7 @@ class Seed(FactorGroup):
 
     value: Annotated[int, Field(ge=0, lt=2**32)] = 3407
     placement: Literal["before_load", "before_lora"] = "before_lora"
-    data: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    data: Annotated[Annotated[int, Field(ge=0, lt=2**32)] | None, Neutral(None)] = None
     """Seed of the data order; none means `value`."""
 
 
@@ -69,7 +106,7 @@ class Lora(FactorGroup):
 
     rank: Positive = 8
     scale: PositiveFloat = 2.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1), Neutral(0.0)] = 0.0
     target_modules: Annotated[tuple[Name, ...], Field(min_length=1, strict=False)] = (
         "q_proj",
         "k_proj",
@@ -79,7 +116,7 @@ class Lora(FactorGroup):
         "up_proj",
         "down_proj",
     )
-    num_layers: Annotated[int, Field(ge=-1)] = -1
+    num_layers: Annotated[int, Field(ge=-1), Neutral(-1)] = -1
     """How many of the last layers are adapted; -1 means all."""
 
     @model_validator(mode="before")
@@ -113,10 +150,13 @@ class Mask(FactorGroup):
     target of the completion.
     """
 
-    prompt: bool = False
-    start_shift: int = 0
-    end_shift: int = 1
+    prompt: Annotated[bool, Neutral(False)] = False
+    start_shift: Annotated[int, Neutral(0)] = 0
+    end_shift: Annotated[int, Neutral(0)] = 1
     """1 is mlx-lm's `steps <= lengths`: the first padding position counts as well."""
+
+
+_ADAM_ONLY = Idle("optim.name", "sgd")
 
 
 class Optim(FactorGroup):
@@ -124,14 +164,14 @@ class Optim(FactorGroup):
 
     name: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: NonNegativeFloat = 1e-3
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
-    bias_correction: bool = True
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    clip: Literal["none", "value", "norm"] = "none"
-    clip_value: PositiveFloat = 1.0
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False), _ADAM_ONLY] = (0.9, 0.999)
+    eps: Annotated[PositiveFloat, _ADAM_ONLY] = 1e-8
+    weight_decay: Annotated[NonNegativeFloat, Neutral(0.0)] = 0.0
+    bias_correction: Annotated[bool, Neutral(True), _ADAM_ONLY] = True
+    schedule: Annotated[Literal["constant", "linear", "cosine"], Neutral("constant")] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0), Neutral(0)] = 0
+    clip: Annotated[Literal["none", "value", "norm"], Neutral("none")] = "none"
+    clip_value: Annotated[PositiveFloat, Idle("optim.clip", "none")] = 1.0
 
 
 class Train(FactorGroup):
@@ -140,11 +180,14 @@ class Train(FactorGroup):
     steps: Positive = 30
     """Optimizer steps."""
     batch_size: Positive = 6
-    accumulation: Positive = 1
-    accumulation_weighting: Literal["mean", "token"] = "mean"
-    compile: bool = True
-    gradient_checkpointing: bool = False
-    autocast: Literal["none", "bfloat16"] = "none"
+    accumulation: Annotated[Positive, Neutral(1)] = 1
+    accumulation_weighting: Annotated[Literal["mean", "token"], Idle("train.accumulation", 1)] = (
+        "mean"
+    )
+    compile: Annotated[bool, Neutral(True, False)] = True
+    """MLX's compiler. It must not change results, so a path without one has nothing to honour."""
+    gradient_checkpointing: Annotated[bool, Neutral(False)] = False
+    autocast: Annotated[Literal["none", "bfloat16"], Neutral("none")] = "none"
     """Mixed precision: the dtype torch's autocast computes the forward pass in; weights stay."""
 
 
@@ -159,24 +202,8 @@ class Decoding(FactorGroup):
     """Teacher-forced completion loss under which a path passes."""
 
 
-class Unsloth(FactorGroup):
-    """Knobs that only unsloth-zoo has; other paths ignore them."""
-
-    use_cce: bool = False
-    """Its chunked cross-entropy from hidden states instead of logits; it ships with it on."""
-    patch_mode: Literal["patched", "unpatched"] = "patched"
-    """Its replacements of model code for mx.compile."""
-    load_in_4bit: bool = False
-    """Quantizes the base weights as they are loaded; it ships with it on."""
-    cast_norm_output: bool = True
-    """In half precision, norms are in float32 and their outputs are cast back."""
-    explicit_clip: bool = True
-    """False leaves every clip knob that optim.clip does not use unsaid, which is not the same as
-    off: what its default then does changed between releases."""
-
-
 class Recipe(FactorGroup):
-    """Everything that is to be run. Leaves are factors."""
+    """Everything that is to be run. Leaves are factors; `kind_of` adds sections of knobs."""
 
     model: Model = Model()
     data: Data = Data()
@@ -186,7 +213,6 @@ class Recipe(FactorGroup):
     optim: Optim = Optim()
     train: Train = Train()
     decode: Decoding = Decoding()
-    unsloth: Unsloth = Unsloth()
 
     def factors(self) -> dict[str, Any]:
         """Dotted name to value, in the order of the recipe."""
@@ -204,11 +230,57 @@ class Recipe(FactorGroup):
         """
         if not changes:
             return self
-        return build(_merge(self.model_dump(mode="json"), changes), where="override")
+        kind = type(self)
+        return build(_merge(self.model_dump(mode="json"), changes, kind), "override", kind)
+
+    def with_knobs(self, types: Iterable[type[Knobs]]) -> Recipe:
+        """The recipe with these sections of knobs and no others; those it lacked at their defaults."""
+        kind = kind_of(types)
+        if kind is type(self):
+            return self
+        data = self.model_dump(mode="json")
+        return build(
+            {name: data[name] for name in kind.model_fields if name in data}, "knobs", kind
+        )
+
+    @classmethod
+    def knob_types(cls) -> tuple[type[Knobs], ...]:
+        """Its sections of knobs."""
+        kinds = (field.annotation for field in cls.model_fields.values())
+        return tuple(k for k in kinds if isinstance(k, type) and issubclass(k, Knobs))
+
+    def knobs(self, kind: type[AnyKnobs]) -> AnyKnobs:
+        """One section of knobs; its defaults where the recipe does not have it."""
+        return cast(AnyKnobs, getattr(self, kind.section, None) or kind())
+
+    def active(self) -> dict[str, Any]:
+        """The factors that have an effect beside the others: `optim.clip_value` has none without a clip."""
+        factors = self.factors()
+        return {
+            name: value
+            for name, value in factors.items()
+            if not any(factors[mark.factor] == mark.value for mark in self._marks(name, Idle))
+        }
+
+    def neutral(self, name: str) -> bool:
+        """Whether a factor is at a value that asks nothing of a path."""
+        value = self.factors()[name]
+        # `True` is equal to 1
+        return any(
+            value == known and type(value) is type(known)
+            for mark in self._marks(name, Neutral)
+            for known in mark.values
+        )
+
+    def _marks(self, name: str, kind: type[Any]) -> Iterator[Any]:
+        section, _, key = name.partition(".")
+        group: FactorGroup = getattr(self, section)
+        field: FieldInfo = type(group).model_fields[key]
+        return (mark for mark in field.metadata if isinstance(mark, kind))
 
     def difference(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
         """Factors in which two recipes differ: name to (self's value, other's value)."""
-        theirs = other.factors()
+        theirs = other.with_knobs(self.knob_types()).factors()
         return {k: (v, theirs[k]) for k, v in self.factors().items() if v != theirs[k]}
 
     def digest(self) -> str:
@@ -221,12 +293,14 @@ class Recipe(FactorGroup):
 _SPELLINGS = {"lora.alpha": "lora.scale", "lora.scale": "lora.alpha"}
 
 
-def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(
+    base: Mapping[str, Any], changes: Mapping[str, Any], kind: type[Recipe]
+) -> dict[str, Any]:
     merged = {section: dict(values) for section, values in base.items()}
     for name, value in changes.items():
         section, dot, key = name.partition(".")
-        if not dot or section not in Recipe.model_fields:
-            raise UsageError(_unknown(name))
+        if not dot or section not in kind.model_fields:
+            raise UsageError(_unknown(name, kind))
         group = merged.setdefault(section, {})
         group[key] = value
         if other := _SPELLINGS.get(name):
@@ -234,40 +308,60 @@ def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def factor_names() -> list[str]:
-    """All dotted factor names."""
-    return list(Recipe().factors())
+@cache
+def _kind(types: frozenset[type[Knobs]]) -> type[Recipe]:
+    named = {kind.section: kind for kind in sorted(types, key=lambda kind: kind.section)}
+    if len(named) < len(types):
+        raise UsageError(f"two paths have knobs of one name: {', '.join(sorted(named))}")
+    fields: dict[str, Any] = {name: (kind, kind()) for name, kind in named.items()}
+    return create_model("Recipe", __base__=Recipe, **fields)
 
 
-def _unknown(name: str) -> str:
-    names = factor_names()
+def kind_of(types: Iterable[type[Knobs]]) -> type[Recipe]:
+    """The type of recipes that have these sections of knobs.
+
+    Raises:
+        UsageError: Two sections of one name.
+    """
+    wanted = frozenset(types)
+    return _kind(wanted) if wanted else Recipe
+
+
+def factor_names(types: Iterable[type[Knobs]] = ()) -> list[str]:
+    """All dotted factor names, with those of some knobs."""
+    return list(kind_of(types)().factors())
+
+
+def _unknown(name: str, kind: type[Recipe]) -> str:
+    names = list(kind().factors())
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else f"factors are {', '.join(names)}"
     return f"unknown factor {name!r}: {hint}"
 
 
-def build(data: Mapping[str, Any], where: str) -> Recipe:
+def build(data: Mapping[str, Any], where: str, kind: type[Recipe] = Recipe) -> Recipe:
     """Validates nested sections into a recipe.
 
     Args:
         data: FactorGroup name to mapping of factors.
         where: What is validated, for the error.
+        kind: The type of the recipe, from `kind_of`.
 
     Raises:
         UsageError: One line per offending value.
     """
     try:
-        return Recipe.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
-        raise UsageError(f"{where}: {_explain(error)}") from None
+        raise UsageError(f"{where}: {_explain(error, kind)}") from None
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, kind: type[Recipe]) -> str:
     lines = []
     for item in error.errors(include_url=False):
         name = ".".join(str(part) for part in item["loc"]) or "recipe"
         if item["type"] == "extra_forbidden":
-            lines.append(_unknown(name))
+            lines.append(_unknown(name, kind))
         else:
             message = item["msg"].removeprefix("Value error, ")
             lines.append(f"{name}: {message[:1].lower()}{message[1:]}, got {item['input']!r}")
@@ -293,29 +387,33 @@ def parse_setting(text: str) -> tuple[str, Any]:
 
 
 DEFAULT = "default"
-"""The recipe of the fixtures that is run when nothing else is said."""
+"""The recipe of the fixtures that is run by default."""
 
 
-def load(source: str | Path, settings: Iterable[str] = ()) -> Recipe:
+def load(
+    source: str | Path, settings: Iterable[str] = (), knobs: Iterable[type[Knobs]] = ()
+) -> Recipe:
     """Reads a recipe from TOML and applies `name=value` settings.
 
     Args:
         source: A path ending in .toml, or the name of a recipe in the fixtures.
         settings: Overrides, later ones winning.
+        knobs: Sections of the paths that take part, from `paths.registry.knobs`.
 
     Raises:
         UsageError: No such recipe, broken TOML, unknown or ill-typed factors.
     """
+    kind = kind_of(knobs)
     file = resources.recipe_file(str(source))
     try:
         data = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{file}: not valid TOML: {error}") from None
     for key, value in data.items():
-        if key in Recipe.model_fields and not isinstance(value, dict):
+        if key in kind.model_fields and not isinstance(value, dict):
             raise UsageError(f"{file}: {key} must be a table such as [{key}], got {value!r}")
-    recipe = build(data, where=str(file))
+    recipe = build(data, str(file), kind)
     if changes := dict(parse_setting(text) for text in settings):
         # Overrides merge into what the file says, so that `lora.alpha` keeps its meaning there.
-        recipe = build(_merge(data, changes), where="--set")
+        recipe = build(_merge(data, changes, kind), "--set", kind)
     return recipe

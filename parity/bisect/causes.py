@@ -14,6 +14,7 @@ from parity.capture.engine import Engine
 from parity.cells.cell import Cell, reproduce
 from parity.cells.run import run_cell
 from parity.paths import parts as names_of_parts
+from parity.paths.demands import unmet
 from parity.paths.registry import resolve, swappable
 from parity.recipe import DEFAULT, Recipe
 from parity.record import Record, Verdict
@@ -161,15 +162,15 @@ class CauseSearch:
     def cell(self, stage: Stage, names: Names, parts: Names | None = None) -> Cell:
         """The cell in which the subject differs in just these factors, with these parts its own.
 
-        Where a part always has the subject's value of a factor, the factor can only be taken from the
-        reference together with the part.
+        Where a part cannot carry out the reference's value of a factor, the factor can only be taken
+        from the reference together with the part.
         """
         subset = {name: value for name, value in self.changes.items() if name in names}
-        fixed = resolve(self.subject).fixed
+        refused = unmet(resolve(self.subject), self.recipe.override(subset))
         kept = (self.parts if parts is None else set(parts)) - {
             names_of_parts.part_of(name)
             for name in self.changes
-            if name in fixed and name not in names
+            if name in refused and name not in names
         }
         mixed = {p: (self._own if p in kept else self._theirs)[p] for p in self._own}
         subject = names_of_parts.spec(mixed) if self._mixed else self.subject

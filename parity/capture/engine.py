@@ -86,6 +86,8 @@ class Engine:
             UnmatchedNames: What was handed over does not fit the path's tensors by name.
             CaptureError: It failed.
         """
+        # What only another path has must not make this one run again.
+        recipe = recipe.with_knobs(resolve(spec).knob_types())
         words = keys.of_path(spec), method, keys.of_recipe(recipe), inputs.digest()
         key = hashlib.sha256("\n".join(words).encode()).hexdigest()[:24] + attempt
         file = self.cache / "captures" / key[:2] / f"{key}.safetensors"

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from parity.errors import CaptureError, UnmatchedNames, Unsupported, UsageError
-from parity.recipe import Recipe, build
+from parity.recipe import Recipe, build, kind_of
 from parity.trace import Trace
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Worker:
         log: Path,
         python: str = sys.executable,
     ) -> None:
-        self.spec, self.log = spec, log
+        self.spec, self.log, self._knobs = spec, log, kind.knob_types()
         log.parent.mkdir(parents=True, exist_ok=True)
         self._stderr: IO[bytes] = log.open("ab")
         self._process = subprocess.Popen(
@@ -107,7 +107,7 @@ class Worker:
         """
         request = {
             "method": method,
-            "recipe": recipe.model_dump(mode="json"),
+            "recipe": recipe.with_knobs(self._knobs).model_dump(mode="json"),
             "inputs": str(inputs),
             "output": str(output),
         }
@@ -204,19 +204,25 @@ def serve(spec: str, cache: Path, hidden: Collection[str] = ()) -> None:
         answer: dict[str, str] = {"status": "ok"}
         try:
             if path is None:
+                from parity.paths import demands
+                from parity.paths.contract import METHODS
                 from parity.paths.registry import resolve
 
                 path = resolve(spec)(cache)
             started = time.perf_counter()
-            recipe = build(request["recipe"], where="request")
-            path.check(recipe)
-            trace = getattr(path, request["method"])(recipe, Trace.load(Path(request["inputs"])))
+            kind, method = type(path), METHODS[request["method"]]
+            recipe = build(request["recipe"], "request", kind_of(kind.knob_types()))
+            inputs = Trace.load(Path(request["inputs"]))
+            dimensions = method.check_inputs(inputs)
+            demands.check(kind, method.name, recipe, inputs)
+            trace = getattr(path, method.name)(recipe, inputs)
+            method.check_outputs(trace, dimensions)
             trace.environment = {
                 **path.environment(),
                 "seconds": time.perf_counter() - started,
                 "pid": os.getpid(),
-                # Which code ran, as the process itself says.
-                "code": f"{type(path).__module__}:{type(path).__qualname__}",
+                # Which code ran, as the process itself reports.
+                "code": f"{kind.__module__}:{kind.__qualname__}",
             }
             trace.save(Path(request["output"]))
         except tuple(_RAISED.values()) as error:

@@ -54,7 +54,9 @@ def reproduce(cell: Cell) -> str:
         words.append(f"--device {device}")
     if cell.origin != DEFAULT:
         words.append(f"--recipe {cell.origin}")
-    named = load(cell.origin).override({"seed.value": cell.recipe.seed.value})
+    named = load(cell.origin, knobs=cell.recipe.knob_types()).override(
+        {"seed.value": cell.recipe.seed.value}
+    )
     for name, (value, _) in cell.recipe.difference(named).items():
         words.append(f"--set {setting(name, value)}")
     for side, changes in cell.changes.items():

@@ -51,11 +51,6 @@ def run_cell(engine: Engine, cell: Cell, repeat: bool = False) -> Record:
             verdict, reason = Verdict.DIVERGE, str(error)
         except CaptureError as error:
             verdict, reason, detail = Verdict.ERROR, str(error), error.detail
-        except KeyError as error:
-            reason = (
-                f"a trace lacks {error}: does the path emit what parity/paths/protocol.py says?"
-            )
-            verdict, detail = Verdict.ERROR, traceback.format_exc()
         except Exception as error:  # one broken cell must not end the run
             reason = f"{type(error).__name__} while comparing: {error}"
             verdict, detail = Verdict.ERROR, traceback.format_exc()

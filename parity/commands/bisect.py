@@ -100,8 +100,10 @@ def bisect(
     """  # noqa: D301
     from parity import recipe as recipes
     from parity.cells.matrix import sides
+    from parity.paths.registry import knobs
 
-    shared = recipes.load(recipe, settings).override({"seed.value": seed})
+    own = knobs([asked["subject"], asked["reference"]])
+    shared = recipes.load(recipe, settings, own).override({"seed.value": seed})
     changes = sides([("subject", text) for text in set_subject]).get("subject", {})
     held = sides([("reference", text) for text in set_reference]).get("reference", {})
     for changed in (changes, held):

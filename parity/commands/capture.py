@@ -51,12 +51,13 @@ def capture(
     """  # noqa: D301
     from parity import recipe as recipes
     from parity.capture import engine as engines
-    from parity.paths.protocol import METHODS
+    from parity.paths.contract import METHODS
+    from parity.paths.registry import knobs
     from parity.trace import Trace
 
     if method not in METHODS:
         raise UsageError(f"unknown method {method!r}: give one of {', '.join(METHODS)}")
-    shared = recipes.load(recipe, settings)
+    shared = recipes.load(recipe, settings, knobs([path]))
     engines.check([path], shared)
     with engines.Engine(timeout=timeout) as engine:
         try:

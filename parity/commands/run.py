@@ -76,12 +76,14 @@ def run(
     from parity.cells import matrix as runs
     from parity.cells.plan import Plan, write_plan
     from parity.cells.run import run_matrix
+    from parity.paths import registry
     from parity.report import progress, terminal
     from parity.report.write import write
     from parity.results import expected as expectations
     from parity.results.aggregate import aggregate
 
-    shared = recipes.load(recipe, settings)
+    references = references or runs.REFERENCES
+    shared = recipes.load(recipe, settings, registry.knobs([subject, *references]))
     changes = runs.sides(
         [*(("subject", t) for t in set_subject), *(("reference", t) for t in set_reference)]
     )
@@ -90,7 +92,7 @@ def run(
     matrix = runs.Matrix(
         runs.parse_probes(probes),
         subject,
-        references or runs.REFERENCES,
+        references,
         runs.parse_seeds(seeds),
         shared,
         changes,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from parity.commands.options import (
@@ -36,6 +38,41 @@ def factors(recipe: str, settings: tuple[str, ...]) -> None:
     import json
 
     from parity import recipe as recipes
+    from parity.paths.registry import installed_knobs
 
-    for name, value in recipes.load(recipe, settings).factors().items():
+    for name, value in recipes.load(recipe, settings, installed_knobs()).factors().items():
         click.echo(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+
+
+@click.command()
+@click.argument("methods", nargs=-1, metavar="[METHOD]...")
+def contract(methods: tuple[str, ...]) -> None:
+    """Show what each method of a path is handed, emits and reads."""
+    from parity.paths.contract import table
+
+    click.echo(table(methods))
+
+
+@click.command("new-path")
+@click.argument("name")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False),
+              help="A file that does not exist yet.  [default: print it]")  # fmt: skip
+def new_path(name: str, out: Path | None) -> None:
+    """Write the skeleton of a path of your own, every method of which may be left out.
+
+    \b
+    Examples:
+      parity new-path my-trainer --out my_trainer.py
+      parity run --subject my_trainer:MyTrainer --reference hf
+    """  # noqa: D301
+    from parity.errors import UsageError
+    from parity.paths.skeleton import class_name, skeleton
+
+    text = skeleton(name)
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    if out.exists():
+        raise UsageError(f"{out} exists: give --out a file that does not")
+    out.write_text(text, encoding="utf-8")
+    click.echo(f"wrote {out}: parity run --subject {out.stem}:{class_name(name)} --reference hf")

@@ -72,6 +72,6 @@ def defaults(function: Any) -> dict[str, Any]:
 def model_key(recipe: Recipe) -> tuple[str, ...]:
     """What a loaded model depends on."""
     source = resources.model_dir(recipe.model.source)
-    # One section's knobs decide what its loader makes; other paths load anew where these change.
-    knobs = recipe.unsloth.model_dump_json()
+    # Knobs may decide what a loader makes.
+    knobs = "".join(recipe.knobs(kind).model_dump_json() for kind in recipe.knob_types())
     return source, recipe.model.dtype, recipe.model.weights, resources.fingerprint(source), knobs

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from parity.paths import parts
 from parity.paths.protocol import TrainingPath
+from parity.recipe import Recipe, factor_names
 
 
 def compose(
@@ -30,6 +31,9 @@ def compose(
         fixed: ClassVar[Mapping[str, Any]] = _each(
             base.fixed, {part: donor.fixed for part, donor in donors.items()}
         )
+        honours: ClassVar[tuple[str, ...]] = tuple(
+            _each(_honoured(base), {part: _honoured(donor) for part, donor in donors.items()})
+        )
 
         def __init__(self, cache: Path) -> None:
             super().__init__(cache)
@@ -40,6 +44,12 @@ def compose(
         def made_of(cls) -> tuple[type[TrainingPath], ...]:
             return members
 
+        @classmethod
+        def refused(cls, recipe: Recipe) -> dict[str, str]:
+            """Each factor as the path that honours it has it."""
+            theirs = {part: donor.refused(recipe) for part, donor in donors.items()}
+            return _each(base.refused(recipe), theirs)
+
         def shipped(self) -> dict[str, Any]:
             """Each factor as the path that honours it sets it."""
             theirs = {part: donor.shipped() for part, donor in self.donors.items()}
@@ -47,6 +57,11 @@ def compose(
 
     Hybrid.name = name
     return Hybrid
+
+
+def _honoured(kind: type[TrainingPath]) -> dict[str, None]:
+    """The factors that a path honours, one by one."""
+    return {name: None for name in factor_names() if name.startswith(kind.honours)}
 
 
 def _each(own: Mapping[str, Any], donors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

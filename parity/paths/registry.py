@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
+from collections.abc import Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
 
 from parity.errors import UsageError
-from parity.paths import parts
+from parity.paths import declaration, parts
 from parity.paths.hybrid import compose
 from parity.paths.protocol import TrainingPath
+from parity.recipe import Knobs
 
 GROUP = "parity.paths"
 
@@ -44,11 +47,27 @@ def resolve(spec: str) -> type[TrainingPath]:
         sys.path.insert(0, str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a module of a user may raise anything
+    except (Exception, SystemExit) as error:  # a module of a user may raise anything
         raise UsageError(f"cannot import path {spec!r}: {type(error).__name__}: {error}") from None
-    if not (isinstance(found, type) and issubclass(found, TrainingPath)):
-        raise UsageError(f"{spec!r} is no subclass of parity.paths.protocol.TrainingPath")
-    return found
+    return declaration.check(spec, found)
+
+
+def knobs(specs: Iterable[str]) -> tuple[type[Knobs], ...]:
+    """The knobs of these paths: sections that a recipe has where they take part.
+
+    Raises:
+        UsageError: As `resolve` does.
+    """
+    return tuple(dict.fromkeys(kind for spec in specs for kind in resolve(spec).knob_types()))
+
+
+def installed_knobs() -> tuple[type[Knobs], ...]:
+    """The knobs of all registered paths that can be imported."""
+    found: dict[type[Knobs], None] = {}
+    for name in registered():
+        with contextlib.suppress(UsageError):
+            found |= dict.fromkeys(knobs([name]))
+    return tuple(found)
 
 
 def swappable(spec: str) -> bool:

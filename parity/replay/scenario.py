@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,8 @@ from parity import recipe as recipes
 from parity import resources
 from parity.errors import UsageError
 from parity.paths.parts import LOOP, PARTS
-from parity.recipe import DEFAULT, Recipe, factor_names
+from parity.paths.registry import knobs
+from parity.recipe import DEFAULT, Knobs, Recipe, factor_names
 from parity.stages import find
 from parity.stages.context import Stage
 
@@ -55,9 +57,6 @@ class Expect(Table):
             raise ValueError("`found` needs stage and cause, or release; `agree` has none of them")
         if self.stage:
             find(self.stage)
-        known = {*factor_names(), *PARTS, LOOP}
-        if wrong := [name for name in self.cause if name not in known]:
-            raise ValueError(f"cause {wrong[0]!r} is neither a factor nor a part")
         return self
 
     def searched(self) -> str:
@@ -111,11 +110,17 @@ class Scenario(Table):
 
     def recipes(self) -> Iterator[Recipe]:
         """The shared recipe of each seed and each point of the sweep."""
-        base = recipes.load(self.recipe).override(self.set)
+        base = recipes.load(self.recipe, knobs=self.knobs()).override(self.set)
         for values in itertools.product(*self.sweep.values()):
             point = base.override(dict(zip(self.sweep, values, strict=True)))
             for seed in self.seeds:
                 yield point.override({"seed.value": seed})
+
+    def knobs(self) -> tuple[type[Knobs], ...]:
+        """Those of its paths; a path that cannot be imported is found when it is to be run."""
+        with contextlib.suppress(UsageError):
+            return knobs([self.subject, self.reference])
+        return ()
 
     def stages(self) -> tuple[Stage, ...]:
         """The stages that are asked; empty: all."""
@@ -145,6 +150,9 @@ def load(source: str) -> Scenario:
         scenario = Scenario.model_validate({**data, "name": file.stem})
         for changes in (scenario.set_subject, scenario.set_reference):
             next(scenario.recipes()).override(changes)
+        known = {*factor_names(scenario.knobs()), *PARTS, LOOP}
+        if wrong := [name for name in scenario.expect.cause if name not in known]:
+            raise UsageError(f"expect.cause: {wrong[0]!r} is neither a factor nor a part")
         gates = (*next(scenario.recipes()).decode.prompts, "teacher-forced")
         if wrong := [gate for gate in scenario.expect.gates if gate not in gates]:
             raise UsageError(f"no gate {wrong[0]!r}: there are {', '.join(map(repr, gates))}")

@@ -34,6 +34,12 @@ class HfPath(TorchStages):
     framework: ClassVar[str] = "torch"
     packages: ClassVar[tuple[str, ...]] = ("torch", "transformers", "peft", "numpy")
     release: ClassVar[str] = "transformers"
+    honours: ClassVar[tuple[str, ...]] = (
+        "model.", "data.", "seed.", "lora.", "mask.", "optim.", "decode.max_tokens",
+        "train.steps", "train.batch_size", "train.accumulation", "train.accumulation_weighting",
+        "train.gradient_checkpointing", "train.autocast",
+    )  # fmt: skip
+    fixed: ClassVar[Mapping[str, Any]] = {"optim.bias_correction": True}
 
     def __init__(self, cache: Path) -> None:
         super().__init__(cache)

@@ -1,6 +1,6 @@
 """Path `mlx`: an in-process loop on mlx-lm's loader, adapter wiring, batching and loss.
 
-Every factor is honoured. The parts (load, wire, dataset, iterate, loss, optimizer, clip, loop) are
+Every factor is honoured but `train.autocast`, which names torch's. The parts (load, wire, dataset, iterate, loss, optimizer, clip, loop) are
 methods, so that a subclass can put in a part of another stack.
 """
 
@@ -34,7 +34,11 @@ class MlxPath(MlxStages):
     framework: ClassVar[str] = "mlx"
     packages: ClassVar[tuple[str, ...]] = ("mlx", "mlx-lm", "transformers", "numpy")
     release: ClassVar[str] = "mlx-lm"
-    fixed: ClassVar[Mapping[str, Any]] = {"train.autocast": "none"}
+    honours: ClassVar[tuple[str, ...]] = (
+        "model.", "data.", "seed.", "lora.", "mask.", "optim.", "decode.max_tokens",
+        "train.steps", "train.batch_size", "train.accumulation", "train.accumulation_weighting",
+        "train.compile", "train.gradient_checkpointing",
+    )  # fmt: skip
     hidden: ClassVar[tuple[str, ...]] = ("torch",)
     swappable: ClassVar[bool] = True
 

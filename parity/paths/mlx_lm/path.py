@@ -38,7 +38,6 @@ class MlxLmPath(MlxPath):
 
     name: ClassVar[str] = "mlx-lm"
     fixed: ClassVar[Mapping[str, Any]] = {
-        **MlxPath.fixed,
         "model.weights": "stored",
         "data.pad_multiple": 32,
         "data.pad_extra": 1,
@@ -173,13 +172,15 @@ class MlxLmPath(MlxPath):
         """See `TrainingPath.config`."""
         return config_trace(recipe, self.setup(recipe))
 
-    def check(self, recipe: Recipe) -> None:
-        """See `TrainingPath.check`."""
-        super().check(recipe)
+    @classmethod
+    def refused(cls, recipe: Recipe) -> dict[str, str]:
+        """See `TrainingPath.refused`."""
+        found = {}
         if recipe.seed.data not in (None, recipe.seed.value):
-            raise Unsupported("the mlx-lm CLI has one seed for LoRA init and data order")
+            found["seed.data"] = "the mlx-lm CLI has one seed for LoRA init and data order"
         if recipe.model.dtype == "float64":
-            raise Unsupported("the mlx-lm CLI has no float64")
+            found["model.dtype"] = "the mlx-lm CLI has no float64"
+        return found
 
     # The CLI and its door ----------------------------------------------------------------------
 

@@ -51,6 +51,21 @@ class TrlPath(HfPath):
         "greedy_decode": _FUSED,
     }
 
+    fixed: ClassVar[Mapping[str, Any]] = {
+        **HfPath.fixed,
+        "train.accumulation_weighting": "token",
+    }
+
+    @classmethod
+    def refused(cls, recipe: Recipe) -> dict[str, str]:
+        """See `TrainingPath.refused`."""
+        found = {}
+        if recipe.optim.name == "adam":
+            found["optim.name"] = "SFTConfig has no Adam without decoupled decay (optim.name=adam)"
+        if recipe.optim.clip == "value":
+            found["optim.clip"] = "SFTTrainer clips by norm only (optim.clip=value)"
+        return found
+
     def __init__(self, cache: Path) -> None:
         # Read when huggingface_hub is imported: a probe reports to nobody.
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -134,30 +149,20 @@ class TrlPath(HfPath):
     def _check(self, recipe: Recipe) -> None:
         import torch
 
-        o, kind = recipe.optim, _torch.device().type
-        for refused, reason in (
+        kind = _torch.device().type
+        for wrong, reason in (
+            (recipe.model.dtype == "float64", "the loss of SFTTrainer is summed in float32"),
+            (
+                recipe.seed.placement == "before_load" and recipe.model.weights != "stored",
+                "SFTTrainer loads weights as they are stored (model.weights)",
+            ),
             (kind not in ("cpu", "cuda"), f"SFTTrainer is run on cpu or cuda, not on {kind}"),
             (
                 kind == "cuda" and torch.cuda.device_count() > 1,
                 "SFTTrainer wants one visible GPU: set CUDA_VISIBLE_DEVICES",
             ),
-            (recipe.model.dtype == "float64", "the loss of SFTTrainer is summed in float32"),
-            (o.name == "adam", "SFTConfig has no Adam without decoupled decay (optim.name=adam)"),
-            (
-                o.name == "adamw" and not o.bias_correction,
-                "torch's Adam always corrects bias (optim.bias_correction=false)",
-            ),
-            (o.clip == "value", "SFTTrainer clips by norm only (optim.clip=value)"),
-            (
-                recipe.train.accumulation > 1 and recipe.train.accumulation_weighting == "mean",
-                "SFTTrainer weights micro-batches by tokens (train.accumulation_weighting=mean)",
-            ),
-            (
-                recipe.seed.placement == "before_load" and recipe.model.weights != "stored",
-                "SFTTrainer loads weights as they are stored (model.weights)",
-            ),
         ):
-            if refused:
+            if wrong:
                 raise Unsupported(reason)
 
     def _check_own_batches(self, recipe: Recipe) -> None:
@@ -186,7 +191,7 @@ class TrlPath(HfPath):
             "max_steps": t.steps,
             "gradient_accumulation_steps": t.accumulation,
             # Not the fused kernel, which rounds differently.
-            "optim": {"adamw": "adamw_torch", "sgd": "sgd"}[o.name],
+            "optim": "sgd" if o.name == "sgd" else "adamw_torch",
             "learning_rate": o.lr,
             "adam_beta1": o.betas[0],
             "adam_beta2": o.betas[1],

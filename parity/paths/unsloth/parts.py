@@ -12,6 +12,7 @@ import numpy as np
 from parity.errors import Unsupported
 from parity.paths.mlx import live as _mlx
 from parity.paths.mlx.live import Batch, Loss, to_numpy
+from parity.paths.unsloth.knobs import UnslothKnobs
 from parity.paths.unsloth.library import PACKAGE, Library
 from parity.paths.unsloth.trainer import Run, shifted, trainer
 from parity.recipe import Recipe
@@ -98,7 +99,7 @@ def loss_of(found: Library, recipe: Recipe) -> Loss:
 
     def loss(model: Any, ids: Any, lengths: Any) -> tuple[Any, Any]:
         lengths = shifted(recipe, found, lengths)
-        if not recipe.unsloth.use_cce:
+        if not recipe.knobs(UnslothKnobs).use_cce:
             return found.trainer.make_baseline_loss_fn()(model, ids, lengths)  # type: ignore[no-any-return]
         if not isinstance(model, nn.Module):
             logits = model(ids[:, :-1])

@@ -26,6 +26,7 @@ from parity.paths.mlx.settings import one_step
 from parity.paths.mlx.traces import config_trace
 from parity.paths.unsloth import settings as _unsloth_settings
 from parity.paths.unsloth import trainer as _unsloth_trainer
+from parity.paths.unsloth.knobs import UnslothKnobs
 from parity.paths.unsloth.library import PACKAGE, library
 from parity.paths.unsloth.parts import Rows, clip_in_effect, loss_of, stepping, tree_of
 from parity.paths.unsloth.trainer import Foreign, Run
@@ -48,21 +49,21 @@ class UnslothPath(MlxPath):
     release: ClassVar[str] = PACKAGE
     without_dependencies: ClassVar[tuple[str, ...]] = (PACKAGE,)
     fixed: ClassVar[Mapping[str, Any]] = {
-        **MlxPath.fixed,
         "model.weights": "stored",
         "data.pad_multiple": 32,
         "data.pad_extra": 1,
         "seed.placement": "before_lora",
         "optim.bias_correction": True,
+        "train.accumulation_weighting": "token",
     }
+    knobs: ClassVar[type[UnslothKnobs]] = UnslothKnobs
 
-    def check(self, recipe: Recipe) -> None:
-        """See `TrainingPath.check`."""
-        super().check(recipe)
-        if recipe.model.dtype == "float64":
-            raise Unsupported("unsloth-zoo has no float64")
-        if recipe.train.accumulation > 1 and recipe.train.accumulation_weighting != "token":
-            raise Unsupported("unsloth-zoo always weights micro-batches by their tokens")
+    @classmethod
+    def refused(cls, recipe: Recipe) -> dict[str, str]:
+        """See `TrainingPath.refused`."""
+        return (
+            {"model.dtype": "unsloth-zoo has no float64"} if recipe.model.dtype == "float64" else {}
+        )
 
     def __init__(self, cache: Path) -> None:
         super().__init__(cache)
@@ -139,7 +140,7 @@ class UnslothPath(MlxPath):
 
     def clip(self, recipe: Recipe) -> Callable[[Any], Any] | None:
         """Its real clip functions, where the release has them apart from its step."""
-        if recipe.optim.clip == "none" and recipe.unsloth.explicit_clip:
+        if recipe.optim.clip == "none" and recipe.knobs(UnslothKnobs).explicit_clip:
             return None
         found = library()
 
@@ -269,7 +270,7 @@ class UnslothPath(MlxPath):
         """The trainer on a module of bare weights; each gradient stands for that of one step."""
         import mlx.core as mx
 
-        recipe = recipe.override(
+        recipe = recipe.with_knobs([UnslothKnobs]).override(
             {
                 "train.compile": False,
                 "train.accumulation": 1,

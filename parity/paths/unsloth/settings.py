@@ -7,6 +7,7 @@ from typing import Any
 from parity import resources
 from parity.errors import Unsupported
 from parity.paths.describe import defaults
+from parity.paths.unsloth.knobs import UnslothKnobs
 from parity.paths.unsloth.library import PACKAGE, Library
 from parity.recipe import Recipe
 
@@ -27,9 +28,9 @@ def loading(recipe: Recipe) -> dict[str, Any]:
         "model_name": resources.model_dir(recipe.model.source),
         "max_seq_length": recipe.data.max_length,
         "dtype": recipe.model.dtype,
-        "load_in_4bit": recipe.unsloth.load_in_4bit,
+        "load_in_4bit": recipe.knobs(UnslothKnobs).load_in_4bit,
         "text_only": True,
-        "patch_mode": recipe.unsloth.patch_mode,
+        "patch_mode": recipe.knobs(UnslothKnobs).patch_mode,
         "random_state": recipe.seed.value,
     }
 
@@ -72,16 +73,16 @@ def training(found: Library, recipe: Recipe, folder: str) -> Any:
         "save_steps": 0,
         "eval_steps": 0,
         "max_seq_length": recipe.data.max_length,
-        "use_cce": recipe.unsloth.use_cce,
+        "use_cce": recipe.knobs(UnslothKnobs).use_cce,
         "compile": t.compile,
-        "patch_mode": recipe.unsloth.patch_mode,
+        "patch_mode": recipe.knobs(UnslothKnobs).patch_mode,
         "gradient_checkpointing": t.gradient_checkpointing,
         "append_eos": recipe.data.append_eos,
         "completion_only_loss": recipe.mask.prompt,
         **clipping(found, recipe),
     }
     if recipe.model.dtype != "float32":
-        wanted["cast_norm_output_to_input_dtype"] = recipe.unsloth.cast_norm_output
+        wanted["cast_norm_output_to_input_dtype"] = recipe.knobs(UnslothKnobs).cast_norm_output
     if o.name != "sgd":
         wanted |= {"adam_beta1": o.betas[0], "adam_beta2": o.betas[1], "adam_epsilon": o.eps}
     offered = found.options()
@@ -96,7 +97,7 @@ def clipping(found: Library, recipe: Recipe) -> dict[str, Any]:
     """The clip knobs; an explicit 0.0 is off, what is left unsaid is the release's own default."""
     kind, limit = recipe.optim.clip, recipe.optim.clip_value
     knob = {"value": "max_grad_value", "norm": "max_grad_norm"}
-    if not recipe.unsloth.explicit_clip:
+    if not recipe.knobs(UnslothKnobs).explicit_clip:
         return {knob[kind]: limit} if kind != "none" else {}
     named = dict.fromkeys(knob.values(), 0.0)
     return named | ({knob[kind]: limit} if kind != "none" else {})

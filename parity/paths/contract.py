@@ -1,0 +1,340 @@
+"""The contract of a path: what each method is handed, what it emits, which factors it reads.
+
+This is the one place that says so. The worker checks every call against it, the table of `parity
+contract` and the skeleton of `parity new-path` are made from it, and what a path does not implement
+raises `Unsupported` by it. All arrays are NumPy; names of tensors are canonical
+(`layers.3.self_attn.q_proj.lora_a`) and in MLX's orientation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from parity.errors import UsageError
+from parity.paths.schema import ArraySpec as Arr
+from parity.paths.schema import Bindings, Spec, shortened, violations
+from parity.paths.schema import ScalarSpec as Sca
+from parity.trace import Trace
+
+
+class ContractError(Exception):
+    """What a path emitted is not what its method's schema says; the message names each item."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method of a path: `method(recipe, inputs) -> Trace`.
+
+    Attributes:
+        name: Its name.
+        stage: The stage that judges it; empty where it only serves others.
+        summary: A phrase.
+        inputs: What it is handed.
+        outputs: What it emits.
+        reads: Factors, or prefixes of factors, that may change what it emits.
+        ignores: Those among them that do not.
+        without: Optional inputs to factors that it reads only where it is not handed them.
+    """
+
+    name: str
+    stage: str
+    summary: str
+    inputs: tuple[Spec, ...] = ()
+    outputs: tuple[Spec, ...] = ()
+    reads: tuple[str, ...] = ()
+    ignores: tuple[str, ...] = ()
+    without: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def read(self, factor: str, inputs: Trace) -> bool:
+        """Whether it reads a factor when it is handed these inputs."""
+        lacking = (names for group, names in self.without.items() if not inputs.group(group))
+        return any(factor.startswith(names) for names in lacking) or (
+            factor.startswith(self.reads) and not factor.startswith(self.ignores)
+        )
+
+    def check_inputs(self, inputs: Trace) -> Bindings:
+        """What the dimensions of the inputs stand for.
+
+        Raises:
+            UsageError: They do not fit; the message names each item.
+        """
+        bindings = Bindings()
+        if found := violations(self.inputs, inputs, bindings):
+            raise UsageError(f"inputs of {self.name}: {shortened(found)}")
+        return bindings
+
+    def check_outputs(self, outputs: Any, bindings: Bindings) -> None:
+        """Holds what the method returned against its schema.
+
+        Args:
+            outputs: Whatever it returned.
+            bindings: Those of its inputs.
+
+        Raises:
+            ContractError: It does not fit; the message names each item.
+        """
+        if not isinstance(outputs, Trace):
+            raise ContractError(f"it returned {type(outputs).__name__}, expected a Trace")
+        if found := violations(self.outputs, outputs, bindings.copy()):
+            raise ContractError(shortened(found))
+
+
+def _adapter(group: str, meaning: str, together: str = "") -> tuple[Spec, ...]:
+    """LoRA's tensors; those of mixtures of experts have one matrix an expert, stored (out, in)."""
+    return (
+        Arr(f"{group}/<name>.lora_a", "(in, r) | (experts, r, in)", "float", meaning, together),
+        Arr(f"{group}/<name>.lora_b", "(r, out) | (experts, out, r)", "float", meaning, together),
+    )
+
+
+def _batches(
+    letter: str, together: str = "", prefix: str = "", size: str = "B, W"
+) -> tuple[Spec, ...]:
+    rows = size.partition(",")[0]
+    return (
+        Arr(f"{prefix}ids.{letter}", f"({size})", "int", "token ids of a micro-batch", together),
+        Arr(
+            f"{prefix}lengths.{letter}", f"({rows}, 2)", "int",
+            "(offset, tokens) of each row: targets before the offset are not supervised", together,
+        ),
+    )  # fmt: skip
+
+
+_HANDED = _batches("N", "batches", "batches/")
+_TENSORS = "the adapter that is handed over"
+_MODEL = ("model.",)
+_ADAPTED = ("model.", "lora.")
+_ROWS = ("data.source", "data.max_length", "data.append_eos", "mask.prompt")
+_BATCHING = ("data.", "seed.value", "seed.data", "mask.prompt")
+_ONE_OR_MANY = "one value, or all where modules disagree"
+_NAMES = list[str]
+_Number = int | float
+
+_ALL = (
+    Method(
+        "tokenization", "tokenization", "ids that are trained on, and ids of any text",
+        inputs=(
+            Sca("texts", _NAMES, "text to encode and decode", length="K"),
+            Sca("conversations", list[list[dict[str, str]]], "messages of role and content", length="C"),
+        ),
+        outputs=(
+            Arr("row.N", "(n)", "int", "a training row as it is trained on"),
+            Arr("offset.N", "()", "int", "first supervised token of the row, 0 for all"),
+            Arr("text.K", "(n)", "int", "a text encoded"),
+            Arr("chat.C", "(n)", "int", "a conversation through the chat template"),
+            Sca("decoded", _NAMES, "each text encoded and decoded", length="K"),
+            Sca("bos", int | None, "id of the beginning of a sequence"),
+            Sca("eos", int | None, "id of its end"),
+            Sca("pad", int | None, "id of padding"),
+            Sca("vocab_size", int, "size of the vocabulary"),
+        ),
+        reads=("model.source", *_ROWS),
+    ),
+    Method(
+        "batches", "", "micro-batches in the order they are trained on",
+        outputs=_batches("N"),
+        reads=("model.source", *_BATCHING, "train.steps", "train.batch_size", "train.accumulation"),
+        ignores=("train.accumulation_weighting",),
+    ),
+    Method(
+        "supervised_positions", "supervised_positions", "which targets the real loss depends on",
+        inputs=(*_HANDED, Sca("count", int, "how many micro-batches of its own", "count")),
+        outputs=(
+            *_batches("N"),
+            Arr(
+                "supervised.N", "(K, 3)", "int",
+                "(row, position, target id): the loss depends on the logits at input `position`, whose "
+                "target is the row's token `position` + 1",
+            ),
+            Sca("pieces", dict[str, str], "text of each target id"),
+        ),
+        reads=("model.source", "mask."),
+        without={"batches": (*_BATCHING, "train.batch_size")},
+    ),
+    Method(
+        "logits", "logits", "logits of the base model",
+        inputs=(
+            Arr("ids.N", "(B, T)", "int", "token ids"),
+            Sca("modules", bool, "whether to emit the outputs of modules", "observed"),
+            Arr("replace/<name>", "(...)", "float", "takes the place of that module's output", "replaced"),
+        ),
+        outputs=(
+            Arr("logits.N", "(B, T, V)", "float", "float32, or float64 from a float64 run"),
+            Sca("dtype", str, "dtype of the logits as they are computed"),
+            Arr("module.N/<name>", "(...)", "float", "a module's output", "modules"),
+            Sca("order", _NAMES, "modules in the order of calls", "modules"),
+        ),
+        reads=_MODEL,
+    ),
+    Method(
+        "cross_entropy", "cross_entropy", "the real loss on given logits",
+        inputs=(
+            Arr("logits", "(B, T, V)", "float", "logits at each input position"),
+            Arr("ids", "(B, T + 1)", "int", "token ids: the target of position t is ids[t + 1]"),
+            Arr("lengths", "(B, 2)", "int", "(offset, tokens) of each row"),
+        ),
+        outputs=(
+            Arr("loss", "()", "float", "the reduced loss"),
+            Arr("supervised", "(B, T)", "bool", "whether the loss depends on the logits there"),
+            Arr("targets", "(B, T)", "int", "target id, -1 where nothing is supervised"),
+            Arr("token_loss", "(B, T)", "float", "cross-entropy of each position by itself", "each"),
+            Sca("tokens", _Number, "supervised tokens as the loss counts them"),
+        ),
+        reads=("model.source", "model.dtype", "mask."),
+        ignores=("mask.prompt",),
+    ),
+    Method(
+        "lora_init", "lora_init", "the adapter before the first step",
+        outputs=(
+            *_adapter("adapter", "the adapter"),
+            Sca("trainable", _NAMES, "canonical names of the trainable tensors"),
+            Sca("rank", int | list[int], f"LoRA rank: {_ONE_OR_MANY}"),
+            Sca("scale", float | list[float], f"alpha / rank: {_ONE_OR_MANY}"),
+            Sca("dropout", float | list[float], f"probability of dropping: {_ONE_OR_MANY}"),
+            Sca("layers", list[int], "layers that are adapted"),
+            Sca("modules", _NAMES, "last parts of the names of the modules", "modules"),
+            Sca("dtype", str | _NAMES, f"dtype of the adapter: {_ONE_OR_MANY}"),
+        ),
+        reads=(*_ADAPTED, "seed.value", "seed.placement"),
+    ),
+    Method(
+        "gradient", "gradient", "one gradient at a given adapter and batch, before any clip",
+        inputs=(
+            *_adapter("adapter", _TENSORS),
+            *(Arr(spec.name.removesuffix(".N"), spec.shape, "int", spec.meaning)
+              for spec in _batches("N") if isinstance(spec, Arr)),
+            Sca("modules", bool, "whether to emit the gradients at modules", "observed"),
+            Arr(
+                "replace/<name>", "(...)", "float",
+                "takes the place of the gradient that arrives at that module's output", "replaced",
+            ),
+        ),
+        outputs=(
+            Arr("loss", "()", "float", "the loss"),
+            Arr("norm", "()", "float", "global L2 norm of the gradient"),
+            *_adapter("gradient", "gradient of the loss"),
+            Sca("tokens", _Number, "supervised tokens as the loss counts them"),
+            Arr(
+                "activation/<name>", "(...)", "float",
+                "gradient with respect to a module's output; what the model returns is `logits`, a "
+                "module's second call `<name>#2`", "modules",
+            ),
+            Arr(
+                "input/<name>", "(...)", "float",
+                "gradient with respect to a module's first argument as far as it goes through the "
+                "module", "arguments",
+            ),
+            Sca("order", _NAMES, "modules in the order of calls", "modules"),
+        ),
+        reads=(*_ADAPTED, "mask.", "train.gradient_checkpointing", "train.autocast"),
+        ignores=("mask.prompt",),
+    ),
+    Method(
+        "optimizer_step", "optimizer_step", "the real clip and optimizer on given weights",
+        inputs=(
+            Arr("weight/<name>", "(*S)", "float", "a weight before the first step"),
+            Arr("gradient.N/<name>", "(*S)", "float", "its gradient at step N"),
+        ),
+        outputs=(Arr("weight.N/<name>", "(*S)", "float", "the weight after step N"),),
+        reads=("optim.",),
+    ),
+    Method(
+        "train", "loss_curve", "the training loop",
+        inputs=(*_adapter("adapter", f"{_TENSORS}, else the path's own", "adapter"), *_HANDED),
+        outputs=(
+            Arr("loss", "(steps)", "float", "loss of each optimizer step"),
+            Arr("gradient_norm", "(steps)", "float", "global L2 norm before any clip"),
+            Arr("tokens", "(steps)", "number", "supervised tokens of each step"),
+            *_adapter("adapter", "the adapter at the end"),
+            *_batches("M", "batches", "batches/", "rows, width"),
+        ),
+        reads=(*_ADAPTED, "mask.", "optim.", "train.", "seed.value"),
+        ignores=("mask.prompt",),
+        without={"batches": _BATCHING, "adapter": ("seed.placement",)},
+    ),
+    Method(
+        "kv_cache", "kv_cache", "a conversation of T tokens with a KV cache and without one",
+        inputs=(
+            *_adapter("adapter", _TENSORS),
+            Arr("turn.N", "(n)", "int", "ids of a turn; every second one is a reply"),
+            Sca("trim", int, "the turn that is taken back out of the cache"),
+        ),
+        outputs=(
+            Arr("uncached", "(T, V)", "float", "logits, each turn from a forward over the prefix it ends"),
+            Arr("lengthened", "(T)", "float", "how far these move when the forward goes on to the end"),
+            Arr("prefill", "(T, V)", "float", "each turn at once through one cache"),
+            Arr("steps", "(K, V)", "float", "the path's own generation, the replies forced on it"),
+            Arr("positions", "(K)", "int", "where in the conversation `steps` stand"),
+            Arr("trimmed", "(n, V)", "float", "turn `trim` taken back and fed again", "trimmed"),
+            Sca("untrimmed", str, "why the cache cannot be trimmed", "untrimmed"),
+            Sca("window", int | None, "sliding window"),
+            Sca("caches", _NAMES, "kinds of cache entries"),
+        ),
+        reads=_ADAPTED,
+        ignores=("lora.dropout",),
+    ),
+    Method(
+        "decode", "greedy_decode", "greedy decoding with a given adapter",
+        inputs=(
+            *_adapter("adapter", _TENSORS),
+            Sca("prompts", _NAMES, "text to continue", length="P"),
+            Sca("expected", str, "the completion that should come"),
+        ),
+        outputs=(
+            Arr("ids.P", "(n)", "int", "generated ids"),
+            Arr("margin.P", "(n)", "float", "top-1 minus top-2 logit at each of them"),
+            Arr("completion_loss", "(P)", "float", "teacher-forced loss on what is expected"),
+            Sca("text", _NAMES, "generated text", length="P"),
+        ),
+        reads=(*_ADAPTED, "decode.max_tokens"),
+        ignores=("lora.dropout",),
+    ),
+    Method(
+        "config", "config", "what is really in effect, read back from live objects",
+        outputs=(
+            Arr("supervised", "(K, 3)", "int", "(row, position, target id) of the first batch", "mask"),
+            Sca("<setting>", Any, "settings in the vocabulary of parity/stages/config.py"),
+        ),
+        reads=("",),
+        ignores=("decode.",),
+    ),
+    Method(
+        "defaults", "", "factors as the path sets them where the user leaves them open",
+        outputs=(Sca("<factor>", Any, "value of a factor"),),
+        reads=("model.source",),
+    ),
+)  # fmt: skip
+
+METHODS: Mapping[str, Method] = {method.name: method for method in _ALL}
+"""By name, in the order in which data flows."""
+STAGES = tuple(method.stage for method in _ALL if method.stage)
+"""Stages that judge a method."""
+
+
+def table(names: tuple[str, ...] = ()) -> str:
+    """The contract as text: all methods, or those that are named.
+
+    Raises:
+        UsageError: There is no such method.
+    """
+    if unknown := [name for name in names if name not in METHODS]:
+        raise UsageError(f"unknown method {unknown[0]!r}: give one of {', '.join(METHODS)}")
+    return "\n\n".join("\n".join(described(METHODS[name])) for name in names or METHODS)
+
+
+def described(method: Method) -> list[str]:
+    """One method of the table, a line each."""
+    lines = [f"{method.name}: {method.summary}", f"  reads {', '.join(_factors(method))}"]
+    for what, specs in (("handed", method.inputs), ("emits", method.outputs)):
+        for spec in specs:
+            optional = "optional, " if spec.together else ""
+            lines.append(f"  {what:6} {spec.described():44} {optional}{spec.meaning}")
+    return lines
+
+
+def _factors(method: Method) -> list[str]:
+    own = [f"{name} (unless handed {g})" for g, names in method.without.items() for name in names]
+    left_out = [f"not {name}" for name in method.ignores]
+    return [*(name or "all factors" for name in method.reads), *own, *left_out]

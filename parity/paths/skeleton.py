@@ -1,0 +1,79 @@
+"""The skeleton of a new path, made from the contract."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+
+from parity.errors import UsageError
+from parity.paths.contract import METHODS, Method, described
+from parity.recipe import Recipe
+
+_HEAD = '''\
+"""Path `{name}`. `parity run --subject MODULE:{kind} --reference hf` holds it against transformers.
+
+Each method may be left out: what it would show is skipped then. Import frameworks inside methods.
+"""
+
+from __future__ import annotations
+
+from parity.errors import Unsupported
+from parity.paths.protocol import TrainingPath
+from parity.recipe import Recipe
+from parity.trace import Trace
+
+
+class {kind}(TrainingPath):
+    """What it trains with, in a line."""
+
+    name = {name!r}
+    # "mlx" or "torch": paths of one framework are expected to give the same bits.
+    framework = "torch"
+    # Distributions whose versions belong to a result.
+    packages = ()
+    # Factors that it carries out at any value; `parity factors` lists them. The sections are:
+    # {sections}
+    honours = ()
+    # Factors without an option, with the one value that they always have.
+    fixed = {{}}
+'''
+
+
+def class_name(name: str) -> str:
+    """`MyTrainer` of `my-trainer`.
+
+    Raises:
+        UsageError: No name of a path.
+    """
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9]*([-_][A-Za-z0-9]+)*", name):
+        raise UsageError(f"{name!r} is no name of a path: write letters and digits, as my-trainer")
+    return "".join(part[0].upper() + part[1:] for part in re.split("[-_]", name))
+
+
+def skeleton(name: str) -> str:
+    """A module with one class that has every method of the contract, none of them written yet."""
+    sections = ", ".join(f'"{section}."' for section in Recipe.model_fields)
+    head = _HEAD.format(name=name, kind=class_name(name), sections=sections)
+    # What it sets by default it may tell; without that it has none.
+    return head + "".join(map(_method, (m for m in METHODS.values() if m.name != "defaults")))
+
+
+def _method(method: Method) -> str:
+    first, *lines = described(method)
+    summary = first.partition(": ")[2]
+    wrapped = [
+        part
+        for line in lines
+        for part in textwrap.wrap(
+            re.sub(r" {2,}", "  ", line.strip()), 88, subsequent_indent="    "
+        )
+    ]
+    text = textwrap.indent("\n".join(wrapped), "        ")
+    return f'''
+    def {method.name}(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """{summary[:1].upper()}{summary[1:]}.
+
+{text}
+        """
+        raise Unsupported("{method.name} is not written yet")
+'''
