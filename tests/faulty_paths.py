@@ -20,6 +20,7 @@ class Faulty(TrainingPath):
 
     name = "faulty"
     framework = "torch"
+    honours = ("model.", "data.", "seed.", "lora.", "mask.", "optim.", "train.", "decode.")
 
     def logits(self, recipe, inputs):
         print("the last words of a dying process", file=sys.stderr)
@@ -35,8 +36,14 @@ class Faulty(TrainingPath):
         raise Unsupported("it only trains")
 
     def lora_init(self, recipe, inputs):
+        return Trace({"pid": np.array([os.getpid()])}, {"rank": "eight"})
+
+    def optimizer_step(self, recipe, inputs):
+        return {"weight.0": inputs.group("weight")}
+
+    def defaults(self, recipe, inputs):
         print("noise on stdout that must not end up among the answers")
-        return Trace({"pid": np.array([os.getpid()])}, {"seed": recipe.seed.value})
+        return Trace(scalars={"pid": os.getpid(), "seed": recipe.seed.value})
 
 
 class Moody(TrainingPath):
@@ -44,6 +51,7 @@ class Moody(TrainingPath):
 
     name = "moody"
     framework = "numpy"
+    honours = NumpyAdamW.honours
 
     def optimizer_step(self, recipe, inputs):
         mark = self.cache / "moody"

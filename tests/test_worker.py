@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from parity.capture.engine import Engine
@@ -15,6 +16,15 @@ from parity.stages import find
 from parity.trace import Trace
 
 FAULTY = "tests.faulty_paths:Faulty"
+ADAPTER = {
+    "adapter/layers.0.q_proj.lora_a": np.zeros((4, 2), np.float32),
+    "adapter/layers.0.q_proj.lora_b": np.zeros((2, 4), np.float32),
+}
+IDS = Trace({"ids.0": np.zeros((1, 3), np.int32)})
+ROWS = {"ids": np.zeros((1, 3), np.int32), "lengths": np.array([[0, 3]], np.int32)}
+BATCH = Trace({**ADAPTER, **ROWS})
+PROMPTS = Trace(ADAPTER, {"prompts": ["a"], "expected": "b"})
+TEXTS = Trace(scalars={"texts": [], "conversations": []})
 
 
 @pytest.fixture
@@ -24,15 +34,15 @@ def fresh(tmp_path):
 
 
 def pid(engine, seed):
-    trace = engine.capture(FAULTY, "lora_init", Recipe().override({"seed.value": seed}), Trace())
-    return int(trace.arrays["pid"][0])
+    trace = engine.capture(FAULTY, "defaults", Recipe().override({"seed.value": seed}), Trace())
+    return trace.scalars["pid"]
 
 
 def test_one_process_lives_through_all_seeds_and_is_replaced_when_it_dies(fresh):
     first = pid(fresh, 1)
     assert pid(fresh, 2) == first
     with pytest.raises(CaptureError, match=r"died .signal 9. in logits") as caught:
-        fresh.capture(FAULTY, "logits", Recipe(), Trace())
+        fresh.capture(FAULTY, "logits", Recipe(), IDS)
     assert "the last words of a dying process" in caught.value.detail
     assert pid(fresh, 3) != first
 
@@ -40,7 +50,7 @@ def test_one_process_lives_through_all_seeds_and_is_replaced_when_it_dies(fresh)
 def test_a_hanging_path_is_ended_at_its_time_limit(fresh):
     fresh.timeout = 3
     with pytest.raises(CaptureError, match=r"longer than 3 s in gradient.*--timeout"):
-        fresh.capture(FAULTY, "gradient", Recipe(), Trace())
+        fresh.capture(FAULTY, "gradient", Recipe(), BATCH)
     fresh.timeout = 60
     assert pid(fresh, 1)
 
@@ -50,14 +60,15 @@ def test_an_exception_keeps_its_type_its_words_and_its_traceback(fresh):
         fresh.capture(FAULTY, "train", Recipe(), Trace())
     assert "faulty_paths.py" in caught.value.detail
     with pytest.raises(Unsupported, match="it only trains"):
-        fresh.capture(FAULTY, "decode", Recipe(), Trace())
+        fresh.capture(FAULTY, "decode", Recipe(), PROMPTS)
     with pytest.raises(Unsupported, match="has no tokenization"):
-        fresh.capture(FAULTY, "tokenization", Recipe(), Trace())
+        fresh.capture(FAULTY, "tokenization", Recipe(), TEXTS)
 
 
 def test_a_crash_becomes_the_record_of_its_cell(fresh):
     record = run_cell(fresh, Cell(find("lora_init"), FAULTY, "mlx", Recipe()))
     assert record.verdict is Verdict.ERROR
+    assert "ContractError in lora_init: scalar rank is 'eight', expected" in record.reason
     record = run_cell(fresh, Cell(find("config"), FAULTY, "mlx", Recipe()))
     assert record.verdict is Verdict.SKIP
     assert "has no config" in record.reason
@@ -96,7 +107,7 @@ def test_only_so_many_processes_stay_alive(fresh, monkeypatch):
     """A search over hybrids starts one process a hybrid: memory must not grow with it."""
     monkeypatch.setattr("parity.capture.engine.MOST_WORKERS", 1)
     first = pid(fresh, 1)
-    other = fresh.capture(f"{FAULTY}Still", "lora_init", Recipe(), Trace())
+    other = fresh.capture(f"{FAULTY}Still", "defaults", Recipe(), Trace())
     assert list(fresh._workers) == [f"{FAULTY}Still"]
-    assert int(other.arrays["pid"][0]) != first
-    assert pid(fresh, 2) not in (first, int(other.arrays["pid"][0]))
+    assert other.scalars["pid"] != first
+    assert pid(fresh, 2) not in (first, other.scalars["pid"])

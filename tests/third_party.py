@@ -1,8 +1,9 @@
 """A trainer that the harness knows nothing of, added as a third party would."""
 
+from typing import ClassVar
+
 import numpy as np
 
-from parity.errors import Unsupported
 from parity.paths.protocol import TrainingPath
 from parity.trace import Trace
 
@@ -13,11 +14,11 @@ class NumpyAdamW(TrainingPath):
     name = "numpy-adamw"
     framework = "numpy"
     packages = ("numpy",)
+    honours = ("optim.lr", "optim.betas", "optim.eps", "optim.weight_decay")
+    fixed: ClassVar = {"optim.name": "adamw"}
 
     def optimizer_step(self, recipe, inputs):
         o = recipe.optim
-        if o.name != "adamw" or o.clip != "none":
-            raise Unsupported("it knows AdamW without a clip")
         b1, b2 = o.betas
         weights = inputs.group("weight")
         first = {name: np.zeros_like(w) for name, w in weights.items()}

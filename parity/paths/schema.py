@@ -123,17 +123,18 @@ def violations(specs: Sequence[Spec], trace: Trace, bindings: Bindings) -> list[
     matches = _matches(arrays, trace.arrays)
     present = {spec.together for spec in arrays if matches[spec]}
     present |= {spec.together for spec in scalars if spec.name in trace.scalars}
-    found = _scalars(scalars, trace.scalars, present, bindings)
-    found += _indices(arrays, matches, present, bindings)
-    for spec in arrays:
-        for name, match in sorted(matches[spec].items()):
-            found += _array(spec, name, match, trace.arrays[name], bindings)
     known = {name for names in matches.values() for name in names}
-    found += [
+    # First what nobody knows: a misspelt name explains one that is missing.
+    found = [
         f"{name} {value.shape} {value.dtype} is not part of it"
         for name, value in sorted(trace.arrays.items())
         if name not in known
     ]
+    found += _scalars(scalars, trace.scalars, present, bindings)
+    found += _indices(arrays, matches, present, bindings)
+    for spec in arrays:
+        for name, match in sorted(matches[spec].items()):
+            found += _array(spec, name, match, trace.arrays[name], bindings)
     return found
 
 

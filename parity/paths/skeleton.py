@@ -17,6 +17,8 @@ Each method may be left out: what it would show is skipped then. Import framewor
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from parity.errors import Unsupported
 from parity.paths.protocol import TrainingPath
 from parity.recipe import Recipe
@@ -35,7 +37,7 @@ class {kind}(TrainingPath):
     # {sections}
     honours = ()
     # Factors without an option, with the one value that they always have.
-    fixed = {{}}
+    fixed: ClassVar[dict[str, object]] = {{}}
 '''
 
 

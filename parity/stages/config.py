@@ -1,6 +1,6 @@
 """Stage 00: what each path will really do, read back from its live objects after set-up.
 
-The vocabulary (scalars of `TrainingPath.config`): `dtype.parameters` and `dtype.adapter` {dtype: elements},
+The vocabulary (scalars that `config` emits): `dtype.parameters` and `dtype.adapter` {dtype: elements},
 `dtype.activations` {dtype: modules}, `rope.theta` [per layer], `lora.trainable`, `lora.parameters`, `lora.names`, `lora.rank`,
 `lora.scale`, `lora.dropout`, `lora.layers`, `lora.modules`, `optim.class`, `optim.betas`,
 `optim.eps`, `optim.weight_decay`, `optim.bias_correction`, `optim.lr` [per step], `clip.mode`,

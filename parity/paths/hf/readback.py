@@ -68,7 +68,7 @@ def lora_facts(model: Any) -> dict[str, Any]:
 
 
 def adapter_trace(model: Any) -> Trace:
-    """The adapter of a live PEFT model and what it says of itself; see `TrainingPath.lora_init`."""
+    """The adapter of a live PEFT model and what it says of itself; see `parity contract lora_init`."""
     parameters = adapter_parameters(model)
     scalars = {
         **lora_facts(model),

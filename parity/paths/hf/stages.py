@@ -69,7 +69,7 @@ class TorchStages(TrainingPath):
         yield lambda: _torch.update(recipe, parameters, optimizer, schedule)
 
     def tokenization(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `TrainingPath.tokenization`."""
+        """See `parity contract tokenization`."""
         tokenizer, trace = self.tokenizer(recipe), Trace()
         for index, (ids, offset) in enumerate(self.rows(recipe, tokenizer)):
             trace.arrays[f"row.{index}"] = np.asarray(ids, np.int32)
@@ -92,7 +92,7 @@ class TorchStages(TrainingPath):
         return trace
 
     def batches(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `TrainingPath.batches`."""
+        """See `parity contract batches`."""
         count = recipe.train.steps * recipe.train.accumulation
         drawn = itertools.islice(self.iterate(recipe, self.tokenizer(recipe)), count)
         trace = Trace()
@@ -101,7 +101,7 @@ class TorchStages(TrainingPath):
         return trace
 
     def supervised_positions(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `TrainingPath.supervised_positions`."""
+        """See `parity contract supervised_positions`."""
         tokenizer, trace, targets = self.tokenizer(recipe), Trace(), set()
         own = itertools.islice(self.iterate(recipe, tokenizer), inputs.scalars.get("count", 0))
         batches = _torch.recorded(trace, _torch.given(inputs) or own, prefix="")
@@ -114,7 +114,7 @@ class TorchStages(TrainingPath):
         return trace
 
     def logits(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `TrainingPath.logits`."""
+        """See `parity contract logits`."""
         import torch
 
         trace = Trace(scalars={"dtype": recipe.model.dtype})
@@ -132,7 +132,7 @@ class TorchStages(TrainingPath):
         return trace
 
     def cross_entropy(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `TrainingPath.cross_entropy`."""
+        """See `parity contract cross_entropy`."""
         import torch
 
         targets = _torch.labels(recipe, inputs.arrays["ids"], inputs.arrays["lengths"])
@@ -145,12 +145,12 @@ class TorchStages(TrainingPath):
         return Trace(arrays, {"tokens": int((targets != IGNORED).sum())})
 
     def lora_init(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `TrainingPath.lora_init`."""
+        """See `parity contract lora_init`."""
         with self.adapted(recipe) as model:
             return readback.adapter_trace(model)
 
     def gradient(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `TrainingPath.gradient`; without dropout, whose masks no two frameworks share."""
+        """See `parity contract gradient`; without dropout, whose masks no two frameworks share."""
         still, replace = recipe.override({"lora.dropout": 0.0}), inputs.group("replace")
         watched = inputs.scalars.get("modules", False) or bool(replace)
         if watched:  # a layer that is run again in the backward pass would be seen twice
@@ -173,7 +173,7 @@ class TorchStages(TrainingPath):
         return trace.with_group("gradient", gradient)
 
     def optimizer_step(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `TrainingPath.optimizer_step`."""
+        """See `parity contract optimizer_step`."""
         import torch
 
         def live(array: Array) -> Any:
@@ -194,7 +194,7 @@ class TorchStages(TrainingPath):
         return trace
 
     def train(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `TrainingPath.train`."""
+        """See `parity contract train`."""
         batches = _torch.given(inputs, recipe) or self.iterate(recipe, self.tokenizer(recipe))
         trace = Trace()
         with self.adapted(recipe, inputs.group("adapter") or None) as model:
@@ -204,7 +204,7 @@ class TorchStages(TrainingPath):
         return trace.with_group("adapter", adapter)
 
     def kv_cache(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `TrainingPath.kv_cache`."""
+        """See `parity contract kv_cache`."""
         with self.adapted(recipe, inputs.group("adapter")) as model:
             return kv_cache_trace(model.eval(), self.prompt_cache, inputs)
 
@@ -213,7 +213,7 @@ class TorchStages(TrainingPath):
         return None
 
     def decode(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `TrainingPath.decode`."""
+        """See `parity contract decode`."""
         import torch
 
         tokenizer, trace = self.tokenizer(recipe), Trace()
@@ -233,7 +233,7 @@ class TorchStages(TrainingPath):
         return trace
 
     def config(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `TrainingPath.config`."""
+        """See `parity contract config`."""
         tokenizer = self.tokenizer(recipe)
         drawn = list(itertools.islice(self.iterate(recipe, tokenizer), SHOWN))
         targets = _torch.labels(recipe, *drawn[0])

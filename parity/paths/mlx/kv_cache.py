@@ -13,7 +13,7 @@ from parity.trace import Array, Trace
 
 
 def kv_cache_trace(model: Any, make: Callable[[Any], list[Any]], inputs: Trace) -> Trace:
-    """See `TrainingPath.kv_cache`.
+    """See `parity contract kv_cache`.
 
     Args:
         model: In evaluation mode, its adapter in place.

@@ -53,7 +53,7 @@ class MlxStages(TrainingPath):
         """Trains; returns loss, gradient norm and supervised tokens of each optimizer step."""
 
     def tokenization(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `TrainingPath.tokenization`."""
+        """See `parity contract tokenization`."""
         _, tokenizer = self.base(recipe)
         dataset = self.dataset(recipe, tokenizer)
         trace = Trace()
@@ -80,7 +80,7 @@ class MlxStages(TrainingPath):
         return trace
 
     def batches(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `TrainingPath.batches`."""
+        """See `parity contract batches`."""
         setup = self.setup(recipe)
         count = recipe.train.steps * recipe.train.accumulation
         trace = Trace()
@@ -88,13 +88,13 @@ class MlxStages(TrainingPath):
         return trace
 
     def supervised_positions(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `TrainingPath.supervised_positions`."""
+        """See `parity contract supervised_positions`."""
         setup = self.setup(recipe)
         own = itertools.islice(setup.iterate(), inputs.scalars.get("count", 0))
         return supervised_trace(setup, given(inputs) or own)
 
     def logits(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `TrainingPath.logits`."""
+        """See `parity contract logits`."""
         import mlx.core as mx
 
         model, _ = self.base(recipe)
@@ -116,15 +116,15 @@ class MlxStages(TrainingPath):
         return trace
 
     def cross_entropy(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `TrainingPath.cross_entropy`."""
+        """See `parity contract cross_entropy`."""
         return cross_entropy_trace(self.setup(recipe).loss, recipe, inputs)
 
     def lora_init(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `TrainingPath.lora_init`."""
+        """See `parity contract lora_init`."""
         return lora_init_trace(self.setup(recipe).model)
 
     def gradient(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `TrainingPath.gradient`."""
+        """See `parity contract gradient`."""
         import mlx.core as mx
         import mlx.nn as nn
 
@@ -144,12 +144,12 @@ class MlxStages(TrainingPath):
         return trace.with_group("gradient", named)
 
     def optimizer_step(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `TrainingPath.optimizer_step`."""
+        """See `parity contract optimizer_step`."""
         setup = self.setup(recipe)
         return optimizer_trace(setup.optimizer, setup.clip, inputs)
 
     def train(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `TrainingPath.train`."""
+        """See `parity contract train`."""
         setup = self.setup(recipe, inputs.group("adapter"))
         trace = Trace()
         batches = recorded(trace, given(inputs, recipe) or setup.iterate(), lazy=True)
@@ -159,7 +159,7 @@ class MlxStages(TrainingPath):
         return trace.with_group("adapter", _mlx.adapter(setup.model))
 
     def kv_cache(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `TrainingPath.kv_cache`."""
+        """See `parity contract kv_cache`."""
         setup = self.setup(recipe, inputs.group("adapter"))
         return kv_cache_trace(setup.model.eval(), self.prompt_cache, inputs)
 
@@ -170,7 +170,7 @@ class MlxStages(TrainingPath):
         return list(make_prompt_cache(model))
 
     def decode(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `TrainingPath.decode`."""
+        """See `parity contract decode`."""
         import mlx.core as mx
         from mlx_lm.generate import generate_step
 
@@ -189,5 +189,5 @@ class MlxStages(TrainingPath):
         return decode_trace(setup.model, setup.tokenizer, generate, inputs)
 
     def config(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `TrainingPath.config`."""
+        """See `parity contract config`."""
         return config_trace(recipe, self.setup(recipe))

@@ -42,7 +42,7 @@ def recorded(
 
 
 def watched_trace(outputs: dict[str, Any], inputs: dict[str, Any]) -> Trace:
-    """Gradients at the modules' outputs and inputs, as `TrainingPath.gradient` emits them."""
+    """Gradients at the modules' outputs and inputs, as `parity contract gradient` has them."""
     trace = Trace(scalars={"order": list(outputs)})
     for group, arrays in (("activation", outputs), ("input", inputs)):
         trace = trace.with_group(group, {name: to_numpy(value) for name, value in arrays.items()})

@@ -169,7 +169,7 @@ class MlxLmPath(MlxPath):
         return decode_trace(model, tokenizer, generate, inputs)
 
     def config(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `TrainingPath.config`."""
+        """See `parity contract config`."""
         return config_trace(recipe, self.setup(recipe))
 
     @classmethod

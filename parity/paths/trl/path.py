@@ -266,7 +266,7 @@ class TrlPath(HfPath):
     # Stages ------------------------------------------------------------------------------------
 
     def lora_init(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `TrainingPath.lora_init`."""
+        """See `parity contract lora_init`."""
         with self.trainer(recipe) as trainer:
             return readback.adapter_trace(trainer.model)
 

@@ -216,7 +216,7 @@ class UnslothPath(MlxPath):
         return trace
 
     def config(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `TrainingPath.config`; clip, optimizer and precision are read from steps of the trainer."""
+        """See `parity contract config`; clip, optimizer and precision are read from steps of the trainer."""
         placement = self._placement(recipe)
         kind, limit = clip_in_effect(lambda *given: self._fed(recipe, *given))
         setup = self.setup(recipe)
