@@ -4,12 +4,15 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: run test lint smollm2 benchmark clean
+.PHONY: run test test-all lint smollm2 benchmark clean
 
 run: $(VENV)/installed  ## all probes, mlx against mlx-lm and hf, 3 seeds
 	$(BIN)/parity run $(ARGS)
 
 test: $(VENV)/installed  ## the tests of the harness
+	$(BIN)/pytest tests -n 2 --dist loadfile -m "not long" $(ARGS)
+
+test-all: $(VENV)/installed  ## and those that take minutes each
 	$(BIN)/pytest tests -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/installed

@@ -52,6 +52,7 @@ class Moody(TrainingPath):
     name = "moody"
     framework = "numpy"
     honours = NumpyAdamW.honours
+    fixed = NumpyAdamW.fixed
 
     def optimizer_step(self, recipe, inputs):
         mark = self.cache / "moody"

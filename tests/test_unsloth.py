@@ -18,8 +18,10 @@ from parity import resources
 from parity.capture.worker import environment
 from parity.errors import CaptureError, Unsupported, WrongChannel
 from parity.names import canonical
+from parity.paths import demands
 from parity.paths.unsloth import library as _unsloth_library
 from parity.paths.unsloth import settings as _unsloth_settings
+from parity.paths.unsloth.knobs import UnslothKnobs
 from parity.paths.unsloth.library import Library
 from parity.paths.unsloth.parts import CLIPPED, clip_in_effect
 from parity.paths.unsloth.path import UnslothPath
@@ -31,6 +33,8 @@ installed = pytest.mark.skipif(
     importlib.util.find_spec("unsloth_zoo") is None,
     reason=f"needs unsloth-zoo: {_unsloth_library.INSTALL}",
 )
+
+RECIPE = Recipe().with_knobs([UnslothKnobs])
 
 # Settings and channels ---------------------------------------------------------------------------
 
@@ -98,7 +102,7 @@ def test_a_knob_that_the_release_lacks_is_refused_unless_it_does_that_anyway():
     ],
 )
 def test_off_is_an_explicit_zero_and_unsaid_is_unsaid(clip, explicit, knobs):
-    recipe = Recipe().override(
+    recipe = RECIPE.override(
         {"optim.clip": clip, "optim.clip_value": 0.5, "unsloth.explicit_clip": explicit}
     )
     assert _unsloth_settings.clipping(release(), recipe) == knobs
@@ -110,13 +114,14 @@ def test_off_is_an_explicit_zero_and_unsaid_is_unsaid(clip, explicit, knobs):
         ({"seed.placement": "before_load"}, "always has seed.placement=before_lora"),
         ({"data.pad_extra": 0}, "always has data.pad_extra=1"),
         ({"optim.bias_correction": False}, "always has optim.bias_correction=True"),
-        ({"train.accumulation": 2}, "weights micro-batches by their tokens"),
+        ({"train.accumulation": 2}, "always has train.accumulation_weighting=token, not mean"),
+        ({"train.autocast": "bfloat16"}, "does not honour train.autocast=bfloat16"),
         ({"model.dtype": "float64"}, "no float64"),
     ],
 )
-def test_what_it_has_no_knob_for_is_refused(changes, words, tmp_path):
+def test_what_it_has_no_option_for_is_refused(changes, words):
     with pytest.raises(Unsupported, match=words):
-        UnslothPath(tmp_path).check(Recipe().override(changes))
+        demands.check(UnslothPath, "train", Recipe().override(changes), Trace())
 
 
 def ran(losses, norms, said=None, rate=1e-3):
@@ -181,7 +186,8 @@ def test_the_clip_in_effect_is_told_from_what_it_does(clip, expected):
 
 @pytest.fixture(scope="module")
 def few(small):
-    return small.override({"train.steps": 4, "train.compile": False})
+    few = small.override({"train.steps": 4, "train.compile": False})
+    return few.with_knobs([UnslothKnobs])
 
 
 @installed
@@ -238,7 +244,7 @@ print("REPORTED", json.dumps(reported))
 @installed
 def test_an_instrumented_run_ends_like_a_bare_one(engine, small, tmp_path):
     """Its default loss (CCE) and clip, compiled, with dropout, on rows of unlike lengths."""
-    recipe = small.override(
+    recipe = small.with_knobs([UnslothKnobs]).override(
         {
             "train.steps": 4,
             "mask.end_shift": 0,

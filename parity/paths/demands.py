@@ -10,7 +10,7 @@ from parity.trace import Trace
 
 
 def unmet(kind: type[TrainingPath], recipe: Recipe) -> dict[str, str]:
-    """Factors of a recipe that a path does not carry out, each with the reason.
+    """Factors of a recipe that a path does not carry out, each with the reason; empty: no option.
 
     A factor that the path has fixed must have this value. Any other must be honoured, unless it is
     at a neutral value. What a path says of factors together (`refused`) comes on top.
@@ -23,7 +23,7 @@ def unmet(kind: type[TrainingPath], recipe: Recipe) -> dict[str, str]:
             if (list(only) if isinstance(only, tuple) else only) != value:
                 found[name] = f"path {kind.name!r} always has {name}={only}, not {value}"
         elif not name.startswith(honoured) and not recipe.neutral(name):
-            found[name] = f"path {kind.name!r} does not honour {name}={value}"
+            found[name] = ""
     return found | kind.refused(recipe)
 
 
@@ -33,8 +33,10 @@ def check(kind: type[TrainingPath], method: str, recipe: Recipe, inputs: Trace) 
     Raises:
         Unsupported: With each factor, its value and the reason.
     """
-    reasons = [
-        reason for name, reason in unmet(kind, recipe).items() if METHODS[method].read(name, inputs)
-    ]
+    factors = recipe.factors()
+    found = {n: why for n, why in unmet(kind, recipe).items() if METHODS[method].read(n, inputs)}
+    reasons = dict.fromkeys(why for why in found.values() if why)
+    if ignored := [f"{name}={factors[name]}" for name, why in found.items() if not why]:
+        reasons[f"path {kind.name!r} does not honour {', '.join(ignored)}"] = None
     if reasons:
-        raise Unsupported("; ".join(dict.fromkeys(reasons)))
+        raise Unsupported("; ".join(reasons))
