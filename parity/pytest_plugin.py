@@ -131,6 +131,7 @@ def probe(
     def run(cell: Cell) -> Record:
         named, none = (pytestconfig.getoption(name) for name in ("--expected", "--no-expected"))
         known = expected.chosen(cell.subject, [cell.reference], named and Path(named), none)
+        expected.keep(known, folder)
         record = expected.mark(run_cell(parity_engine, cell, repeat=True), known)
         record_property("parity_record", str(record.save(folder / "records")))
         if record.verdict is Verdict.SKIP:

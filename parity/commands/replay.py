@@ -61,10 +61,8 @@ def replay(names: tuple[str, ...], listing: bool, out: Path, timeout: float) -> 
 
 def _play(chosen: list[Scenario], out: Path, timeout: float) -> list[ScenarioResult]:
     """Runs scenarios one after the other; what is finished is written after each."""
-    from dataclasses import asdict
-
     from parity.capture.engine import Engine
-    from parity.files import dumps, write_atomically
+    from parity.files import to_json, write_atomically
     from parity.replay.play import play
     from parity.report.replay import table
 
@@ -75,8 +73,7 @@ def _play(chosen: list[Scenario], out: Path, timeout: float) -> list[ScenarioRes
             outcome = play(case, engine, lambda text: click.echo(f"    {text}", err=True))
             outcomes.append(outcome)
             write_atomically(out / "replay.md", table(outcomes).encode())
-            results = [asdict(outcome) for outcome in outcomes]
-            write_atomically(out / "replay.json", dumps(results, indent=1).encode())
+            write_atomically(out / "replay.json", to_json(outcomes))
             click.echo(f"{_MARKS[outcome.status]} {outcome.name}: {outcome.found}")
             if outcome.status != "as expected":
                 click.echo(f"    expected: {outcome.expected}\n    source: {outcome.source}")

@@ -12,16 +12,17 @@ import click
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 def report(folder: Path) -> None:
     """Aggregate a folder of records: table, JSON, CSV, Markdown, HTML."""
-    from parity import record
     from parity.cells.plan import read_plan
+    from parity.record import load_all
     from parity.report import terminal
     from parity.report.write import write
     from parity.results import expected
     from parity.results.aggregate import aggregate
 
     known = expected.kept(folder)
-    records = [expected.mark(found, known) for found in record.load_all(folder)]
-    result = aggregate(records, read_plan(folder), known)
+    found, damaged = load_all(folder)
+    records = [expected.mark(record, known) for record in found]
+    result = aggregate(records, read_plan(folder), known, [str(error) for error in damaged])
     files = write(result, folder)
     terminal.render(result, terminal.console())
     click.echo("wrote " + ", ".join(str(file) for file in files))

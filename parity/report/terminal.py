@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from parity.cells.plan import GridRow
 from parity.record import Metric, Record, Verdict, worst
-from parity.report import markdown as words
+from parity.report import labels
 from parity.report.text import describe
 from parity.results.aggregate import Aggregate, state
 
@@ -52,10 +52,10 @@ def render(result: Aggregate, console: Console) -> None:
     _curves(result, console)
     _passes(result, console)
     for kind, title in (("shipped", "As shipped, the stacks differ:"), ("hint", "Hints:")):
-        for pair, texts in words.notes_by_pair(result, kind).items():
-            _say(console, f"{title} {pair}", texts)
-    for title, lines in words.gaps(result).items():
-        _say(console, f"{title}:", lines)
+        for pair, texts in labels.notes_by_pair(result, kind).items():
+            _section(console, f"{title} {pair}", texts)
+    for title, lines in labels.gaps(result).items():
+        _section(console, f"{title}:", lines)
     failures = result.failures()
     for record in failures[:SHOWN]:
         console.print()
@@ -71,7 +71,11 @@ def render_metrics(metrics: Sequence[Metric], console: Console) -> Verdict:
 
     table = _table("metric", "verdict", "greatest |Δ|", "allowed", "differ", "where")
     for m in metrics:
-        values = words.number(m.value), words.number(m.tolerance), f"{m.mismatched:,} / {m.total:,}"
+        values = (
+            labels.number(m.value),
+            labels.number(m.tolerance),
+            f"{m.mismatched:,} / {m.total:,}",
+        )
         word = Text(m.verdict, STYLES[m.verdict])
         table.add_row(Text(m.name), word, *values, Text(m.note or m.where))
     console.print(table)
@@ -124,14 +128,14 @@ def _cells(
 
 
 def _symbol(name: str, console: Console) -> str:
-    symbol = words.SYMBOLS[name]
+    symbol = labels.SYMBOLS[name]
     return ASCII.get(symbol, symbol) if console.options.ascii_only else symbol
 
 
 def _legend(console: Console) -> Text:
     from rich.text import Text
 
-    parts = [Text(f"{_symbol(s, console)} {s}", STYLES[s]) for s in words.SYMBOLS]
+    parts = [Text(f"{_symbol(s, console)} {s}", STYLES[s]) for s in labels.SYMBOLS]
     return Text("  ").join(parts)
 
 
@@ -148,7 +152,7 @@ def _curves(result: Aggregate, console: Console) -> None:
         table = _table("", "greatest", "median", "allowed", "over (seeds)", "subject (seeds)")
         for curve in result.curves:
             if curve.row.pair == pair:
-                table.add_row(*words.curve_cells(curve))
+                table.add_row(*labels.curve_cells(curve))
         console.print(table)
 
 
@@ -161,12 +165,12 @@ def _passes(result: Aggregate, console: Console) -> None:
         table = _table("after", "subject", "reference", "p", "what the seeds can show")
         for p in result.passes:
             if p.row.pair == pair:
-                cells = (*words.rates(p), words.number(p.holm_p), words.power_said(p))
+                cells = (*labels.rates(p), labels.number(p.holm_p), labels.power_text(p))
                 table.add_row(Text(p.prompt), *cells)
         console.print(table)
 
 
-def _say(console: Console, head: str, lines: Sequence[str]) -> None:
+def _section(console: Console, head: str, lines: Sequence[str]) -> None:
     """A heading and wrapped lines below it."""
     from rich.padding import Padding
     from rich.text import Text
@@ -189,8 +193,8 @@ def _conclusion(result: Aggregate, console: Console) -> None:
     from rich.text import Text
 
     console.print()
-    for (name, title, reason), which in words.firsts(result).items():
+    for (name, title, reason), which in labels.firsts(result).items():
         console.print(Text(f"{name} first at probe {title}: {reason}", STYLES[name]))
-        console.print(Text(f"  {words.pairs_said(which, len(result.seeds))}"))
+        console.print(Text(f"  {labels.pairs_text(which, len(result.seeds))}"))
     line = f"PARITY {result.verdict} · {result.reason} · exit code {result.exit_code}"
     console.print(Text(line, STYLES[result.verdict]))
