@@ -6,11 +6,13 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from parity.commands.report import report
 from parity.errors import UsageError
+from parity.judge.numerics import Noise, compare, compare_series
 from parity.record import SCHEMA, DamagedRecord, Metric, Record, Side, Verdict, load, load_all
 
 
@@ -153,3 +155,15 @@ def test_another_schema_is_wrong_use(version, says, tmp_path: Path):
     file.write_text(json.dumps({"schema_version": version}))
     with pytest.raises(UsageError, match=says):
         load(file)
+
+
+@pytest.mark.parametrize("compared", [compare, compare_series])
+def test_what_compares_gives_no_metric_that_would_be_damaged(compared):
+    rng = np.random.default_rng(0)
+    for exact in (True, False):
+        for scale in (0.0, 1e-9, 1e-6, 1e-3, 1.0, math.nan):
+            truth = rng.normal(size=7)
+            subject, reference = (truth + scale * rng.normal(size=7) for _ in range(2))
+            noise = Noise(exact, {"loss": truth}, {"loss": truth + 1e-7})
+            found = compared("loss", subject, reference, noise)
+            assert found.contradiction() == "", found
