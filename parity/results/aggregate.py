@@ -282,7 +282,7 @@ def _passes(rows: Mapping[GridRow, Sequence[Record]]) -> tuple[PassRates, ...]:
             )
             found[row, prompt] = paired(subject, reference)
     corrected = holm({str(key): c.test.exact_p for key, c in found.items()})
-    return tuple(PassRates(*key, c, corrected[str(key)].adjusted_p) for key, c in found.items())
+    return tuple(PassRates(*key, c, corrected[str(key)]) for key, c in found.items())
 
 
 def _first(cells: Cells) -> Iterator[FirstFailure]:
