@@ -352,11 +352,3 @@ def test_the_terminal_fits_80_columns_and_plain_ascii() -> None:
 def test_more_seeds_than_columns_are_counted() -> None:
     records = [record(0, s, "diverge" if s == 3 else "identical") for s in range(200)]
     assert re.search(r"00 config +199= 1✗", screen(records))
-
-
-def test_metrics_of_a_comparison_are_shown_with_their_verdict() -> None:
-    metrics = curve(0, [0.0, 0.5], step=2).metrics
-    file = io.StringIO()
-    assert terminal.render_metrics(metrics, Console(file=file, width=100)) is Verdict.DIVERGE
-    assert "PARITY diverge" in file.getvalue()
-    assert terminal.render_metrics([], Console(file=file)) is Verdict.INCONCLUSIVE

@@ -9,7 +9,7 @@ from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
 from parity.cells.plan import GridRow
-from parity.record import Metric, Record, Verdict, worst
+from parity.record import Record
 from parity.report import labels
 from parity.report.text import describe
 from parity.results.aggregate import Aggregate, state
@@ -39,12 +39,12 @@ def console() -> Console:
     from rich.console import Console
 
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # names and numbers matter more than a `·`
+        sys.stdout.reconfigure(errors="replace")  # an ASCII terminal shows `?` for `·`
     return Console(highlight=False)
 
 
 def render(result: Aggregate, console: Console) -> None:
-    """Grid, steps, what differs as shipped, failures, and last the line that decides."""
+    """Grid, steps, what differs as shipped, failures, and last the verdict with the exit code."""
     for model in dict.fromkeys(row.model for row in result.cells):
         _grid(result, model, console)
     if result.cells:
@@ -63,25 +63,6 @@ def render(result: Aggregate, console: Console) -> None:
     if len(failures) > SHOWN:
         console.print(f"\nand {len(failures) - SHOWN} more, all of them in report.html")
     _conclusion(result, console)
-
-
-def render_metrics(metrics: Sequence[Metric], console: Console) -> Verdict:
-    """A table of metrics and the line that decides; returns the verdict."""
-    from rich.text import Text
-
-    table = _table("metric", "verdict", "greatest |Δ|", "allowed", "differ", "where")
-    for m in metrics:
-        values = (
-            labels.number(m.value),
-            labels.number(m.tolerance),
-            f"{m.mismatched:,} / {m.total:,}",
-        )
-        word = Text(m.verdict, STYLES[m.verdict])
-        table.add_row(Text(m.name), word, *values, Text(m.note or m.where))
-    console.print(table)
-    verdict = worst([metric.verdict for metric in metrics if metric.gate])
-    console.print(Text(f"PARITY {verdict}", STYLES[verdict]))
-    return verdict
 
 
 def _grid(result: Aggregate, model: str, console: Console) -> None:
