@@ -1,4 +1,4 @@
-"""`parity report`: the tables of a folder of records."""
+"""`parity report`: the report of a folder of records."""
 
 from __future__ import annotations
 
@@ -11,7 +11,18 @@ import click
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 def report(folder: Path) -> None:
-    """Aggregate a folder of records: table, JSON, CSV, Markdown, HTML."""
+    """Make the report of a FOLDER of records.
+
+    It is written as Markdown, HTML, JSON and CSV, and printed.
+
+    Folders below it are read too, so that the shards of several machines make one report. A record
+    whose verdict does not follow from its metrics is named and set aside; the exit code is then 3.
+
+    \b
+    Examples:
+      parity report reports/run-2026-01-31
+      parity report shards         folders of several machines, put below one
+    """  # noqa: D301
     from parity.cells.plan import read_plan
     from parity.record import load_all
     from parity.report import terminal
