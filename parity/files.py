@@ -1,10 +1,9 @@
-"""Files: written whole or not at all; JSON that keeps NaN and infinities."""
+"""Files: written whole or not at all; JSON with NaN and infinities."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,38 +26,31 @@ def write_atomically(file: Path, content: bytes) -> None:
         raise
 
 
-# NaN and infinities are no JSON; they travel as tagged strings, so that other readers can parse
-# the file and ours gets the floats back.
-_TAG = "float:"
-
-
-def _tag(value: Any) -> Any:
-    if isinstance(value, float) and not np.isfinite(value):
-        return f"{_TAG}{float(value)}"
-    if isinstance(value, Mapping):
-        return {str(key): _tag(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_tag(item) for item in value]
-    if isinstance(value, np.generic):
-        return _tag(value.item())
-    return value
-
-
-def _untag(value: Any) -> Any:
-    if isinstance(value, str) and re.fullmatch(r"float:(nan|inf|-inf)", value):
-        return float(value.removeprefix(_TAG))
-    if isinstance(value, dict):
-        return {key: _untag(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_untag(item) for item in value]
-    return value
-
-
 def dumps(value: Any, **options: Any) -> str:
-    """JSON text in which NaN and infinities survive as `"float:nan"` and the like."""
-    return json.dumps(_tag(value), ensure_ascii=False, allow_nan=False, **options)
+    """JSON for this package alone: `loads` gives back exactly the same numbers.
+
+    NaN and infinities are written as the constants that Python's `json` and pydantic read and other
+    readers refuse. `options` are those of `json.dumps`.
+    """
+    return json.dumps(value, ensure_ascii=False, default=_plain, **options)
 
 
-def loads(text: str) -> Any:
-    """The inverse of `dumps`."""
-    return _untag(json.loads(text))
+loads = json.loads
+
+
+def to_json(value: Any) -> bytes:
+    """Indented JSON that any reader can parse: "NaN", "Infinity" and "-Infinity" are strings.
+
+    Takes dataclasses, named tuples (as arrays), pydantic models and NumPy scalars as well.
+    """
+    from pydantic_core import to_json as serialize
+
+    return serialize(value, indent=1, inf_nan_mode="strings", fallback=_plain)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} is not JSON: {value!r}")

@@ -1,6 +1,6 @@
-"""pytest options, one test a cell, and the same engine as the command.
+"""pytest plugin: the options of a run, and one test for each cell, run by the same engine.
 
-A probe is a test that takes `cell`; its module says which stage with `STAGE = "logits"`.
+A probe is a test that takes the fixture `cell`; its module names the stage: `STAGE = "logits"`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("parity", "cross-framework parity probes")
     group.addoption("--subject", default="mlx", help="path under question (mlx)")
     group.addoption(
-        "--reference", action="append", default=None, help="what it is held against (mlx-lm and hf)"
+        "--reference",
+        action="append",
+        default=None,
+        help="path it is compared with (mlx-lm and hf)",
     )
     group.addoption("--seeds", default="3", help="how many seeds, or the seeds: 3407,0,1 (3)")
     group.addoption("--recipe", default="default", help="recipe of the fixtures or TOML file")
@@ -50,15 +53,15 @@ _OPTIONS = ("--seeds", "--recipe", "--factor", "--subject-factor", "--subject", 
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Refuses wrong use once, before each probe's module would."""
+    """Checks the options once, with one error, before each probe's module would."""
     _choose_device(config)
-    given = config.invocation_params.args
-    if any(str(word).startswith(_OPTIONS) for word in given):
+    words = config.invocation_params.args
+    if any(str(word).startswith(_OPTIONS) for word in words):
         _matrix(config, "config")
 
 
 def _choose_device(config: pytest.Config) -> None:
-    """Before any worker starts; a process of xdist has it from the one that started it."""
+    """Sets the device before any worker starts; processes of xdist inherit it from the first."""
     from parity.capture import devices
     from parity.errors import UsageError
 
@@ -112,7 +115,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def parity_engine() -> Iterator[Engine]:
-    """The engine of this pytest process; under xdist the cache is what they share."""
+    """The engine of this pytest process; under xdist all processes share one cache on disk."""
     from parity.capture.engine import Engine
 
     with Engine() as engine:
@@ -137,6 +140,7 @@ def probe(
     def run(cell: Cell) -> Record:
         named, none = (pytestconfig.getoption(name) for name in ("--expected", "--no-expected"))
         known = expected.chosen(cell.subject, [cell.reference], named and Path(named), none)
+        expected.keep(known, folder)
         record = expected.mark(run_cell(parity_engine, cell, repeat=True), known)
         record_property("parity_record", str(record.save(folder / "records")))
         if record.verdict is Verdict.SKIP:

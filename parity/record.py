@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 
 from parity.errors import UsageError
-from parity.files import dumps, loads, write_atomically
+from parity.files import write_atomically
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Verdict(StrEnum):
@@ -46,10 +48,14 @@ def worst(verdicts: list[Verdict]) -> Verdict:
     return max(verdicts, key=_SEVERITY.index, default=Verdict.INCONCLUSIVE)
 
 
+# JSON has no NaN: as strings any reader can parse them, and pydantic reads them back as floats.
+_CONFIG = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+
 class Metric(BaseModel):
     """One quantity compared."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = _CONFIG
 
     name: str
     verdict: Verdict
@@ -76,13 +82,29 @@ class Metric(BaseModel):
     """Which side is off, judged by the referee: subject, reference, both or neither."""
     gate: bool = True
     """Whether the verdict of the record depends on it."""
+    accepted: str = ""
+    """Why it is green though `value` is over `tolerance`; empty: the tolerance alone decides."""
     note: str = ""
+
+    def contradiction(self) -> str:
+        """Why its numbers cannot give a green verdict; empty where they can, or where it is not."""
+        if not self.verdict.green:
+            return ""
+        for name in ("value", "tolerance"):
+            if not 0 <= getattr(self, name) < inf:
+                return f"{self.verdict}, but its {name} is {getattr(self, name)}"
+        if self.verdict is Verdict.IDENTICAL and self.value:
+            return f"identical, but its value is {self.value:g}"
+        if self.value > self.tolerance and not self.accepted:
+            over = f"its value {self.value:g} is over the tolerance {self.tolerance:g}"
+            return f"{self.verdict}, but {over} and no reason to accept it is recorded"
+        return ""
 
 
 class Side(BaseModel):
     """One of the two paths of a record."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = _CONFIG
 
     path: str
     recipe: dict[str, Any]
@@ -93,7 +115,7 @@ class Side(BaseModel):
 class Record(BaseModel):
     """What one probe found for one pair and one seed."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = _CONFIG
 
     schema_version: int = SCHEMA
     tool: str
@@ -140,8 +162,26 @@ class Record(BaseModel):
     def save(self, folder: Path) -> Path:
         """Writes the record atomically; returns its file."""
         file = folder / f"{self.name}.json"
-        write_atomically(file, dumps(self.model_dump(mode="python"), indent=1).encode())
+        write_atomically(file, self.model_dump_json(indent=1).encode())
         return file
+
+    def contradiction(self) -> str:
+        """Why the verdict does not follow from the metrics; empty where it does.
+
+        `error`, `skip` and `inconclusive` say that a comparison failed or proves nothing; they may
+        stand beside any metrics, since none of them is green.
+        """
+        gates = [metric for metric in self.metrics if metric.gate]
+        for metric in gates:
+            if why := metric.contradiction():
+                return f"metric {metric.name!r} is {why}"
+        if not gates:
+            return f"the verdict is {self.verdict}, but no metric decides it" * self.verdict.green
+        decides = self.verdict.green or self.verdict is Verdict.DIVERGE
+        concluded = conclude(self.metrics)[0]
+        if decides and self.verdict is not concluded:
+            return f"the verdict is {self.verdict}, but its metrics give {concluded}"
+        return ""
 
 
 def conclude(metrics: list[Metric]) -> tuple[Verdict, str]:
@@ -177,40 +217,86 @@ def first_divergence(metrics: list[Metric]) -> dict[str, Any] | None:
     return None
 
 
+class DamagedRecord(Exception):
+    """A file that is no record, or a record whose verdict does not follow from its metrics."""
+
+    def __init__(self, file: Path, reason: str) -> None:
+        super().__init__(f"{file}: {reason}")
+        self.file = file
+        self.reason = reason
+
+
 def load(file: Path) -> Record:
-    """Reads one record.
+    """Reads one record and checks that its verdict follows from its metrics.
 
     Raises:
-        UsageError: Not a record, or of another schema version.
+        DamagedRecord: It is no record, or its verdict contradicts its metrics.
+        UsageError: It is of a schema version that this tool cannot read.
     """
     try:
-        data = loads(file.read_text(encoding="utf-8"))
+        data = from_json(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise UsageError(f"{file}: not a record: {error}") from None
+        raise DamagedRecord(file, f"not a record: {error}") from None
     version = data.get("schema_version") if isinstance(data, dict) else None
     if not isinstance(version, int):
-        raise UsageError(f"{file}: not a record: it has no schema_version")
+        raise DamagedRecord(file, "not a record: it has no schema_version")
     if version > SCHEMA:
         raise UsageError(
             f"{file}: record schema {version} is newer than this tool's {SCHEMA}: upgrade mlx-parity"
         )
-    if version < SCHEMA:
-        raise UsageError(f"{file}: record schema {version} is older than {SCHEMA}: run it again")
+    if version < 1:
+        raise UsageError(f"{file}: record schema {version} is older than 1: run it again")
     try:
-        return Record.model_validate(data)
+        record = Record.model_validate(_from_schema_1(data) if version == 1 else data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
-        raise UsageError(f"{file}: not a record: {where}: {first['msg']}") from None
+        raise DamagedRecord(file, f"not a record: {where}: {first['msg']}") from None
+    if why := record.contradiction():
+        raise DamagedRecord(file, why)
+    return record
 
 
-def load_all(folder: Path) -> list[Record]:
-    """Every record below a folder, in a fixed order.
+# The reasons that schema 1 gave in a metric's note for a green value over the tolerance.
+_ACCEPTED_IN_SCHEMA_1 = (
+    "the subject is nearer to float64 than the reference",
+    "a near tie, decided by rounding",
+    "near ties, decided by rounding",
+)
+
+
+def _from_schema_1(data: dict[str, Any]) -> dict[str, Any]:
+    """Schema 1 tagged NaN and infinities, and kept in `note` why a metric was accepted."""
+
+    def untagged(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: untagged(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [untagged(item) for item in value]
+        tagged = value in ("float:nan", "float:inf", "float:-inf")
+        return float(value.removeprefix("float:")) if tagged else value
+
+    data = untagged(data) | {"schema_version": SCHEMA}
+    metrics = data.get("metrics", [])
+    for metric in metrics if isinstance(metrics, list) else []:
+        if isinstance(metric, dict) and str(metric.get("note")).endswith(_ACCEPTED_IN_SCHEMA_1):
+            metric["accepted"] = metric["note"]
+    return data
+
+
+def load_all(folder: Path) -> tuple[list[Record], list[DamagedRecord]]:
+    """Every record below a folder in a fixed order, and apart from them the damaged ones.
 
     Raises:
-        UsageError: There is none, or one cannot be read.
+        UsageError: There is none, or one is of another schema version.
     """
     files = sorted(folder.rglob("records/*.json"))
     if not files:
         raise UsageError(f"{folder}: no records: run `parity run --out {folder}` first")
-    return [load(file) for file in files]
+    records, damaged = [], []
+    for file in files:
+        try:
+            records.append(load(file))
+        except DamagedRecord as error:
+            damaged.append(error)
+    return records, damaged

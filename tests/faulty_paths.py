@@ -87,3 +87,23 @@ class Packaging(TrainingPath):
         from parity.paths.describe import describe_process
 
         return describe_process(self.packages)
+
+
+class NoSettings(TrainingPath):
+    """Fails when its defaults are read."""
+
+    name = "no-settings"
+    framework = "numpy"
+
+    def shipped(self):
+        raise RuntimeError("no settings")
+
+
+class Absent(TrainingPath):
+    """Cannot run on this machine."""
+
+    name = "absent"
+    framework = "numpy"
+
+    def shipped(self):
+        raise Unsupported("not on this machine")

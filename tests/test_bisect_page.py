@@ -140,7 +140,7 @@ def test_the_strip_shows_the_halving():
     for column, question in enumerate(found.questions):
         taken = [name for name, took, _ in shown.rows if took[column]]
         assert sorted(taken) == sorted(question.changes)
-    # The rows of the first half that was asked for stand together.
+    # The rows of the first half that was run stand together.
     half = [took[2] for _, took, _ in shown.rows]
     assert half == sorted(half, reverse=True)
 
@@ -196,10 +196,10 @@ def test_versions_stand_on_an_axis_with_all_checks(tmp_path):
     laid = axis(change)
     assert [version.name for version in laid] == list(change.found.candidates)
     by_name = {version.name: version for version in laid}
-    assert by_name["0.7"].ends and by_name["0.7"].state == "diverge"
+    assert by_name["0.7"].first_bad and by_name["0.7"].state == "diverge"
     assert by_name["0.0"].state == "agree"
     assert by_name["0.6"].state == "skip"
-    assert {v.state for v in laid} >= {"unasked"}
+    assert {v.state for v in laid} >= {"unchecked"}
     steps = sorted(step for version in laid for step in version.order)
     assert steps == list(range(1, change.found.checks + 1))
     short = together(laid)
@@ -207,7 +207,7 @@ def test_versions_stand_on_an_axis_with_all_checks(tmp_path):
     files = save_versions(tmp_path, [change], "parity bisect --package 'mlx-lm==0.0..0.11'")
     page = files[2].read_text()
     assert "0.7 &lt;said&gt;" in page and "the subject moved with mlx-lm in 0.7" in page
-    assert "no / wheel" in files[1].read_text()
+    assert "no \\| wheel" in files[1].read_text()
     assert json.loads(files[0].read_text())["changes"][0]["found"]["told"][0][0] == "0.0"
     parsed(page)
     unclear = Change("x", "subject", type(change.found)(inconclusive="flaky"))

@@ -11,6 +11,9 @@ import sys
 import time
 
 import pytest
+from click.testing import CliRunner
+
+from parity.cli import main
 
 COMMAND = [sys.executable, "-m", "parity.cli"]
 
@@ -47,6 +50,34 @@ def test_wrong_use_is_one_line_with_exit_code_2(words, says):
     assert says in done.stderr
     assert "Traceback" not in done.stderr
     assert not done.stdout
+
+
+def test_a_path_that_fails_before_a_search_ends_with_the_line_that_reproduces_it(tmp_path):
+    words = ["bisect", "--shipped", "--out", str(tmp_path / "a b"), "--subject"]
+    failed = parity(*words, "tests.faulty_paths:NoSettings")
+    assert failed.returncode == 3
+    assert "RuntimeError in defaults: no settings" in failed.stderr.splitlines()[0]
+    line = failed.stderr.splitlines()[-1]
+    assert shlex.split(line) == ["reproduce:", "parity", *words, "tests.faulty_paths:NoSettings"]
+    refused = parity(*words, "tests.faulty_paths:Absent")
+    assert (refused.returncode, refused.stderr) == (2, "parity: not on this machine\n")
+
+
+def test_every_command_has_examples_in_its_help():
+    for name, command in main.commands.items():
+        help_text = CliRunner().invoke(command, ["--help"]).output
+        assert f"parity {name}" in help_text, name
+    listed = CliRunner().invoke(main, ["--help"]).output
+    assert listed.count("...") == 1, "a first line is too long for the list of commands"
+
+
+def test_help_takes_less_than_300_milliseconds():
+    def seconds():
+        started = time.perf_counter()
+        parity("--help")
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(5)) < 0.3
 
 
 def test_help_answers_at_once_and_imports_nothing_heavy():

@@ -1,8 +1,7 @@
-"""Any command as the oracle of a search over factors."""
+"""A search over factors in which a shell command tells whether two recipes differ."""
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import subprocess
@@ -19,21 +18,17 @@ from parity.errors import UsageError
 from parity.recipe import Recipe
 
 AGREES, UNKNOWN = 0, 125
-"""Exit codes, as `git bisect run` has them; any other below 128 means that they differ."""
+"""Exit codes, as of `git bisect run`; any other below 128 means that the recipes differ."""
 
 
 def to_toml(recipe: Recipe) -> str:
-    """A recipe as TOML that `parity` reads back to the same factors."""
-    lines = []
-    for section, values in recipe.model_dump(mode="json").items():
-        lines.append(f"[{section}]")
-        # JSON's strings, numbers, booleans and lists are TOML's; what is None is left out.
-        lines += [
-            f"{name} = {json.dumps(value, ensure_ascii=False)}"
-            for name, value in values.items()
-            if value is not None
-        ]
-    return "\n".join(lines) + "\n"
+    """A recipe as TOML that `parity` reads back to the same factors.
+
+    TOML has no null: what is None is left out. Values of None are the recipe's defaults.
+    """
+    import tomli_w
+
+    return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
 
 
 def search(
@@ -44,10 +39,10 @@ def search(
     watch: Watch | None = None,
     timeout: float = 600.0,
 ) -> Search:
-    """Minimal sets of changes under which a shell command says that something differs.
+    """Minimal sets of changes under which a shell command reports a difference.
 
-    The command gets the recipe's file in `PARITY_RECIPE` and exits with 0 (agrees), 125 (cannot
-    tell) or another code below 128 (differs).
+    The command finds the recipe's file in `PARITY_RECIPE` and exits with 0 (they agree), 125 (it
+    cannot tell) or another code below 128 (they differ).
 
     Raises:
         UsageError: There is nothing to search, or the command cannot be run at all.
@@ -62,7 +57,7 @@ def search(
             file.write_text(to_toml(changed), encoding="utf-8")
             env = {**os.environ, "PARITY_RECIPE": str(file)}
             try:
-                # The command is the user's own words for a shell.
+                # A shell, since the user typed a shell command.
                 done = subprocess.run(command, shell=True, env=env, timeout=timeout, check=False)
             except subprocess.TimeoutExpired:
                 return Answer.UNKNOWN
@@ -91,11 +86,11 @@ def report(
     for names in found.causes:
         values = {name: (changes[name], theirs.get(name)) for name in names}
         flags = [f"--set-subject {setting(name, changes[name])}" for name in names]
-        again = " ".join(["parity bisect", *flags, f"--check {shlex.quote(command)}"])
-        sentence = f"{against(values)} makes the command say that they differ"
-        result.causes.append(Cause("command", values, sentence, reproduce=again))
-    said = {"found": "diverge"}.get(found.verdict, found.verdict)
-    visit = StageVisit(-1, "command", said, command, 0.0, tuple(changes), found.questions)
+        line = " ".join(["parity bisect", *flags, f"--check {shlex.quote(command)}"])
+        sentence = f"with {against(values)} the command reports a difference"
+        result.causes.append(Cause("command", values, sentence, reproduce=line))
+    verdict = {"found": "diverge"}.get(found.verdict, found.verdict)
+    visit = StageVisit(-1, "command", verdict, command, 0.0, tuple(changes), found.questions)
     result.path, result.ledger = [visit], found.ledger
     result.differing, result.runs = len(changes), found.runs
     result.seconds = time.perf_counter() - started

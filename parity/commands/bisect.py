@@ -1,4 +1,4 @@
-"""`parity bisect`: what a person types and sees. The answer goes to stdout, progress to stderr."""
+"""`parity bisect`: the search for a cause. The answer goes to stdout, progress to stderr."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option("--subject", default="mlx", show_default=True, help="The path under question.")
-@click.option("--reference", default="mlx-lm", show_default=True, help="What it is held against.")
+@click.option(
+    "--reference", default="mlx-lm", show_default=True, help="The path it is compared with."
+)
 @recipe_options
 @click.option(
     "--set-subject", multiple=True, metavar="FACTOR=VALUE", help="Change a factor of the subject."
@@ -43,8 +45,8 @@ if TYPE_CHECKING:
     "--check",
     "command",
     metavar="COMMAND",
-    help="Ask a command instead: it finds the recipe in $PARITY_RECIPE and exits with 0 (agrees), "
-    "125 (cannot tell) or another code (differs).",
+    help="Let a shell command decide: it finds the recipe's file in $PARITY_RECIPE and exits with 0 "
+    "(they agree), 125 (it cannot tell) or another code (they differ).",
 )
 @click.option(
     "--package",
@@ -60,7 +62,7 @@ if TYPE_CHECKING:
 @click.option("--good", metavar="REVISION", help="A commit of --repo that is known to be good.")
 @click.option("--bad", metavar="REVISION", help="A commit of --repo that is known to be bad.")
 @click.option(
-    "--probe", default="02", show_default=True, help="The probe that --package and --repo ask."
+    "--probe", default="02", show_default=True, help="The probe that --package and --repo run."
 )
 @click.option(
     "--side",
@@ -75,19 +77,19 @@ if TYPE_CHECKING:
     default=1,
     show_default=True,
     type=click.IntRange(1, 20),
-    help="How often each question is asked; answers that disagree end in `inconclusive`.",
+    help="How often each run is repeated; repeats that disagree end in `inconclusive`.",
 )
 @out_option("reports/bisect")
 @device_option
 @timeout_option
 def bisect(
     recipe: str, settings: tuple[str, ...], set_subject: tuple[str, ...],
-    set_reference: tuple[str, ...], seed: int, out: Path, **asked: Any,
+    set_reference: tuple[str, ...], seed: int, out: Path, **options: Any,
 ) -> None:  # fmt: skip
     """Find what makes a subject differ from its reference.
 
-    Stages first, in the order in which data flows; then the factors in which the two recipes differ,
-    every minimal set of them; then, where no factor explains it, the module, tensor or step.
+    First the stages, in the order in which data flows through them. In a stage that diverges, every
+    minimal set of factors that makes it diverge; where no factor does, the module, tensor or step.
 
     \b
     Examples:
@@ -102,24 +104,24 @@ def bisect(
     from parity.cells.matrix import sides
     from parity.paths.registry import knobs
 
-    own = knobs([asked["subject"], asked["reference"]])
+    own = knobs([options["subject"], options["reference"]])
     shared = recipes.load(recipe, settings, own).override({"seed.value": seed})
     changes = sides([("subject", text) for text in set_subject]).get("subject", {})
     held = sides([("reference", text) for text in set_reference]).get("reference", {})
     for changed in (changes, held):
         shared.override(changed)
     try:
-        verdict = _ask(shared, changes, held, recipe, out, **asked)
+        verdict = _search(shared, changes, held, recipe, out, **options)
     except KeyboardInterrupt:
-        click.echo("stopped; the same command goes on where it was", err=True)
+        click.echo("stopped; run the same command again to continue", err=True)
         sys.exit(130)
     sys.exit(EXIT_GREEN if verdict == "agree" else EXIT_NOT_GREEN)
 
 
-def _ask(
+def _search(
     shared: Recipe, changes: dict[str, Any], held: dict[str, Any], origin: str, out: Path, *,
     subject: str, reference: str, as_shipped: bool, command: str | None, repeats: int, timeout: float,
-    **moving: Any,
+    **versions: Any,
 ) -> str:  # fmt: skip
     """Runs the search, prints the answer, and returns the verdict."""
     from parity.bisect import check
@@ -135,9 +137,9 @@ def _ask(
     else:
         find_wrong_use([subject, reference], shared)
         with Engine(timeout=timeout, log_dir=out / "logs") as engine, shown() as display:
-            if moving["package"] or moving["repo"]:
-                cell = _cell(subject, reference, shared, changes, origin, moving.pop("probe"))
-                return _versions(engine, cell, out, display, **moving)
+            if versions["package"] or versions["repo"]:
+                cell = _cell(subject, reference, shared, changes, origin, versions.pop("probe"))
+                return _versions(engine, cell, out, display, **versions)
             if as_shipped:
                 shared, own = shipped(engine, subject, reference, shared)
                 changes = {**own, **changes}
@@ -165,7 +167,7 @@ def _versions(
     engine: Engine, cell: Cell, out: Path, display: Display, *, package: str | None, repo: Path | None,
     good: str | None, bad: str | None, side: str,
 ) -> str:  # fmt: skip
-    """Searches releases or commits; prints a sentence for each."""
+    """Searches releases or commits; prints a sentence for each change."""
     from parity.bisect.versions import VersionSearch
     from parity.capture.environments import parse_range
     from parity.errors import UsageError

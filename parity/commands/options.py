@@ -1,4 +1,4 @@
-"""What the commands share: exit codes and options."""
+"""Exit codes and options that commands share."""
 
 from __future__ import annotations
 

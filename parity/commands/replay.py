@@ -1,4 +1,4 @@
-"""`parity replay`: what a person types and sees."""
+"""`parity replay`: known cases."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[SCENARIO|FILE]...")
-@click.option("--list", "listing", is_flag=True, help="Say which there are, and run none.")
+@click.option("--list", "listing", is_flag=True, help="List the scenarios and run none.")
 @out_option("reports/replay")
 @timeout_option
 def replay(names: tuple[str, ...], listing: bool, out: Path, timeout: float) -> None:
-    """Replay known cases and hold the causes found against those expected.
+    """Run known cases with known causes.
 
-    Each scenario is a case that somebody met: with its stage and cause, or as something that was
-    suspected and made no difference. Exit code 0: all came out as expected; 1: one did not; 3: one
-    could not be run here.
+    Each scenario is a case that somebody reported: a stage and a cause, or a suspicion that turned
+    out to make no difference. Exit code 0: all came out as expected; 1: one did not; 3: one could not
+    be run here.
 
     \b
     Examples:
       parity replay                           all of them
-      parity replay --list                    what there is
+      parity replay --list                    names, expectations, titles
       parity replay last-16-layers compile    these two
       parity replay my-case.toml              one of your own
     """  # noqa: D301
@@ -50,7 +50,7 @@ def replay(names: tuple[str, ...], listing: bool, out: Path, timeout: float) -> 
     try:
         outcomes = _play(chosen, out, timeout)
     except KeyboardInterrupt:
-        click.echo("stopped; the same command goes on where it was", err=True)
+        click.echo("stopped; run the same command again to continue", err=True)
         sys.exit(130)
     statuses = [str(outcome.status) for outcome in outcomes]
     click.echo(f"{statuses.count('as expected')} of {len(outcomes)} scenarios came out as expected")
@@ -60,11 +60,9 @@ def replay(names: tuple[str, ...], listing: bool, out: Path, timeout: float) -> 
 
 
 def _play(chosen: list[Scenario], out: Path, timeout: float) -> list[ScenarioResult]:
-    """Runs scenarios one after the other; what is finished is written after each."""
-    from dataclasses import asdict
-
+    """Runs scenarios one after the other; the results so far are written after each."""
     from parity.capture.engine import Engine
-    from parity.files import dumps, write_atomically
+    from parity.files import to_json, write_atomically
     from parity.replay.play import play
     from parity.report.replay import table
 
@@ -75,8 +73,7 @@ def _play(chosen: list[Scenario], out: Path, timeout: float) -> list[ScenarioRes
             outcome = play(case, engine, lambda text: click.echo(f"    {text}", err=True))
             outcomes.append(outcome)
             write_atomically(out / "replay.md", table(outcomes).encode())
-            results = [asdict(outcome) for outcome in outcomes]
-            write_atomically(out / "replay.json", dumps(results, indent=1).encode())
+            write_atomically(out / "replay.json", to_json(outcomes))
             click.echo(f"{_MARKS[outcome.status]} {outcome.name}: {outcome.found}")
             if outcome.status != "as expected":
                 click.echo(f"    expected: {outcome.expected}\n    source: {outcome.source}")

@@ -1,4 +1,4 @@
-"""`parity report`: the tables of a folder of records."""
+"""`parity report`: the report of a folder of records."""
 
 from __future__ import annotations
 
@@ -11,17 +11,29 @@ import click
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
 def report(folder: Path) -> None:
-    """Aggregate a folder of records: table, JSON, CSV, Markdown, HTML."""
-    from parity import record
+    """Make the report of a FOLDER of records.
+
+    It is written as Markdown, HTML, JSON and CSV, and printed.
+
+    Folders below it are read too, so that the shards of several machines make one report. A record
+    whose verdict does not follow from its metrics is named and set aside; the exit code is then 3.
+
+    \b
+    Examples:
+      parity report reports/run-2026-01-31
+      parity report shards         folders of several machines, put below one
+    """  # noqa: D301
     from parity.cells.plan import read_plan
+    from parity.record import load_all
     from parity.report import terminal
     from parity.report.write import write
     from parity.results import expected
     from parity.results.aggregate import aggregate
 
     known = expected.kept(folder)
-    records = [expected.mark(found, known) for found in record.load_all(folder)]
-    result = aggregate(records, read_plan(folder), known)
+    found, damaged = load_all(folder)
+    records = [expected.mark(record, known) for record in found]
+    result = aggregate(records, read_plan(folder), known, [str(error) for error in damaged])
     files = write(result, folder)
     terminal.render(result, terminal.console())
     click.echo("wrote " + ", ".join(str(file) for file in files))

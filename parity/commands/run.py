@@ -19,7 +19,7 @@ from parity.commands.options import (
     "--subject", default="mlx", show_default=True, metavar="PATH", help="The path under question."
 )
 @click.option("--reference", "references", multiple=True, metavar="PATH",
-              help="What it is held against; may be repeated.  [default: mlx-lm, hf]")  # fmt: skip
+              help="The path it is compared with; may be repeated.  [default: mlx-lm, hf]")  # fmt: skip
 @click.option("--seeds", default="3", show_default=True, metavar="N|LIST",
               help="How many seeds (up to 15), or the seeds themselves: 3407,0,1.")  # fmt: skip
 @click.option(
@@ -27,13 +27,13 @@ from parity.commands.options import (
 )
 @recipe_options
 @click.option(
-    "--set-subject", multiple=True, metavar="FACTOR=VALUE", help="Change a factor on one side only."
+    "--set-subject", multiple=True, metavar="FACTOR=VALUE", help="Change a factor of the subject."
 )
 @click.option(
     "--set-reference",
     multiple=True,
     metavar="FACTOR=VALUE",
-    help="Change a factor on one side only.",
+    help="Change a factor of the reference.",
 )
 @click.option(
     "--out",
@@ -45,7 +45,7 @@ from parity.commands.options import (
     default=2,
     show_default=True,
     type=click.IntRange(1, 64),
-    help="Cells under way at once.",
+    help="Cells (one probe, pair and seed each) that run at once.",
 )
 @device_option
 @timeout_option
@@ -69,8 +69,19 @@ def run(
 ) -> None:
     """Run probes over seeds and report.
 
-    Captures are cached by content: what was finished before an interruption is not run again.
-    """
+    Captures are cached by content: what was finished before an interruption is not run again. The
+    exit code is 0 if every verdict is green.
+
+    \b
+    Examples:
+      parity run                                    mlx against mlx-lm and hf, 3 seeds
+      parity run --reference mlx-lm --seeds 15
+      parity run --probes 02,05 --set model.source=~/models/my-model
+      parity run --set-subject lora.num_layers=16   change one side only
+      parity run --subject trl --reference hf
+      parity run --reference hf --device cuda
+      parity run --subject my_package.trainer:MyPath
+    """  # noqa: D301
     from parity import recipe as recipes
     from parity.capture import engine as engines
     from parity.cells import matrix as runs

@@ -1,4 +1,4 @@
-"""`parity list` and `parity factors`: what there is."""
+"""`parity list` and `parity factors`: the names that other commands take."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from parity.commands.options import (
 
 @click.command("list")
 def list_() -> None:
-    """Show paths, probes, models, data, recipes and scenarios."""
+    """Show the names that other commands take.
+
+    Paths, probes, models, data, recipes and scenarios; and the folder of the cache.
+
+    \b
+    Example:
+      parity list
+    """  # noqa: D301
     from parity import resources
     from parity.paths.registry import registered
     from parity.stages import BY_NUMBER
@@ -34,7 +41,13 @@ def list_() -> None:
 @click.command()
 @recipe_options
 def factors(recipe: str, settings: tuple[str, ...]) -> None:
-    """Show every factor of a recipe with its value."""
+    """Show every factor of a recipe.
+
+    \b
+    Examples:
+      parity factors
+      parity factors --recipe smollm2 --set lora.rank=4
+    """  # noqa: D301
     import json
 
     from parity import recipe as recipes

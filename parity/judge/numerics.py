@@ -24,6 +24,8 @@ EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "float16":
 """Distance from 1 to the next number of a dtype."""
 
 
+NEARER = "the subject is nearer to float64 than the reference"
+
 LOGARITHMS = ("loss", "token_loss", "completion_loss")
 
 
@@ -211,13 +213,13 @@ def _tensor(name: str, subject: Array, reference: Array, noise: Noise) -> Metric
     errors: tuple[float | None, float | None] = (None, None)
     if referee is not None and referee.shape == reference.shape:
         errors = distance(subject, referee), distance(reference, referee)
-    verdict, note = Verdict.DIVERGE, ""
+    verdict, accepted = Verdict.DIVERGE, ""
     if value == 0:
         verdict = Verdict.IDENTICAL
     elif value <= tolerance:
         verdict = Verdict.AGREE
     elif not noise.exact and None not in errors and errors[0] <= errors[1]:  # type: ignore[operator]
-        verdict, note = Verdict.AGREE, "the subject is nearer to float64 than the reference"
+        verdict, accepted = Verdict.AGREE, NEARER
     scale = np.abs(reference.astype(np.float64))
     relative = float((difference / np.where(scale == 0, np.inf, scale)).max(initial=0.0))
     return Metric(
@@ -234,7 +236,8 @@ def _tensor(name: str, subject: Array, reference: Array, noise: Noise) -> Metric
         error_subject=errors[0],
         error_reference=errors[1],
         off=side_off(*errors, floor) if verdict is Verdict.DIVERGE else "",
-        note=note,
+        accepted=accepted,
+        note=accepted,
     )
 
 
@@ -327,6 +330,9 @@ def compare_series(name: str, subject: Array, reference: Array, noise: Noise) ->
         error_subject=errors[0],
         error_reference=errors[1],
         off=side_off(*errors, float(floors.max())) if steps.size else "",
+        accepted=NEARER
+        if verdict is Verdict.AGREE and difference[place] > tolerances[place]
+        else "",
     )
 
 

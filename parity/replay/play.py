@@ -1,11 +1,12 @@
-"""Running a scenario and holding what comes out against what is expected."""
+"""Runs a scenario and compares its outcome with the expected one."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from parity.bisect.causes import CauseSearch, SearchReport
 from parity.bisect.versions import VersionSearch
@@ -23,7 +24,7 @@ Notice = Callable[[str], None]
 
 
 class ScenarioStatus(StrEnum):
-    """How a scenario came out."""
+    """The outcome of a scenario against the expectation."""
 
     AS_EXPECTED = "as expected"
     OTHERWISE = "not as expected"
@@ -32,12 +33,12 @@ class ScenarioStatus(StrEnum):
 
 @dataclass(frozen=True)
 class ScenarioResult:
-    """What a scenario gave.
+    """The outcome of a scenario.
 
     Attributes:
-        expected: The expectation in words.
-        found: What was found, in the same words.
-        answer: What the search said, whole.
+        expected: The expectation as text.
+        found: The outcome, in a text of the same form.
+        answer: The whole answers of the searches.
         points: Combinations of seed and sweep that were searched.
         runs: Distinct runs of the subject.
     """
@@ -64,12 +65,12 @@ def play(scenario: Scenario, engine: Engine, notice: Notice = lambda _: None) ->
         find_wrong_use([scenario.subject, scenario.reference], next(scenario.recipes()))
         if why := _missing(scenario, engine):
             raise Unsupported(why)
-        asked = _versions if scenario.package else _search
-        for said, answer, count in asked(scenario, engine, notice):
-            points, runs = points + 1, runs + count
-            answers.append(answer)
-            found = said
-            if said != scenario.expect.searched():
+        search = _search_versions if scenario.package else _search_causes
+        for outcome in search(scenario, engine, notice):
+            points, runs = points + 1, runs + outcome.runs
+            answers.append(outcome.answer)
+            found = outcome.found
+            if found != scenario.expect.searched():
                 break
         if scenario.expect.gates and found == scenario.expect.searched():
             shares, answer = _gates(scenario, engine)
@@ -96,7 +97,7 @@ def play(scenario: Scenario, engine: Engine, notice: Notice = lambda _: None) ->
 def _missing(scenario: Scenario, engine: Engine) -> str:
     """Why a path cannot be run here at all; empty if it can."""
     if scenario.package:
-        return ""  # other versions bring what they need
+        return ""  # each release gets an environment of its own
     for path in (scenario.subject, scenario.reference):
         try:
             engine.shipped(path, next(scenario.recipes()))
@@ -105,11 +106,15 @@ def _missing(scenario: Scenario, engine: Engine) -> str:
     return ""
 
 
-Said = Iterable[tuple[str, str, int]]
-"""What was found in the words of `Expect`, the whole answer, and the runs it took."""
+class SearchOutcome(NamedTuple):
+    """One search: what it found in the form of `Expect`, its whole answer, and the runs it took."""
+
+    found: str
+    answer: str
+    runs: int
 
 
-def _search(scenario: Scenario, engine: Engine, notice: Notice) -> Said:
+def _search_causes(scenario: Scenario, engine: Engine, notice: Notice) -> Iterator[SearchOutcome]:
     stages = scenario.stages()
     for recipe in scenario.recipes():
         report = CauseSearch(
@@ -124,10 +129,10 @@ def _search(scenario: Scenario, engine: Engine, notice: Notice) -> Said:
             notice=notice,
             held=scenario.set_reference,
         ).search()
-        yield _words(report), report.answer(), report.runs
+        yield SearchOutcome(_found(report), report.answer(), report.runs)
 
 
-def _words(report: SearchReport) -> str:
+def _found(report: SearchReport) -> str:
     if report.verdict == "agree" and not report.skipped:
         return "no cause"
     if report.verdict != "found":
@@ -138,7 +143,7 @@ def _words(report: SearchReport) -> str:
     )
 
 
-def _versions(scenario: Scenario, engine: Engine, notice: Notice) -> Said:
+def _search_versions(scenario: Scenario, engine: Engine, notice: Notice) -> Iterator[SearchOutcome]:
     def progress(candidate: str, answer: object, left: int) -> None:
         notice(f"{candidate}, about {left} left")
 
@@ -156,16 +161,13 @@ def _versions(scenario: Scenario, engine: Engine, notice: Notice) -> Said:
             search = VersionSearch(engine, cell, progress=progress)
             for change in search.each(*map(parse_range, scenario.package.split(","))):
                 where = change.found.first_bad
-                said = change.sentence()
-                yield (
-                    said if change.found.inconclusive else f"moved in {where}",
-                    said,
-                    change.runs,
-                )
+                sentence = change.sentence()
+                found = sentence if change.found.inconclusive else f"moved in {where}"
+                yield SearchOutcome(found, sentence, change.runs)
 
 
 def _gates(scenario: Scenario, engine: Engine) -> tuple[dict[str, str], str]:
-    """How many seeds pass each gate that is expected, on both sides; and all counts in words."""
+    """`all`, `some` or `none` for each expected gate over seeds and sides; and all counts as text."""
     passes: dict[str, list[bool]] = {}
     for recipe in scenario.recipes():
         cell = Cell(find("08"), scenario.subject, scenario.reference, recipe)
@@ -175,9 +177,9 @@ def _gates(scenario: Scenario, engine: Engine) -> tuple[dict[str, str], str]:
         for side in ("subject", "reference"):
             for gate, passed in record.passes[side].items():
                 passes.setdefault(gate, []).append(passed)
-    told = ", ".join(f"{gate}: {sum(v)} of {len(v)}" for gate, v in passes.items())
+    counts = ", ".join(f"{gate}: {sum(v)} of {len(v)}" for gate, v in passes.items())
     shares = {gate: _share(passes[gate]) for gate in scenario.expect.gates}
-    return shares, f"passes, subject and reference together: {told}"
+    return shares, f"passes, subject and reference together: {counts}"
 
 
 def _share(values: list[bool]) -> str:

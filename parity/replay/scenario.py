@@ -36,10 +36,10 @@ class Table(BaseModel):
 
 
 class Expect(Table):
-    """What must come out.
+    """The expected outcome.
 
-    Either a cause at a stage, or the release in which a package moved, or (with `agree`) that what was
-    suspected is none.
+    Either a cause at a stage, or the release in which a package changed its behaviour, or (with
+    `agree`) that the suspected factors are no cause.
     """
 
     verdict: Literal["found", "agree"] = "found"
@@ -60,7 +60,7 @@ class Expect(Table):
         return self
 
     def searched(self) -> str:
-        """What a search must find, in words."""
+        """What a search must find, as text."""
         if self.release:
             return f"moved in {self.release}"
         if self.verdict == "agree":
@@ -73,9 +73,9 @@ class Expect(Table):
 
 
 def passing(shares: Mapping[str, str]) -> str:
-    """How many seeds pass each gate, in words that follow a sentence."""
-    told = ", ".join(f"{share} pass {gate!r}" for gate, share in shares.items())
-    return f"; of the seeds {told}" if told else ""
+    """How many seeds pass each gate, as a clause that follows a sentence."""
+    counts = ", ".join(f"{share} pass {gate!r}" for gate, share in shares.items())
+    return f"; of the seeds {counts}" if counts else ""
 
 
 class Scenario(Table):
@@ -84,12 +84,12 @@ class Scenario(Table):
     Attributes:
         title: The case in a few words.
         source: Where it happened.
-        about: What is asked here, in a sentence or two.
+        about: The question, in a sentence or two.
         package: A range of releases to be searched, as `parity bisect --package` takes it.
         sweep: Factor to values, set on both sides; every combination must come out as expected.
         set: Factors changed on both sides.
-        set_subject: Factors changed in the subject; among them the cause is sought.
-        set_reference: Factors in which the reference always differs.
+        set_subject: Factors changed in the subject; the search looks for the cause among them.
+        set_reference: Factors changed in the reference throughout.
     """
 
     title: str
@@ -123,7 +123,7 @@ class Scenario(Table):
         return ()
 
     def stages(self) -> tuple[Stage, ...]:
-        """The stages that are asked; empty: all."""
+        """The stages that are searched; empty: all."""
         return tuple(find(probe) for probe in self.probes)
 
 

@@ -1,1 +1,1 @@
-"""Records and tables for people."""
+"""Records and results as text, tables, figures and pages."""

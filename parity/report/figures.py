@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SIZE = 4.3, 2.3  # inches
-# Matplotlib knows no CSS: it draws in colours that stand for variables of the page.
+# Matplotlib cannot write CSS variables: it draws in placeholder colours, replaced afterwards.
 _INK, _SUBJECT, _REFERENCE, _BAD = "#010101", "#020202", "#030303", "#040404"
 _VARIABLES = {
     _INK: "currentColor",
@@ -69,8 +69,8 @@ def _difference(steps: pd.DataFrame, row: GridRow, curve: Curve) -> Figure:
     name = curve.quantity
     values = steps[name].abs()
     if not (values > 0).any():
-        said = "0 at every step of every seed" if values.notna().all() else "not measured"
-        return Figure(f"{name}: {said}", "")
+        why = "0 at every step of every seed" if values.notna().all() else "not measured"
+        return Figure(f"{name}: {why}", "")
 
     def draw(axes: Axes) -> None:
         for _, seed in steps.groupby("seed", sort=True):

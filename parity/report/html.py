@@ -9,7 +9,7 @@ from typing import Any
 
 from parity.cells.plan import GridRow, row_of
 from parity.record import Metric, Record
-from parity.report import markdown as words
+from parity.report import labels
 from parity.report.figures import figures
 from parity.report.text import headline
 from parity.results.aggregate import GREEN, Aggregate, FirstFailure, state
@@ -17,20 +17,20 @@ from parity.results.aggregate import GREEN, Aggregate, FirstFailure, state
 OPEN = 3  # failures shown unfolded
 SIDES = ("subject", "reference")
 TEMPLATE = "report.html.j2"
-_VOLATILE = ("pid", "seconds")  # differ between any two processes
+_DIFFER_ALWAYS = ("pid", "seconds")  # between any two processes
 
 
 def render(result: Aggregate) -> str:
     """The page."""
     environment = templates()
-    environment.filters |= {"number": words.number, "tolerance": tolerance, "excess": excess}
-    environment.globals |= {"words": words, "headline": headline, "environment": environment_of}
+    environment.filters |= {"number": labels.number, "tolerance": tolerance, "excess": excess}
+    environment.globals |= {"labels": labels, "headline": headline, "environment": environment_of}
     environment.globals |= {
         "differing": differing,
         "row_of": row_of,
         "state": state,
-        "off": off_said,
-        "off_in": off_in,
+        "side_off": side_off,
+        "side_off_of_pair": side_off_of_pair,
     }
     failures = result.failures()
     bad = {record.name for record in failures}
@@ -41,7 +41,7 @@ def render(result: Aggregate) -> str:
         failures=failures,
         rest=rest,
         figures=figures(result),
-        symbols=words.SYMBOLS,
+        symbols=labels.SYMBOLS,
         green=GREEN,
         open=OPEN,
         about=_about(result),
@@ -50,7 +50,7 @@ def render(result: Aggregate) -> str:
 
 
 def templates() -> Any:
-    """The environment of the templates in this folder: all values escaped, none forgotten."""
+    """The environment of the templates in this folder: every value is escaped, an unknown name raises."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     return Environment(
@@ -63,35 +63,35 @@ def templates() -> Any:
 
 
 def tolerance(metric: Metric) -> str:
-    """What was allowed: `equal` where nothing was, `not gated` where nobody asked."""
+    """What was allowed: `equal` where bits must be, `not gated` where the verdict does not depend on it."""
     if not metric.gate or isnan(metric.tolerance):
         return "not gated"
-    return words.number(metric.tolerance) if metric.tolerance else "equal"
+    return labels.number(metric.tolerance) if metric.tolerance else "equal"
 
 
 def excess(metric: Metric) -> str:
-    """How often the tolerance goes into the value, where it is exceeded."""
+    """The value as a multiple of the tolerance, where it is exceeded."""
     if not metric.gate or not metric.tolerance > 0 or metric.value <= metric.tolerance:
         return ""
     return f"{metric.value / metric.tolerance:,.3g}×"
 
 
-def off_said(record: Record) -> str:
-    """Which side is off by the first metric that says so, and how far from float64 both are."""
+def side_off(record: Record) -> str:
+    """Which side is off, by the first metric with a referee, and how far from float64 both are."""
     for metric in record.metrics:
         if metric.off and not metric.verdict.green:
             errors = zip(SIDES, (metric.error_subject, metric.error_reference), strict=True)
-            far = (f"{side} {words.number(e)}" for side, e in errors if e is not None)
+            far = (f"{side} {labels.number(e)}" for side, e in errors if e is not None)
             return f"{metric.off}, by {metric.name} (distance from float64: {', '.join(far)})"
     return ""
 
 
-def off_in(result: Aggregate, first: FirstFailure) -> str:
-    """The same for a pair, by the first probe that knows."""
+def side_off_of_pair(result: Aggregate, first: FirstFailure) -> str:
+    """The same for a pair, by its first probe with a referee."""
     for row in (first.row, *first.later):
         for record in result.cells[row].values():
-            if record and (said := off_said(record)):
-                return said if row == first.row else f"{said} in probe {row.title}"
+            if record and (side := side_off(record)):
+                return side if row == first.row else f"{side} in probe {row.title}"
     return ""
 
 
@@ -115,7 +115,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     for key, value in values.items():
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
-        elif f"{prefix}{key}" not in _VOLATILE:
+        elif f"{prefix}{key}" not in _DIFFER_ALWAYS:
             flat[prefix + key] = (
                 ", ".join(map(str, value)) if isinstance(value, list) else str(value)
             )
@@ -130,7 +130,7 @@ def _by_pair(result: Aggregate) -> dict[str, dict[GridRow, Mapping[int, Record |
 
 
 def _about(result: Aggregate) -> str:
-    """Who made the records, each once."""
+    """Versions of the tool, platforms, and the number of records."""
     tools = dict.fromkeys(
         f"mlx-parity {r.tool}" + f" at {r.git}" * bool(r.git) for r in result.records
     )

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on; everything on stderr."""
+"""The progress of a run, on stderr."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _STYLES = {
 
 @contextlib.contextmanager
 def shown(total: int) -> Iterator[tuple[Callable[[Record], None], Callable[[str], None]]]:
-    """A bar with what is under way, and a line for each record that is not green.
+    """A bar with what is running now, and a line for each record that is not green.
 
     Yields:
-        A function for finished records and one for what starts.
+        A function to call with each finished record, and one to call with what starts.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -39,7 +39,7 @@ def shown(total: int) -> Iterator[tuple[Callable[[Record], None], Callable[[str]
 
         def done(record: Record) -> None:
             progress.advance(task)
-            # Without a terminal nobody sees the bar: each cell then gets its line.
+            # Without a terminal there is no bar: each cell then gets a line.
             if record.verdict.green and console.is_terminal:
                 return
             pair = f"{record.subject.path} vs {record.reference.path}"

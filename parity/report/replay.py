@@ -1,4 +1,4 @@
-"""The outcomes of a replay as Markdown."""
+"""The results of a replay as Markdown."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from parity.report.markdown import table as markdown_table
 
 
 def table(outcomes: list[ScenarioResult]) -> str:
-    """The outcomes as Markdown."""
+    """One row for each scenario."""
     head = ["scenario", "expected", "found", "", "searches", "runs", "seconds", "source"]
     rows = [
         (f"{o.name}: {o.title}", o.expected, o.found, o.status, f"{o.points}", f"{o.runs}",

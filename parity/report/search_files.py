@@ -9,7 +9,8 @@ from typing import Any
 
 from parity.bisect.causes import SearchReport
 from parity.bisect.versions import Change
-from parity.files import dumps, write_atomically
+from parity.files import to_json, write_atomically
+from parity.report.markdown import table
 from parity.report.search_page import render, render_versions
 
 
@@ -23,17 +24,15 @@ def save_versions(folder: Path, changes: Sequence[Change], command: str) -> list
     title = f"What moved with {', '.join(change.package for change in changes)}"
     lines = [f"# {title}", "", *(f"- {change.sentence()}" for change in changes), ""]
     for change in changes:
+        checks = [
+            [str(step), check.candidate, str(check.outcome), check.reason]
+            for step, check in enumerate(change.found.told, 1)
+        ]
         lines += [
             f"## {change.package}",
             "",
-            "| step | version | outcome | said |",
-            "|---|---|---|---|",
+            table(["step", "version", "outcome", "reason"], checks),
         ]
-        lines += [
-            f"| {step} | {told.candidate} | {told.outcome} | {told.reason.replace('|', '/')} |"
-            for step, told in enumerate(change.found.told, 1)
-        ]
-        lines.append("")
     lines += [f"Found by `{command}`.", ""]
     data = {"command": command, "changes": [asdict(change) for change in changes]}
     return _save(folder, data, "\n".join(lines), render_versions(changes, title, command))
@@ -51,21 +50,18 @@ def markdown(report: SearchReport) -> str:
     if report.settings:
         lines += ["## Effective settings that differ", "", *(f"- {s}" for s in report.settings), ""]
     if report.ledger:
-        lines += ["## Ledger", "", "| hypothesis | status | evidence |", "|---|---|---|"]
-        for entry in report.ledger:
-            evidence = "; ".join(entry.evidence)
-            lines.append(f"| {', '.join(entry.changes)} | {entry.status} | {evidence} |")
-        lines.append("")
+        rows = [[", ".join(e.changes), str(e.status), "; ".join(e.evidence)] for e in report.ledger]
+        lines += ["## Ledger", "", table(["hypothesis", "status", "evidence"], rows)]
     return "\n".join(lines)
 
 
 def _save(folder: Path, data: Any, text: str, page: str) -> list[Path]:
     """Writes what a search found as JSON, Markdown and HTML."""
     files = {
-        folder / "bisect.json": dumps(data, indent=1),
-        folder / "bisect.md": text,
-        folder / "bisect.html": page,
+        folder / "bisect.json": to_json(data),
+        folder / "bisect.md": text.encode(),
+        folder / "bisect.html": page.encode(),
     }
     for file, content in files.items():
-        write_atomically(file, content.encode())
+        write_atomically(file, content)
     return list(files)

@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from parity.report.html import templates
-from parity.report.markdown import SYMBOLS, number
+from parity.report.labels import SYMBOLS, number
 
 if TYPE_CHECKING:
     from parity.bisect.causes import SearchReport, StageVisit
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
 TEMPLATE = "search.html.j2"
 STATES = {"found": "diverge", "agree": "agree", "inconclusive": "inconclusive"}
 ANSWERS = {"diverges": "diverge", "agrees": "agree", "unknown": "inconclusive"}
-UNASKED = "unasked"
+NOT_CHECKED = "unchecked"
 OUTCOMES = {"good": "agree", "bad": "diverge", "gap": "skip", "flaky": "inconclusive"}
-MARKS = {**SYMBOLS, "agree": "✓", UNASKED: "·"}
+MARKS = {**SYMBOLS, "agree": "✓", NOT_CHECKED: "·"}
 
 
 @dataclass(frozen=True)
 class Strip:
-    """A factor search as a matrix: a row a factor, a column a question."""
+    """A factor search as a matrix: a row a factor, a column a run."""
 
     questions: Sequence[Question]
     rows: list[tuple[str, list[bool], bool]]
-    """Factor, whether each question took it from the subject, whether it is part of a cause."""
+    """Factor, whether each run took it from the subject, whether it is part of a cause."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A walk over modules: a row a kind of module, a column a layer."""
+    """The modules that a search compared: a row a kind of module, a column a layer."""
 
     layers: list[int]
     rows: list[tuple[str, list[Mark | None]]]
@@ -46,17 +46,17 @@ class Grid:
 
 @dataclass(frozen=True)
 class Version:
-    """A release or commit on the axis: its outcome, and what was said of it."""
+    """A release or commit on the axis: its outcome and the reason for it."""
 
     name: str
     state: str
-    said: str
+    reason: str
     order: list[int]
-    """At which steps it was asked, from 1."""
-    ends: bool
-    """Whether the change lies at it."""
+    """At which steps it was checked, from 1."""
+    first_bad: bool
+    """Whether it is the first with the change."""
     count: int = 1
-    """How many versions that were not asked stand here together."""
+    """How many neighbours that were not checked this entry stands for."""
 
 
 def render(report: SearchReport) -> str:
@@ -93,15 +93,15 @@ def render_versions(changes: Sequence[Change], title: str, command: str) -> str:
 
 
 def strip(visit: StageVisit, causes: set[str]) -> Strip:
-    """The factors ordered so that what was asked together stands together."""
-    asked = [set(question.changes) for question in visit.questions]
-    took = {name: [name in names for names in asked] for name in visit.factors}
+    """The factors ordered so that those checked together stand together."""
+    changed = [set(question.changes) for question in visit.questions]
+    took = {name: [name in names for names in changed] for name in visit.factors}
     order = sorted(visit.factors, key=lambda name: took[name], reverse=True)
     return Strip(visit.questions, [(name, took[name], name in causes) for name in order])
 
 
 def grid(place: Place) -> Grid:
-    """The walk laid out by layer, kinds in the order of calls."""
+    """The compared modules laid out by layer, kinds in the order of calls."""
     walk = place.walk[::-1] if place.kind == "backward" else place.walk
     layers: dict[int, dict[str, Mark]] = {}
     others = []
@@ -113,7 +113,7 @@ def grid(place: Place) -> Grid:
         kind = match[2] or "the layer itself"
         layers.setdefault(int(match[1]), {})[kind] = mark
     columns = sorted(layers)
-    # In the order of calls of the layer that shows most: the first may lack some.
+    # In the order of calls of the layer with most modules: the first layer may lack some.
     fullest = sorted(layers.values(), key=len, reverse=True)
     kinds = dict.fromkeys(kind for layer in fullest for kind in layer)
     rows = [(kind, [layers[layer].get(kind) for layer in columns]) for kind in kinds]
@@ -121,31 +121,31 @@ def grid(place: Place) -> Grid:
 
 
 def axis(change: Change) -> list[Version]:
-    """Every candidate in its order, asked or not."""
+    """Every candidate in its order, checked or not."""
     found = change.found
-    told: dict[str, list[tuple[int, str, str]]] = {}
+    checks: dict[str, list[tuple[int, str, str]]] = {}
     for step, (name, outcome, reason) in enumerate(found.told, 1):
-        told.setdefault(name, []).append((step, outcome, reason))
+        checks.setdefault(name, []).append((step, outcome, reason))
     versions = []
     for name in found.candidates:
-        asked = told.get(name, [])
-        states = {OUTCOMES.get(outcome, "error") for _, outcome, _ in asked}
-        state = states.pop() if len(states) == 1 else "inconclusive" if states else UNASKED
-        said = asked[-1][2] if asked else "not asked"
-        order = [step for step, _, _ in asked]
-        versions.append(Version(name, state, said, order, name == found.first_bad))
+        own = checks.get(name, [])
+        states = {OUTCOMES.get(outcome, "error") for _, outcome, _ in own}
+        state = states.pop() if len(states) == 1 else "inconclusive" if states else NOT_CHECKED
+        reason = own[-1][2] if own else "not checked"
+        order = [step for step, _, _ in own]
+        versions.append(Version(name, state, reason, order, name == found.first_bad))
     return versions
 
 
 def together(versions: Sequence[Version]) -> list[Version]:
-    """The same with neighbours that were not asked as one entry."""
+    """The same with neighbours that were not checked as one entry."""
     short: list[Version] = []
-    for unasked, run in groupby(versions, key=lambda version: version.state == UNASKED):
+    for unchecked, run in groupby(versions, key=lambda version: version.state == NOT_CHECKED):
         group = list(run)
-        if unasked and len(group) > 1:
+        if unchecked and len(group) > 1:
             name = f"{group[0].name} … {group[-1].name}"
             short.append(
-                replace(group[0], name=name, said=f"{len(group)} not asked", count=len(group))
+                replace(group[0], name=name, reason=f"{len(group)} not checked", count=len(group))
             )
         else:
             short += group

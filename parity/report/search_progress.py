@@ -1,4 +1,4 @@
-"""What a person sees while a search goes on, on stderr: live on a terminal, else line by line."""
+"""The progress of a search on stderr: redrawn in place on a terminal, else line by line."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ OUTCOMES = {"good": "✓", "bad": "✗"}
 
 
 class Display(Protocol):
-    """Told of what a search does."""
+    """Shows the progress of a search."""
 
     def watch(self, what: str, done: int, left: int) -> None:
-        """A question is asked: what is known so far and what is asked, runs so far, runs left."""
+        """A run begins: what is known so far and what it checks, finished runs, runs left."""
 
     def notice(self, text: str) -> None:
         """A stage is finished."""
@@ -45,7 +45,7 @@ class Lines:
 
 
 class Screen:
-    """A bar of the runs, a strip of what is known, and what is asked, redrawn in place."""
+    """A bar of the runs, a strip of the outcomes so far, and the present run, redrawn in place."""
 
     def __init__(self, live: Any) -> None:
         self._live = live
@@ -61,7 +61,7 @@ class Screen:
         from rich.text import Text
 
         self._live.console.print(text, markup=False)
-        self._live.update(Text("asking on …", style="dim"), refresh=True)
+        self._live.update(Text("searching …", style="dim"), refresh=True)
 
     def progress(self, candidate: str, answer: CheckResult, left: int) -> None:
         """See `Display.progress`."""

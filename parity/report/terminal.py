@@ -9,8 +9,8 @@ from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
 from parity.cells.plan import GridRow
-from parity.record import Metric, Record, Verdict, worst
-from parity.report import markdown as words
+from parity.record import Record
+from parity.report import labels
 from parity.report.text import describe
 from parity.results.aggregate import Aggregate, state
 
@@ -39,12 +39,12 @@ def console() -> Console:
     from rich.console import Console
 
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # names and numbers matter more than a `·`
+        sys.stdout.reconfigure(errors="replace")  # an ASCII terminal shows `?` for `·`
     return Console(highlight=False)
 
 
 def render(result: Aggregate, console: Console) -> None:
-    """Grid, steps, what differs as shipped, failures, and last the line that decides."""
+    """Grid, steps, what differs as shipped, failures, and last the verdict with the exit code."""
     for model in dict.fromkeys(row.model for row in result.cells):
         _grid(result, model, console)
     if result.cells:
@@ -52,10 +52,10 @@ def render(result: Aggregate, console: Console) -> None:
     _curves(result, console)
     _passes(result, console)
     for kind, title in (("shipped", "As shipped, the stacks differ:"), ("hint", "Hints:")):
-        for pair, texts in words.notes_by_pair(result, kind).items():
-            _say(console, f"{title} {pair}", texts)
-    for title, lines in words.gaps(result).items():
-        _say(console, f"{title}:", lines)
+        for pair, texts in labels.notes_by_pair(result, kind).items():
+            _section(console, f"{title} {pair}", texts)
+    for title, lines in labels.gaps(result).items():
+        _section(console, f"{title}:", lines)
     failures = result.failures()
     for record in failures[:SHOWN]:
         console.print()
@@ -63,21 +63,6 @@ def render(result: Aggregate, console: Console) -> None:
     if len(failures) > SHOWN:
         console.print(f"\nand {len(failures) - SHOWN} more, all of them in report.html")
     _conclusion(result, console)
-
-
-def render_metrics(metrics: Sequence[Metric], console: Console) -> Verdict:
-    """A table of metrics and the line that decides; returns the verdict."""
-    from rich.text import Text
-
-    table = _table("metric", "verdict", "greatest |Δ|", "allowed", "differ", "where")
-    for m in metrics:
-        values = words.number(m.value), words.number(m.tolerance), f"{m.mismatched:,} / {m.total:,}"
-        word = Text(m.verdict, STYLES[m.verdict])
-        table.add_row(Text(m.name), word, *values, Text(m.note or m.where))
-    console.print(table)
-    verdict = worst([metric.verdict for metric in metrics if metric.gate])
-    console.print(Text(f"PARITY {verdict}", STYLES[verdict]))
-    return verdict
 
 
 def _grid(result: Aggregate, model: str, console: Console) -> None:
@@ -124,14 +109,14 @@ def _cells(
 
 
 def _symbol(name: str, console: Console) -> str:
-    symbol = words.SYMBOLS[name]
+    symbol = labels.SYMBOLS[name]
     return ASCII.get(symbol, symbol) if console.options.ascii_only else symbol
 
 
 def _legend(console: Console) -> Text:
     from rich.text import Text
 
-    parts = [Text(f"{_symbol(s, console)} {s}", STYLES[s]) for s in words.SYMBOLS]
+    parts = [Text(f"{_symbol(s, console)} {s}", STYLES[s]) for s in labels.SYMBOLS]
     return Text("  ").join(parts)
 
 
@@ -148,7 +133,7 @@ def _curves(result: Aggregate, console: Console) -> None:
         table = _table("", "greatest", "median", "allowed", "over (seeds)", "subject (seeds)")
         for curve in result.curves:
             if curve.row.pair == pair:
-                table.add_row(*words.curve_cells(curve))
+                table.add_row(*labels.curve_cells(curve))
         console.print(table)
 
 
@@ -161,12 +146,12 @@ def _passes(result: Aggregate, console: Console) -> None:
         table = _table("after", "subject", "reference", "p", "what the seeds can show")
         for p in result.passes:
             if p.row.pair == pair:
-                cells = (*words.rates(p), words.number(p.holm_p), words.power_said(p))
+                cells = (*labels.rates(p), labels.number(p.holm_p), labels.power_text(p))
                 table.add_row(Text(p.prompt), *cells)
         console.print(table)
 
 
-def _say(console: Console, head: str, lines: Sequence[str]) -> None:
+def _section(console: Console, head: str, lines: Sequence[str]) -> None:
     """A heading and wrapped lines below it."""
     from rich.padding import Padding
     from rich.text import Text
@@ -189,8 +174,8 @@ def _conclusion(result: Aggregate, console: Console) -> None:
     from rich.text import Text
 
     console.print()
-    for (name, title, reason), which in words.firsts(result).items():
+    for (name, title, reason), which in labels.firsts(result).items():
         console.print(Text(f"{name} first at probe {title}: {reason}", STYLES[name]))
-        console.print(Text(f"  {words.pairs_said(which, len(result.seeds))}"))
+        console.print(Text(f"  {labels.pairs_text(which, len(result.seeds))}"))
     line = f"PARITY {result.verdict} · {result.reason} · exit code {result.exit_code}"
     console.print(Text(line, STYLES[result.verdict]))

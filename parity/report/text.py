@@ -1,4 +1,4 @@
-"""One record as a person reads it in a terminal."""
+"""One record as text for a terminal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def describe(record: Record) -> str:
         lines += _metric(metric)
     if len(bad) > SHOWN:
         lines.append(f"  and {len(bad) - SHOWN} more metrics that are not green")
-    # What differs as shipped is no part of this verdict and has a section of its own.
+    # Differences as shipped do not decide this verdict; reports list them in their own section.
     lines += [f"  {text}" for text in record.findings if not text.startswith("as shipped")]
     lines += [f"  hint: {hint}" for hint in record.hints]
     lines += [f"  expected: {record.expected}"] * bool(record.expected)

@@ -6,14 +6,14 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from parity.files import dumps, write_atomically
+from parity.files import to_json, write_atomically
 from parity.record import Record
 from parity.report import html, markdown
 from parity.results.aggregate import SCHEMA, Aggregate
 
 
-def to_json(result: Aggregate) -> str:
-    """Everything but the records and their steps; NaN and infinities survive `trace.loads`."""
+def aggregate_json(result: Aggregate) -> bytes:
+    """Everything but the steps; records by name. NaN and infinities are strings: see `to_json`."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Record):
@@ -26,20 +26,24 @@ def to_json(result: Aggregate) -> str:
             return {key: plain(item) for key, item in value.items()}
         return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-    names = ("verdict", "exit_code", "reason", "counts", "seeds", "first", "curves", "passes")
-    data = {name: plain(getattr(result, name)) for name in (*names, "notes", "gaps", "problems")}
+    names = (
+        "verdict", "exit_code", "reason", "counts", "seeds", "first", "curves", "passes", "notes",
+        "gaps", "problems", "damaged",
+    )  # fmt: skip
+    data = {name: plain(getattr(result, name)) for name in names}
     tables = {name: getattr(result, name).to_dict("records") for name in ("summary", "grid")}
-    return dumps({"schema_version": SCHEMA, **data, **tables}, indent=1)
+    return to_json({"schema_version": SCHEMA, **data, **tables})
 
 
 def write(result: Aggregate, folder: Path) -> list[Path]:
     """Writes JSON, CSV, Markdown and HTML; each file atomically."""
-    texts = {"aggregate.json": to_json(result)}
+    files = {"aggregate.json": aggregate_json(result)}
     for name in ("summary", "grid", "steps"):
-        texts[f"{name}.csv"] = getattr(result, name).to_csv(
-            index=False, na_rep="nan", lineterminator="\n"
-        )
-    texts |= {"report.md": markdown.render(result), "report.html": html.render(result)}
-    for name, text in texts.items():
-        write_atomically(folder / name, text.encode())
-    return [folder / name for name in texts]
+        table = getattr(result, name)
+        text = table.to_csv(index=False, na_rep="nan", lineterminator="\n")
+        files[f"{name}.csv"] = text.encode()
+    files["report.md"] = markdown.render(result).encode()
+    files["report.html"] = html.render(result).encode()
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    return [folder / name for name in files]

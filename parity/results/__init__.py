@@ -1,1 +1,1 @@
-"""Many records together: tables, statistics, one verdict."""
+"""Many records together: known divergences, tables, statistics, one verdict."""

@@ -1,4 +1,4 @@
-"""Records of all seeds and pairs become tables, one verdict and one exit code."""
+"""All records of a run together: tables, one verdict and one exit code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from parity.results.expected import KnownDivergence
 
-SCHEMA = 1
+SCHEMA = 2
 MISSING, EXPECTED, STALE = "missing", "expected", "stale"
 STATES = (*(str(verdict) for verdict in Verdict), EXPECTED, STALE, MISSING)
 """What a cell of the grid can hold: a verdict, `missing` where there is no record, `expected` for a
@@ -27,7 +27,7 @@ known divergence and `stale` for a cell that came out green where one was known.
 GREEN = ("identical", "agree")
 GAPS = ("error", MISSING, STALE, EXPECTED, "skip")
 NOT_RED = (*GREEN, EXPECTED, "skip")
-GRAVEST_FIRST = (
+WORST_FIRST = (
     "error", MISSING, "diverge", STALE, "inconclusive", EXPECTED, "skip", "agree", "identical",
 )  # fmt: skip
 
@@ -60,7 +60,7 @@ class FirstFailure(NamedTuple):
 
 
 class PassRates(NamedTuple):
-    """How often each side said what was expected after one prompt, over seeds."""
+    """How often each side completed one prompt as expected, over seeds."""
 
     row: GridRow
     prompt: str
@@ -83,13 +83,13 @@ Cells = Mapping[GridRow, Mapping[int, Record | None]]
 
 @dataclass(frozen=True)
 class Aggregate:
-    """What all records say together, in a fixed order."""
+    """The results of all records of a run, in a fixed order."""
 
     verdict: str
     """Worst state of any cell."""
     exit_code: int
     """0 all green or expected, 1 something diverges, is stale or inconclusive, 3 cells missing or in
-    error."""
+    error, or records damaged."""
     reason: str
     counts: dict[str, int]
     seeds: tuple[int, ...]
@@ -107,11 +107,13 @@ class Aggregate:
     gaps: dict[str, tuple[Uncompared, ...]]
     """Cells by `error`, `missing`, `stale`, `expected` and `skip`."""
     problems: tuple[str, ...]
-    """What keeps numbers from being taken at face value."""
+    """Reasons to doubt a number: a series cut short, two records of one cell."""
+    damaged: tuple[str, ...]
+    """Files that were set aside, each with what is wrong in it."""
 
     @property
     def records(self) -> list[Record]:
-        """All that count, row by row."""
+        """One record a cell, row by row."""
         return [r for row in self.cells.values() for r in row.values() if r]
 
     def failures(self) -> list[Record]:
@@ -133,12 +135,20 @@ def state(record: Record | None) -> str:
 
 
 def aggregate(
-    records: Iterable[Record], expected: Plan | None = None, known: Sequence[KnownDivergence] = ()
+    records: Iterable[Record],
+    expected: Plan | None = None,
+    known: Sequence[KnownDivergence] = (),
+    damaged: Sequence[str] = (),
 ) -> Aggregate:
     """Puts records together.
 
-    A cell is missing where the plan has it, or where another row has its seed, and no record came.
-    Of the known divergences those that match no record are named; records are marked already.
+    A cell is missing where the plan has it, or where another row has its seed, and there is no record.
+
+    Args:
+        records: Marked by `expected.mark` already.
+        expected: The cells that the run was to fill.
+        known: Known divergences; those that match no record are named.
+        damaged: Files that were set aside, with the reason: with any, the run is not green.
     """
     from parity.results.expected import unmatched
 
@@ -151,7 +161,7 @@ def aggregate(
     cells = {row: {seed: _worst(found[row, seed]) for seed in seeds} for row in rows}
     present = {row: [r for r in by_seed.values() if r] for row, by_seed in cells.items()}
     counts = Counter(state(r) for by_seed in cells.values() for r in by_seed.values())
-    verdict, code, reason = conclude(counts)
+    verdict, code, reason = conclude(counts, len(damaged))
     found_curves = tuple(curves(present))
     problems = [
         f"{row.title}, {row.pair}, seed {seed}: {len(group)} records for one cell, the worst counts"
@@ -182,6 +192,7 @@ def aggregate(
         notes=_notes(present),
         gaps={name: tuple(_gaps(cells, name)) for name in GAPS},
         problems=tuple(sorted(problems)),
+        damaged=tuple(damaged),
     )
 
 
@@ -202,23 +213,35 @@ def _worst(records: Sequence[Record]) -> Record | None:
     if not records:
         return None
     verdict = worst([record.verdict for record in records])
-    # Of two that diverge, the one nobody expected.
+    # Of two that diverge, the one that is not a known divergence.
     return min((r for r in records if r.verdict is verdict), key=lambda r: bool(r.expected))
 
 
-def conclude(counts: Mapping[str, int]) -> tuple[str, int, str]:
-    """Verdict, exit code and sentence from the number of cells in each state."""
+def conclude(counts: Mapping[str, int], damaged: int = 0) -> tuple[str, int, str]:
+    """Verdict, exit code and sentence from the number of cells in each state.
+
+    A damaged record leaves its cell without a result, like a missing one.
+    """
     total = sum(counts.values())
-    said = {name: f"{n} {name}" for name in GRAVEST_FIRST if (n := counts.get(name, 0))}
-    listed = ", ".join(said.values())
+    texts = {name: f"{n} {name}" for name in WORST_FIRST if (n := counts.get(name, 0))}
+    listed = ", ".join(texts.values())
+    found = f"{total} cell{'s' * (total != 1)}: {listed}"
+    if damaged:
+        aside = f"{damaged} damaged record{'s' * (damaged != 1)} set aside"
+        verdict = "error" if "error" in texts else MISSING
+        return verdict, 3, f"{aside}; {found}" if total else aside
     for code, states in ((3, ("error", MISSING)), (1, ("diverge", STALE, "inconclusive"))):
-        if bad := [name for name in states if name in said]:
-            return bad[0], code, f"{total} cell{'s' * (total != 1)}: {listed}"
-    verdict = next((name for name in said if name != "skip"), None)
-    if verdict is None:
+        if bad := [name for name in states if name in texts]:
+            return bad[0], code, found
+    compared = [name for name in texts if name != "skip"]
+    if not compared:
         return "inconclusive", 1, "nothing was compared" + (f": {listed}" if listed else "")
-    what = "green or diverge as expected" if EXPECTED in said else "green"
-    return verdict, 0, f"all {total - counts.get('skip', 0)} cells compared are {what}: {listed}"
+    what = "green or diverge as expected" if EXPECTED in texts else "green"
+    return (
+        compared[0],
+        0,
+        f"all {total - counts.get('skip', 0)} cells compared are {what}: {listed}",
+    )
 
 
 def _table(rows: Iterable[Mapping[str, Any]], columns: list[str]) -> pd.DataFrame:
@@ -259,7 +282,7 @@ def _passes(rows: Mapping[GridRow, Sequence[Record]]) -> tuple[PassRates, ...]:
             )
             found[row, prompt] = paired(subject, reference)
     corrected = holm({str(key): c.test.exact_p for key, c in found.items()})
-    return tuple(PassRates(*key, c, corrected[str(key)].adjusted_p) for key, c in found.items())
+    return tuple(PassRates(*key, c, corrected[str(key)]) for key, c in found.items())
 
 
 def _first(cells: Cells) -> Iterator[FirstFailure]:
@@ -271,7 +294,7 @@ def _first(cells: Cells) -> Iterator[FirstFailure]:
             pairs[row.pair].append(row)
     for rows in pairs.values():
         rows.sort(key=lambda row: (flow(row.stage), row.probe))
-        # What diverges says more than what is missing before it.
+        # A divergence tells more about the cause than a missing cell before it.
         ranked = [
             (name, row, seeds)
             for name in ("diverge", "error", "inconclusive", STALE, MISSING)
@@ -280,7 +303,7 @@ def _first(cells: Cells) -> Iterator[FirstFailure]:
         ]
         name, row, seeds = ranked[0]
         record = cells[row][seeds[0]]
-        reason = record.expected or record.reason if record else "no record came"
+        reason = record.expected or record.reason if record else "there is no record"
         later = tuple(rows[rows.index(row) + 1 :])
         every = [r for other in rows for r in cells[other].values() if r]
         hints = tuple(dict.fromkeys(hint for r in every for hint in r.hints))
@@ -288,12 +311,12 @@ def _first(cells: Cells) -> Iterator[FirstFailure]:
 
 
 def _notes(rows: Mapping[GridRow, Sequence[Record]]) -> tuple[Note, ...]:
-    """Findings and hints once each; numbers that change from seed to seed do not part them."""
+    """Findings and hints once each; texts that differ only in their numbers count as one."""
     found: dict[tuple[str, GridRow, str], dict[int, str]] = defaultdict(dict)
     for row, records in rows.items():
         for record in records:
-            said = [("finding", text) for text in record.findings]
-            for kind, text in [*said, *(("hint", text) for text in record.hints)]:
+            findings = [("finding", text) for text in record.findings]
+            for kind, text in [*findings, *(("hint", text) for text in record.hints)]:
                 kind = "shipped" if text.startswith("as shipped") else kind
                 pattern = re.sub(r"\d[\d.,]*(e[+-]?\d+)?", "#", text)
                 found[kind, row, pattern].setdefault(record.seed, text)

@@ -1,6 +1,6 @@
-"""Divergences that are known: marked, listed with their reason, and red once they are gone.
+"""Known divergences: marked, listed with their reason, and red once they are gone.
 
-A file `<subject>-vs-<reference>.toml` holds entries for that pair; a file of another name speaks of
+A file `<subject>-vs-<reference>.toml` holds entries for that pair; a file of another name is for
 every pair. A record that diverges is *expected* when entries cover all its diverging metrics.
 """
 
@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Validati
 
 from parity import resources
 from parity.errors import UsageError
+from parity.files import write_atomically
 from parity.record import Record, Verdict
 from parity.stages import find
 
@@ -38,8 +39,8 @@ def _specifier(value: str) -> str:
 class Entry(BaseModel, frozen=True, extra="forbid", strict=True):
     """One known divergence.
 
-    `probe` is a number or a name, `metric` may hold `*` and `?`, `versions` lead from a distribution
-    to a PEP 440 specifier; `deterministic` says that it shows in every cell.
+    `probe` is a number or a name, `metric` may hold `*` and `?`, `versions` maps a distribution to a
+    PEP 440 specifier; `deterministic` is true where it shows in every cell.
     """
 
     probe: Annotated[int, BeforeValidator(_number)]
@@ -56,14 +57,14 @@ class _File(BaseModel, extra="forbid"):
 
 
 class KnownDivergence(NamedTuple):
-    """An entry and where it stands."""
+    """An entry, its file, and its number in that file, from 1."""
 
     file: Path
     number: int
     entry: Entry
 
     @property
-    def said(self) -> str:
+    def explanation(self) -> str:
         """Reason and link."""
         return self.entry.reason + f" ({self.entry.link})" * bool(self.entry.link)
 
@@ -73,7 +74,7 @@ class KnownDivergence(NamedTuple):
         return "-vs-" not in self.file.name or self.file.name == pair
 
     def applies(self, record: Record) -> bool:
-        """Whether the entry speaks of this cell in these versions, whatever its verdict."""
+        """Whether the entry is for this cell and these versions, whatever the verdict."""
         sides = (record.reference, record.subject)
         ran = {k: v for side in sides for k, v in side.environment.get("versions", {}).items() if v}
         same = self.entry.probe == record.probe and self.entry.model in (None, record.model)
@@ -117,23 +118,25 @@ def chosen(
 def keep(known: Iterable[KnownDivergence], folder: Path) -> None:
     """Copies the files into the folder of a run, so that its report can be made again anywhere."""
     for file in {k.file for k in known}:
-        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-        (folder / FOLDER / file.name).write_bytes(file.read_bytes())
+        write_atomically(folder / FOLDER / file.name, file.read_bytes())
 
 
 def kept(folder: Path) -> list[KnownDivergence]:
-    """What a run, or the shards below a folder, were told to expect."""
+    """The known divergences of a run, or of the shards below a folder."""
     files = {file.name: file for file in sorted(folder.rglob(f"{FOLDER}/*.toml"))}
-    # Copies go by their name: it is not in them that an entry is to be mended.
+    # By name alone: the entry is to be corrected in the original file, not in the run's copy.
     return [k._replace(file=Path(name)) for name, file in files.items() for k in load(file)]
 
 
 def mark(record: Record, known: Sequence[KnownDivergence]) -> Record:
-    """The record with `expected` filled: why it diverges, or that it no longer does."""
-    gone = "no longer diverges: remove entry {0.number} from {0.file}: {0.said}"
-    say = (gone if record.verdict.green else "{0.said}").format
-    said = "; ".join(dict.fromkeys(map(say, _matching(record, known))))
-    return record.model_copy(update={"expected": said}) if said else record
+    """The record with `expected` set: why it diverges, that it no longer does, or nothing.
+
+    What the record had there before is not used.
+    """
+    gone = "no longer diverges: remove entry {0.number} from {0.file}: {0.explanation}"
+    text = (gone if record.verdict.green else "{0.explanation}").format
+    texts = dict.fromkeys(map(text, _matching(record, known)))
+    return record.model_copy(update={"expected": "; ".join(texts)})
 
 
 def _matching(record: Record, known: Sequence[KnownDivergence]) -> list[KnownDivergence]:
@@ -152,14 +155,14 @@ def _matching(record: Record, known: Sequence[KnownDivergence]) -> list[KnownDiv
 
 
 def unmatched(records: Sequence[Record], known: Sequence[KnownDivergence]) -> list[str]:
-    """Entries that explain no record, but for those of probes and known models that were not run."""
+    """Entries that explain no record, without those of probes and known models that were not run."""
     probes = {r.probe for r in records}
     models = {*resources.names("models"), *resources.EXTRA_MODELS} - {r.model for r in records}
     used = [k for r in records for k in _matching(r, known)]
     for k in known:
         not_run = k.entry.probe not in probes or k.entry.model in models
         used += [k] * (not_run and any(map(k.of_pair, records)))
-    lone = (
+    text = (
         "{0.file}: entry {0.number} (probe {0.entry.probe:02d}, {0.entry.metric}) matched no record"
     )
-    return [lone.format(k) for k in known if k not in used]
+    return [text.format(k) for k in known if k not in used]

@@ -1,7 +1,7 @@
-"""Seed statistics: pass rates and paired tests with the power they had.
+"""Pass rates over seeds, and paired tests with the power they had.
 
-Nothing here can find two paths the same: a test that sees no difference ends `inconclusive` and
-says how many seeds it would take to see one. Bad input raises ValueError.
+No test here can show that two paths are the same. One that finds no difference says so together with
+the number of seeds that would be needed to find one. Bad input raises ValueError.
 """
 
 from collections import Counter
@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt
 from numbers import Integral
-from typing import Literal
 
 import numpy as np
 from scipy.stats import binom, binomtest
@@ -17,22 +16,19 @@ from scipy.stats import binom, binomtest
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """Two-sided confidence interval of a pass rate; the numbers are fractions of 1."""
+    """Two-sided 95 % confidence interval of a pass rate; both ends are fractions of 1."""
 
     low: float
     high: float
-    confidence: float
-    method: Literal["wilson", "clopper-pearson"]
 
 
 @dataclass(frozen=True, slots=True)
 class PairedTest:
-    """Two-sided tests that `b` events one way and `c` the other are equally likely."""
+    """Two-sided exact test that `b` events one way and `c` the other are equally likely."""
 
     b: int
     c: int
     exact_p: float
-    mid_p: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +51,7 @@ class PairedComparison:
     power: float
     seeds_needed: int | None
     discordance_upper: float | None
-    verdict: Literal["diverge", "inconclusive"]
     summary: str
-
-
-@dataclass(frozen=True, slots=True)
-class HolmTest:
-    """One member of a family of tests, after Holm's correction."""
-
-    p: float
-    adjusted_p: float
-    rejected: bool
 
 
 def check_count(name: str, value: int, upper: float = np.inf) -> None:
@@ -80,22 +66,14 @@ def check_fraction(name: str, value: float, upper: float = 1.0) -> None:
         raise ValueError(f"{name} = {value!r}: give a fraction above 0 and below {upper:g}")
 
 
-def wilson(passes: int, n: int, confidence: float = 0.95) -> Interval:
-    """For display: nominal coverage on average (Wilson 1927; Brown, Cai & DasGupta 2001)."""
+def wilson(passes: int, n: int) -> Interval:
+    """Wilson's interval: 95 % coverage on average (Wilson 1927; Brown, Cai & DasGupta 2001)."""
     check_count("n", n)
     check_count("passes", passes, n)
-    check_fraction("confidence", confidence)
     if n == 0:
         raise ValueError("n = 0: no seed was run, so there is no pass rate; run at least one")
-    ci = binomtest(passes, n).proportion_ci(confidence, "wilson")
-    return Interval(float(ci.low), float(ci.high), confidence, "wilson")
-
-
-def clopper_pearson(passes: int, n: int, confidence: float = 0.95) -> Interval:
-    """For gates: coverage never below nominal (Clopper & Pearson 1934)."""
-    wilson(passes, n, confidence)  # refuses the same input
-    ci = binomtest(passes, n).proportion_ci(confidence, "exact")
-    return Interval(float(ci.low), float(ci.high), confidence, "clopper-pearson")
+    ci = binomtest(passes, n).proportion_ci(0.95, "wilson")
+    return Interval(float(ci.low), float(ci.high))
 
 
 def discordance_bound(n: int, confidence: float = 0.95) -> float:
@@ -109,16 +87,15 @@ def discordance_bound(n: int, confidence: float = 0.95) -> float:
 
 
 def mcnemar(b: int, c: int) -> PairedTest:
-    """Exact and mid-p McNemar test (Fagerland, Lydersen & Laake 2013).
+    """Exact McNemar test: a binomial test on the discordant pairs (McNemar 1947).
 
-    The exact one never exceeds its level and needs 6 discordant pairs, all one way, for p < 0.05;
-    mid-p needs 5. Without any discordant pair both p-values are 1.
+    It never exceeds its level, and needs 6 discordant pairs, all one way, for p < 0.05. Without any
+    discordant pair the p-value is 1.
     """
     check_count("b", b)
     check_count("c", c)
     exact = float(binomtest(b, b + c).pvalue) if b + c else 1.0
-    point = float(binom.pmf(b, b + c, 0.5)) * (0.5 if b == c else 1.0) if b + c else 0.0
-    return PairedTest(int(b), int(c), exact, exact - point)
+    return PairedTest(int(b), int(c), exact)
 
 
 def mcnemar_power(
@@ -126,7 +103,6 @@ def mcnemar_power(
     p_reference_only: float,
     n: int,
     alpha: float = 0.05,
-    mid_p: bool = False,
 ) -> float:
     """Unconditional power of the two-sided test with `n` seeds, as an exact sum.
 
@@ -146,8 +122,7 @@ def mcnemar_power(
     pairs = np.arange(first, last + 1)
     # The largest minority count that is still rejected is this quantile or the count below it.
     k = binom.ppf(alpha / 2, pairs, 0.5)
-    p = 2 * binom.cdf(k, pairs, 0.5) - (binom.pmf(k, pairs, 0.5) if mid_p else 0.0)
-    k = np.where(p <= alpha, k, k - 1)
+    k = np.where(2 * binom.cdf(k, pairs, 0.5) <= alpha, k, k - 1)
     rejected = binom.cdf(k, pairs, share) + binom.sf(pairs - k - 1, pairs, share)
     return float(np.sum(binom.pmf(pairs, n, rate) * rejected))
 
@@ -157,7 +132,6 @@ def seeds_for_power(
     p_reference_only: float,
     power: float = 0.8,
     alpha: float = 0.05,
-    mid_p: bool = False,
 ) -> int | None:
     """Smallest number of seeds from which on the power is `power` or more.
 
@@ -168,7 +142,7 @@ def seeds_for_power(
     check_fraction("power", power)
 
     def reached(n: int) -> bool:
-        return mcnemar_power(p_subject_only, p_reference_only, n, alpha, mid_p) >= power
+        return mcnemar_power(p_subject_only, p_reference_only, n, alpha) >= power
 
     low, high = 0, 1
     while not reached(high):
@@ -217,15 +191,12 @@ def paired(
         text += " - underpowered: no claim either way"
     for side, missing in (("subject", no_subject), ("reference", no_reference)):
         text += f"; {side} lacks seeds {', '.join(map(str, missing))}" if missing else ""
-    verdict: Literal["diverge", "inconclusive"]
-    verdict = "diverge" if test.exact_p <= alpha else "inconclusive"
-    found = (test, power, needed, upper, verdict, text.replace("%", " %"))
+    found = (test, power, needed, upper, text.replace("%", " %"))
     return PairedComparison(seeds, no_subject, no_reference, a, b, c, d, *found)
 
 
-def holm(p_values: Mapping[str, float], alpha: float = 0.05) -> dict[str, HolmTest]:
-    """Holm's step-down correction (Holm 1979); names and their order are kept."""
-    check_fraction("alpha", alpha)
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """p-values of a family of tests after Holm's step-down correction (Holm 1979), in their order."""
     for name, p in p_values.items():
         if not 0 <= p <= 1:
             raise ValueError(f"p_values[{name!r}] = {p!r}: give a p-value from 0 to 1")
@@ -233,4 +204,4 @@ def holm(p_values: Mapping[str, float], alpha: float = 0.05) -> dict[str, HolmTe
     for rank, name in enumerate(sorted(p_values, key=p_values.__getitem__)):
         highest = max(highest, min(1.0, (len(p_values) - rank) * float(p_values[name])))
         adjusted[name] = highest
-    return {k: HolmTest(float(p_values[k]), p, p <= alpha) for k, p in adjusted.items()}
+    return adjusted

@@ -66,6 +66,7 @@ def _ids(index: int, prompt: str, pair: Pair) -> Metric:
     return metric.model_copy(
         update={
             "verdict": Verdict.AGREE if near else Verdict.DIVERGE,
+            "accepted": "a near tie, decided by rounding" if near else "",
             "step": at + 1,
             "note": f"first difference at token {at + 1}; top-1/top-2 margin there {margin:.3g}"
             + (": a near tie, decided by rounding" if near else ""),

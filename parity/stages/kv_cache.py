@@ -164,6 +164,7 @@ def _greedy(name: str, trace: Trace, mode: str, at: Array, metric: Metric) -> Me
     return found.model_copy(
         update={
             "verdict": Verdict.AGREE if near else Verdict.DIVERGE,
+            "accepted": "near ties, decided by rounding" if near else "",
             "where": place,
             "note": f"{int((ours != theirs).sum())} tokens differ, first at {place}; greatest "
             f"margin {margins.max():.3g}" + (": near ties, decided by rounding" if near else ""),
