@@ -23,9 +23,9 @@ from parity.paths.unsloth import library as _unsloth_library
 from parity.paths.unsloth import settings as _unsloth_settings
 from parity.paths.unsloth.knobs import UnslothKnobs
 from parity.paths.unsloth.library import Library
+from parity.paths.unsloth.observer import Run
 from parity.paths.unsloth.parts import CLIPPED, clip_in_effect
 from parity.paths.unsloth.path import UnslothPath
-from parity.paths.unsloth.trainer import Run
 from parity.recipe import Recipe
 from parity.trace import Trace
 

@@ -71,7 +71,7 @@ def defaults(function: Any) -> dict[str, Any]:
 
 def model_key(recipe: Recipe) -> tuple[str, ...]:
     """What a loaded model depends on."""
-    source = resources.model_dir(recipe.model.source)
+    source, factors = resources.model_dir(recipe.model.source), recipe.model.model_dump_json()
     # Knobs may decide what a loader makes.
     knobs = "".join(recipe.knobs(kind).model_dump_json() for kind in recipe.knob_types())
-    return source, recipe.model.dtype, recipe.model.weights, resources.fingerprint(source), knobs
+    return source, factors, resources.fingerprint(source), knobs

@@ -24,13 +24,13 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 
 def part_of(factor: str) -> str:
     """The part that honours a factor: the one that names most of it, else the loop."""
-    said = {
+    matching = {
         prefix: part
         for part, prefixes in PARTS.items()
         for prefix in prefixes
         if factor.startswith(prefix)
     }
-    return said[max(said, key=len)] if said else LOOP
+    return matching[max(matching, key=len)] if matching else LOOP
 
 
 def sources(name: str) -> dict[str, str]:

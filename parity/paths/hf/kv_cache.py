@@ -111,7 +111,7 @@ def generated(model: Any, cache: Any, turns: list[Array]) -> tuple[Array, Array]
 
 
 def trimmed(trace: Trace, model: Any, cache: Any, turns: list[Array]) -> str:
-    """Adds `trimmed` (n, V) of the last turn, or says why the cache gives nothing back."""
+    """Adds `trimmed` (n, V) of the last turn, or returns why the cache cannot be trimmed."""
     _, cache = fed(model, turns, cache)
     try:
         cache.crop(-len(turns[-1]))

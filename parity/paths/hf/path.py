@@ -17,6 +17,7 @@ from parity import resources
 from parity.errors import Unsupported, UsageError
 from parity.paths.describe import defaults, describe_process, model_key
 from parity.paths.hf import live as _torch
+from parity.paths.hf import process
 from parity.paths.hf.live import Batch
 from parity.paths.hf.stages import TorchStages
 from parity.paths.hf.work import accumulate
@@ -44,9 +45,9 @@ class HfPath(TorchStages):
     def __init__(self, cache: Path) -> None:
         super().__init__(cache)
         self._bases: dict[tuple[str, ...], Any] = {}
-        _torch.prepare()
+        process.prepare()
 
-    # What it does when nobody says anything, and where it runs ---------------------------------
+    # Its defaults, and where it runs -----------------------------------------------------------
 
     def shipped(self) -> dict[str, Any]:
         """Defaults of PEFT, torch's AdamW and transformers' collator and loss."""
@@ -76,7 +77,7 @@ class HfPath(TorchStages):
 
     def environment(self) -> dict[str, Any]:
         """Versions, device, threads, BLAS and variables of this process."""
-        return {**describe_process(self.packages), **_torch.describe_torch()}
+        return {**describe_process(self.packages), **process.describe_torch()}
 
     # Parts -------------------------------------------------------------------------------------
 
@@ -116,7 +117,7 @@ class HfPath(TorchStages):
     @contextlib.contextmanager
     def pristine(self, recipe: Recipe) -> Iterator[Any]:
         """The base model without adapter."""
-        with _torch.float64_throughout(recipe.model.dtype):
+        with process.float64_throughout(recipe.model.dtype):
             key = model_key(recipe)
             base = self._bases.pop(key, None)
             self._keep(key, base := self.load(recipe) if base is None else base)
@@ -127,7 +128,7 @@ class HfPath(TorchStages):
         """The model with LoRA in it, initialised from the seed or from a given adapter."""
         import torch
 
-        with _torch.float64_throughout(recipe.model.dtype):
+        with process.float64_throughout(recipe.model.dtype):
             key = model_key(recipe)
             base = self._bases.pop(key, None)
             if recipe.seed.placement == "before_load":

@@ -1,4 +1,4 @@
-"""What live torch objects say of themselves: module outputs, dtypes, rope, LoRA, optimizer."""
+"""Settings read from live torch objects: module outputs, dtypes, rope, LoRA, optimizer."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def lora_facts(model: Any) -> dict[str, Any]:
 
 
 def adapter_trace(model: Any) -> Trace:
-    """The adapter of a live PEFT model and what it says of itself; see `parity contract lora_init`."""
+    """The adapter of a live PEFT model and the settings of its LoRA modules; see `parity contract lora_init`."""
     parameters = adapter_parameters(model)
     scalars = {
         **lora_facts(model),

@@ -8,6 +8,7 @@ import numpy as np
 
 from parity.paths.hf import live as _torch
 from parity.paths.hf.live import IGNORED, Batch, Loss, to_numpy
+from parity.paths.hf.process import autocast
 from parity.recipe import Recipe
 from parity.trace import Array, first_difference
 
@@ -26,7 +27,7 @@ def accumulate(recipe: Recipe, model: Any, parts: list[Batch]) -> tuple[float, i
     total = 0.0
     for (ids, _), target in zip(parts, targets, strict=True):
         shifted = _torch.ids_tensor(target)
-        with _torch.autocast(recipe):
+        with autocast(recipe):
             loss = model(
                 input_ids=_torch.ids_tensor(ids[:, :-1]),
                 labels=shifted,

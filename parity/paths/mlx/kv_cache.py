@@ -90,7 +90,7 @@ def generated(model: Any, cache: list[Any], turns: list[Array]) -> tuple[Array, 
 def trimmed(
     trace: Trace, forward: Callable[..., Array], cache: list[Any], turns: list[Array]
 ) -> str:
-    """Adds `trimmed` (n, V) of the last turn, or says why the cache gives nothing back."""
+    """Adds `trimmed` (n, V) of the last turn, or returns why the cache cannot be trimmed."""
     from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
     for turn in turns:

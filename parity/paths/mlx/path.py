@@ -47,7 +47,7 @@ class MlxPath(MlxStages):
         self._loaded: dict[tuple[str, ...], tuple[Any, Any]] = {}
         self.donors: dict[str, MlxPath] = {}
 
-    # What it does when nobody says anything, and where it runs ---------------------------------
+    # Its defaults, and where it runs -----------------------------------------------------------
 
     def shipped(self) -> dict[str, Any]:
         """mlx-lm's own defaults, from its live modules."""
@@ -84,7 +84,7 @@ class MlxPath(MlxStages):
     # Parts -------------------------------------------------------------------------------------
 
     def part(self, name: str) -> MlxPath:
-        """The path that a part (see `hybrid.PARTS`) is taken from: this one, unless it is a hybrid."""
+        """The path that a part (see `parity.paths.parts`) is taken from: this one, unless it is a hybrid."""
         return self.donors.get(name, self)
 
     def load(self, recipe: Recipe) -> tuple[Any, Any]:

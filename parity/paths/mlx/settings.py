@@ -1,4 +1,4 @@
-"""A recipe in mlx-lm's own words: its options, optimizer arguments, schedules and widths."""
+"""A recipe as mlx-lm takes it: its options, optimizer arguments, schedules and widths."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from parity.names import canonical
+from parity.paths.batches import input_batches
 from parity.paths.describe import row_digests, single
-from parity.paths.handed import handed
 from parity.paths.mlx import live as _mlx
 from parity.paths.mlx import modules as _mlx_modules
 from parity.paths.mlx.live import Batch, Loss, Setup, to_numpy
@@ -24,7 +24,7 @@ def given(inputs: Trace, recipe: Recipe | None = None) -> Iterator[Batch] | None
 
     if "batches/ids.0" not in inputs.arrays:
         return None
-    return ((mx.array(ids), mx.array(lengths)) for ids, lengths in handed(inputs, recipe))
+    return ((mx.array(ids), mx.array(lengths)) for ids, lengths in input_batches(inputs, recipe))
 
 
 def recorded(
@@ -50,7 +50,7 @@ def watched_trace(outputs: dict[str, Any], inputs: dict[str, Any]) -> Trace:
 
 
 def lora_init_trace(model: Any) -> Trace:
-    """The adapter and what the live modules say of it."""
+    """The adapter and the settings of the live LoRA modules."""
     adapter = _mlx.adapter(model)
     facts = _mlx.lora_facts(model)
     census = _mlx.dtype_census(model.trainable_parameters())

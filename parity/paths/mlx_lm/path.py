@@ -1,6 +1,6 @@
 """Path `mlx-lm`: the shipped CLI, run as `mlx_lm.lora.main()` with a YAML file of its own.
 
-The CLI prints three decimals. For full precision its call of `train` is met at the door: there the
+The CLI prints three decimals. For full precision its call of `train` is replaced: there the
 live model, optimizer, dataset and arguments that it built are read, and `train` itself is called
 with a reporting callback and with an optimizer whose state carries the gradient norm out.
 """
@@ -182,7 +182,7 @@ class MlxLmPath(MlxPath):
             found["model.dtype"] = "the mlx-lm CLI has no float64"
         return found
 
-    # The CLI and its door ----------------------------------------------------------------------
+    # The CLI and its call of `train` -----------------------------------------------------------
 
     def checkpoint(self, recipe: Recipe) -> str:
         """The model's folder, its weights stored in the recipe's dtype.
@@ -281,8 +281,8 @@ class MlxLmPath(MlxPath):
                 mx.save_safetensors(resume, _mlx.renamed(model, adapter))
             file = Path(folder, "config.yaml")
             file.write_text(yaml.safe_dump(self._arguments(recipe, folder, resume)), "utf-8")
-            door = mock.Mock(side_effect=at_train)
-            swaps: dict[str, Any] = {"train": door}
+            call = mock.Mock(side_effect=at_train)
+            swaps: dict[str, Any] = {"train": call}
             if loader := self.donors.get("loader"):
                 swaps["load"] = lambda *_, **__: loader.load(recipe)
             if wiring := self.donors.get("wiring"):
@@ -297,9 +297,9 @@ class MlxLmPath(MlxPath):
                 except ValueError as error:
                     # What the CLI refuses is what this path cannot do.
                     raise Unsupported(f"mlx-lm: {error}") from None
-            if door.call_count != 1:  # else nothing of the CLI was seen
+            if call.call_count != 1:  # else nothing of the CLI was seen
                 raise RuntimeError(
-                    f"the mlx-lm CLI called `train` {door.call_count} times, not once"
+                    f"the mlx-lm CLI called `train` {call.call_count} times, not once"
                 )
             yield Path(folder)
 

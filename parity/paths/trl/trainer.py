@@ -1,4 +1,4 @@
-"""What a live SFTTrainer is given and shows: observed steps, rows, batches, its loss on logits."""
+"""A live SFTTrainer: its observed steps, its rows and batches, its loss on logits."""
 
 from __future__ import annotations
 
@@ -35,19 +35,22 @@ class ObservedRun:
         """Refuses a run that was cut short or whose gradient norm is no measurement.
 
         Raises:
-            RuntimeError: Another number of steps than was asked for, or a norm that never moves.
+            RuntimeError: Another number of steps than the recipe has, or a norm that never moves.
         """
         steps, norms = recipe.train.steps, self.gradient_norm
         if not len(self.loss) == len(norms) == len(self.tokens) == steps:
             raise RuntimeError(
-                f"SFTTrainer reported {len(self.loss)} steps, {steps} were asked for"
+                f"SFTTrainer reported {len(self.loss)} steps, the recipe has {steps}"
             )
         if steps > 1 and len(set(norms)) == 1 and recipe.optim.lr:
             raise RuntimeError(f"the gradient norm is {norms[0]:g} at all {steps} steps")
 
 
 def observed(seen: ObservedRun) -> tuple[type, Any]:
-    """SFTTrainer with ears, and the callback that ends its steps; neither changes anything."""
+    """SFTTrainer that records each micro-batch, and a callback that closes each step.
+
+    Neither changes what is computed.
+    """
     from transformers import TrainerCallback
     from trl import SFTTrainer
 

@@ -83,7 +83,7 @@ def library() -> Library:
     return Library(loader, trainer, utils, release)
 
 
-def handed(found: Library, batches: list[tuple[Any, Any]]) -> Any:
+def ready_batches(found: Library, batches: list[tuple[Any, Any]]) -> Any:
     """Batches in the form the trainer takes them ready-made, each to be trained on as it is.
 
     A release that compiles only for a plan of its own gets one that yields these batches; a list
@@ -93,7 +93,7 @@ def handed(found: Library, batches: list[tuple[Any, Any]]) -> Any:
     if plan is None or not hasattr(plan, "materialize"):
         return [(ids, lengths, None) for ids, lengths in batches]
 
-    class Given(plan):  # type: ignore[misc]
+    class FixedPlan(plan):  # type: ignore[misc]
         def materialize(self, index: int, *, phase: Any = None) -> Any:
             return (*batches[int(index)], None)
 
@@ -106,4 +106,4 @@ def handed(found: Library, batches: list[tuple[Any, Any]]) -> Any:
         widths.append(values.shape[1])
         for value, (offset, end) in zip(values.tolist(), spans.tolist(), strict=True):
             rows.append(row(tuple(value[:end]), int(offset)))
-    return Given(rows, schedule, max_seq_length=max(widths), pad_id=0, widths=widths)
+    return FixedPlan(rows, schedule, max_seq_length=max(widths), pad_id=0, widths=widths)

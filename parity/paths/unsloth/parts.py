@@ -14,7 +14,8 @@ from parity.paths.mlx import live as _mlx
 from parity.paths.mlx.live import Batch, Loss, to_numpy
 from parity.paths.unsloth.knobs import UnslothKnobs
 from parity.paths.unsloth.library import PACKAGE, Library
-from parity.paths.unsloth.trainer import Run, shifted, trainer
+from parity.paths.unsloth.observer import Run
+from parity.paths.unsloth.trainer import shifted, trainer
 from parity.recipe import Recipe
 from parity.trace import Array
 
@@ -205,15 +206,15 @@ def clip_in_effect(
         large: np.array([[CLIPPED, CLIPPED / 2]], np.float32),
         small: np.full((2, 1), 1e-2, np.float32),
     }
-    given = step({name: np.zeros_like(value) for name, value in fed.items()}, [fed]).updates[0]
-    factors = {name: (given[name] / fed[name]).ravel() for name in fed}
+    clipped = step({name: np.zeros_like(value) for name, value in fed.items()}, [fed]).updates[0]
+    factors = {name: (clipped[name] / fed[name]).ravel() for name in fed}
     if all(np.allclose(factor, 1, rtol=1e-5) for factor in factors.values()):
         return "none", None
     if not np.allclose(factors[large], factors[large][0], rtol=1e-5):
-        return "value", _rounded(np.abs(given[large]).max())
+        return "value", _rounded(np.abs(clipped[large]).max())
     if np.allclose(factors[small], 1, rtol=1e-5):
-        return "leaf_norm", _rounded(np.linalg.norm(given[large]))
-    whole = np.concatenate([value.ravel() for value in given.values()])
+        return "leaf_norm", _rounded(np.linalg.norm(clipped[large]))
+    whole = np.concatenate([value.ravel() for value in clipped.values()])
     return "norm", _rounded(np.linalg.norm(whole))
 
 

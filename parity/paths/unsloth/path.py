@@ -1,8 +1,7 @@
 """Path `unsloth`: unsloth-zoo's real `FastMLXModel` and `MLXTrainer`.
 
-The trainer is met at its doors: batches are handed to it ready-made, and losses and gradient norms
-leave its compiled step in its optimizer's state. All that it computes with is its own, but for
-parts taken from another path.
+The trainer gets ready-made batches, and losses and gradient norms leave its compiled step in its
+optimizer's state. All that it computes with is its own, but for parts taken from another path.
 """
 
 from __future__ import annotations
@@ -28,8 +27,9 @@ from parity.paths.unsloth import settings as _unsloth_settings
 from parity.paths.unsloth import trainer as _unsloth_trainer
 from parity.paths.unsloth.knobs import UnslothKnobs
 from parity.paths.unsloth.library import PACKAGE, library
+from parity.paths.unsloth.observer import Run
 from parity.paths.unsloth.parts import Rows, clip_in_effect, loss_of, stepping, tree_of
-from parity.paths.unsloth.trainer import Foreign, Run
+from parity.paths.unsloth.trainer import ReplacedParts
 from parity.recipe import Recipe
 from parity.trace import Array, Trace
 
@@ -39,7 +39,7 @@ AHEAD = 8  # micro-batches that are planned at least: the configuration shows th
 class UnslothPath(MlxPath):
     """unsloth-zoo's loader, adapter wiring, batching, loss, clip, optimizer and trainer.
 
-    A mask that its loss does not have is met by other lengths handed to it. Its padding of unlike
+    A mask that its loss does not have is had by giving it other lengths. Its padding of unlike
     widths to a few shapes for the compiler is not applied: it trains on the batches as they are
     recorded.
     """
@@ -69,7 +69,7 @@ class UnslothPath(MlxPath):
         super().__init__(cache)
         self._plain: dict[type, Any] = {}
 
-    # What it does when nobody says anything ----------------------------------------------------
+    # Its defaults ------------------------------------------------------------------------------
 
     def shipped(self) -> dict[str, Any]:
         """Defaults of its signatures and of a trainer made with none set."""
@@ -93,7 +93,7 @@ class UnslothPath(MlxPath):
     # Parts -------------------------------------------------------------------------------------
 
     def base(self, recipe: Recipe) -> tuple[Any, Any]:
-        """See `MlxPath.base`; what is not installed is said before anything is imported."""
+        """See `MlxPath.base`; a package that is not installed is reported before any import."""
         library()
         return super().base(recipe)
 
@@ -251,7 +251,7 @@ class UnslothPath(MlxPath):
     def _run(
         self, recipe: Recipe, setup: Setup, batches: list[Batch], gradients: bool = False
     ) -> Run:
-        foreign = Foreign(
+        replaced = ReplacedParts(
             loss=setup.loss if "loss" in self.donors else None,
             optimizer=setup.optimizer if "optimizer" in self.donors else None,
             clip=setup.clip if "clip" in self.donors else None,
@@ -261,7 +261,7 @@ class UnslothPath(MlxPath):
             # The trainer keeps norms in float32 from then on: the next run loads anew.
             self._loaded.clear()
         return _unsloth_trainer.run(
-            library(), recipe, setup.model, setup.tokenizer, batches, foreign, gradients
+            library(), recipe, setup.model, setup.tokenizer, batches, replaced, gradients
         )
 
     def _fed(
@@ -280,7 +280,7 @@ class UnslothPath(MlxPath):
             }
         )
         nothing = mx.zeros((1, 2), mx.int32), mx.array([[0, 2]])
-        foreign = Foreign(
+        replaced = ReplacedParts(
             optimizer=self.part("optimizer").optimizer(recipe)
             if "optimizer" in self.donors
             else None,
@@ -293,6 +293,6 @@ class UnslothPath(MlxPath):
             tree_of(weights, module=True),
             None,
             [nothing] * recipe.train.steps,
-            foreign,
+            replaced,
             fed=[tree_of(gradient) for gradient in fed],
         )

@@ -1,4 +1,4 @@
-"""A recipe in unsloth-zoo's own words: arguments of its loader, its adapter wiring, its trainer."""
+"""A recipe as unsloth-zoo takes it: arguments of its loader, its adapter wiring, its trainer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def loading(recipe: Recipe) -> dict[str, Any]:
 def wiring(recipe: Recipe) -> dict[str, Any]:
     """Arguments of `FastMLXModel.get_peft_model`.
 
-    All are passed whatever its signature says: one that a release swallows unseen is a finding.
+    All are passed whatever its signature says: one that a release ignores is a finding.
     """
     lora = recipe.lora
     return {
@@ -94,7 +94,7 @@ def training(found: Library, recipe: Recipe, folder: str) -> Any:
 
 
 def clipping(found: Library, recipe: Recipe) -> dict[str, Any]:
-    """The clip knobs; an explicit 0.0 is off, what is left unsaid is the release's own default."""
+    """The clip options; an explicit 0.0 is off, one that is left out has the release's default."""
     kind, limit = recipe.optim.clip, recipe.optim.clip_value
     knob = {"value": "max_grad_value", "norm": "max_grad_norm"}
     if not recipe.knobs(UnslothKnobs).explicit_clip:

@@ -1,4 +1,4 @@
-"""Batches that a path is handed instead of drawing its own."""
+"""Batches among the inputs, which a path trains on instead of drawing its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from parity.recipe import Recipe
 from parity.trace import Array, Trace
 
 
-def handed(inputs: Trace, recipe: Recipe | None) -> Iterator[tuple[Array, Array]]:
+def input_batches(inputs: Trace, recipe: Recipe | None) -> Iterator[tuple[Array, Array]]:
     """Ids (B, W) and lengths (B, 2) of `batches/…`, larger batches cut to a recipe's size.
 
     So a path that accumulates over micro-batches of 2 trains on the same rows as one with batches
