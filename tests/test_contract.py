@@ -12,7 +12,8 @@ from parity.capture.engine import Engine
 from parity.cells.cell import Cell
 from parity.cells.run import run_cell
 from parity.errors import CaptureError, UsageError
-from parity.paths.contract import METHODS, STAGES, ContractError, table
+from parity.paths.contract import METHODS, STAGES, table
+from parity.paths.method import ContractError
 from parity.paths.protocol import TrainingPath
 from parity.paths.registry import resolve
 from parity.recipe import Recipe

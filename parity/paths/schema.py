@@ -9,7 +9,8 @@ of an indexed name is one number for each index; that of a name with a word is o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -105,11 +106,14 @@ class Bindings:
     Attributes:
         sizes: (scope, dimension) to its number and the name that showed it.
         counts: Letter to how many there are and what showed it.
+        shapes: (scope, `S` of `*S`) to a shape and the name that showed it.
     """
 
-    sizes: dict[tuple[str, str], tuple[int, str]] = field(default_factory=dict)
+    sizes: MutableMapping[tuple[str, str], tuple[int, str]] = field(default_factory=dict)
     counts: dict[str, tuple[int, str]] = field(default_factory=dict)
-    shapes: dict[tuple[str, str], tuple[tuple[int, ...], str]] = field(default_factory=dict)
+    shapes: MutableMapping[tuple[str, str], tuple[tuple[int, ...], str]] = field(
+        default_factory=dict
+    )
 
     def copy(self) -> Bindings:
         """Another one that knows the same."""
@@ -240,10 +244,13 @@ def _array(
         scope = f"{spec.letter}={scope}"
     complaints = []
     for shape in spec.shape.split("|"):
-        trial = bindings.copy()
+        # What an alternative binds counts only if it fits as a whole.
+        sizes, shapes = ChainMap({}, bindings.sizes), ChainMap({}, bindings.shapes)
+        trial = Bindings(sizes, bindings.counts, shapes)
         complaint = _shape(shape.strip().strip("()"), name, value.shape, scope, trial)
         if complaint is None:
-            bindings.sizes, bindings.shapes = trial.sizes, trial.shapes
+            bindings.sizes.update(sizes.maps[0])
+            bindings.shapes.update(shapes.maps[0])
             return found
         complaints.append(complaint)
     return [*found, f"{name} has shape {value.shape}, expected {spec.shape}{complaints[0]}"]

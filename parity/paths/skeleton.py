@@ -6,7 +6,8 @@ import re
 import textwrap
 
 from parity.errors import UsageError
-from parity.paths.contract import METHODS, Method, described
+from parity.paths.contract import METHODS, described
+from parity.paths.method import Method
 from parity.recipe import Recipe
 
 _HEAD = '''\

@@ -19,7 +19,6 @@ from unittest import mock
 
 import numpy as np
 
-from parity import resources
 from parity.errors import Unsupported
 from parity.names import canonical
 from parity.paths.describe import defaults
@@ -27,8 +26,9 @@ from parity.paths.mlx import live as _mlx
 from parity.paths.mlx.kv_cache import kv_cache_trace
 from parity.paths.mlx.live import Batch, Setup, to_numpy
 from parity.paths.mlx.path import MlxPath
-from parity.paths.mlx.settings import lora_parameters, lr_schedule, one_step, optimizer_config
+from parity.paths.mlx.settings import one_step
 from parity.paths.mlx.traces import config_trace, decode_trace, given, recorded
+from parity.paths.mlx_lm.settings import arguments, checkpoint
 from parity.recipe import Recipe
 from parity.trace import Array, Trace
 
@@ -53,7 +53,7 @@ class MlxLmPath(MlxPath):
         """The checkpoint as `mlx_lm.load` gives it."""
         import mlx_lm
 
-        return mlx_lm.load(self.checkpoint(recipe))[:2]  # type: ignore[no-any-return]
+        return mlx_lm.load(checkpoint(recipe, self.cache))[:2]  # type: ignore[no-any-return]
 
     def setup(self, recipe: Recipe, adapter: Mapping[str, Array] | None = None) -> Setup:
         """The live objects that the CLI hands to `train`."""
@@ -152,7 +152,7 @@ class MlxLmPath(MlxPath):
             Path(folder, "adapter_config.json").write_text(
                 json.dumps(self._arguments(recipe, folder)), encoding="utf-8"
             )
-            return mlx_lm.load(self.checkpoint(recipe), adapter_path=folder)[:2]  # type: ignore[no-any-return]
+            return mlx_lm.load(checkpoint(recipe, self.cache), adapter_path=folder)[:2]  # type: ignore[no-any-return]
 
     def decode(self, recipe: Recipe, inputs: Trace) -> Trace:
         """Saves the adapter, loads it back with `mlx_lm.load`, streams greedily."""
@@ -184,65 +184,9 @@ class MlxLmPath(MlxPath):
 
     # The CLI and its call of `train` -----------------------------------------------------------
 
-    def checkpoint(self, recipe: Recipe) -> str:
-        """The model's folder, its weights stored in the recipe's dtype.
-
-        The CLI computes in the dtype of the checkpoint; another one takes a converted copy, kept
-        in the cache.
-        """
-        import mlx.core as mx
-
-        source = resources.model_dir(recipe.model.source)
-        wanted = getattr(mx, recipe.model.dtype)
-        files = sorted(Path(source).glob("*.safetensors"))
-        if not files or all(
-            value.dtype in (wanted, mx.uint32)
-            for file in files
-            for value in _mlx.load_arrays(file).values()
-        ):
-            return source
-        key = f"{resources.fingerprint(source)}-{recipe.model.dtype}"
-        copy = self.cache / "checkpoints" / key
-        if not (copy / "complete").exists():
-            copy.mkdir(parents=True, exist_ok=True)
-            for file in Path(source).iterdir():
-                if file.suffix == ".safetensors":
-                    tensors = {k: v.astype(wanted) for k, v in _mlx.load_arrays(file).items()}
-                    mx.save_safetensors(str(copy / file.name), tensors)
-                elif file.is_file():
-                    (copy / file.name).write_bytes(file.read_bytes())
-            (copy / "complete").touch()
-        return str(copy)
-
     def _arguments(self, recipe: Recipe, folder: str, resume: str | None = None) -> dict[str, Any]:
-        """The CLI's YAML: every option named, none left to a default."""
-        t = recipe.train
-        return {
-            "model": self.checkpoint(recipe),
-            "train": True,
-            "data": str(resources.data_dir(recipe.data.source)),
-            "fine_tune_type": "lora",
-            "seed": recipe.seed.value,
-            "num_layers": recipe.lora.num_layers,
-            "lora_parameters": lora_parameters(recipe, self.base(recipe)[0]),
-            "batch_size": t.batch_size,
-            "iters": t.steps * t.accumulation,
-            "grad_accumulation_steps": t.accumulation,
-            "grad_checkpoint": t.gradient_checkpointing,
-            "learning_rate": recipe.optim.lr,
-            "lr_schedule": lr_schedule(recipe),
-            "optimizer": recipe.optim.name,
-            "optimizer_config": {recipe.optim.name: optimizer_config(recipe)},
-            "mask_prompt": recipe.mask.prompt,
-            "max_seq_length": recipe.data.max_length,
-            "adapter_path": folder,
-            "resume_adapter_file": resume,
-            "steps_per_report": 1,
-            "steps_per_eval": t.steps * t.accumulation + 1,
-            "save_every": t.steps * t.accumulation + 1,
-            # Validation draws from the generator that orders the training data.
-            "val_batches": 0,
-        }
+        model, source = self.base(recipe)[0], checkpoint(recipe, self.cache)
+        return arguments(recipe, model, source, folder, resume)
 
     def _swapped(self, recipe: Recipe, handed: Mapping[str, Any]) -> dict[str, Any]:
         """What `train` is called with, parts of other paths in the place of the CLI's own."""

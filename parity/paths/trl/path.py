@@ -29,6 +29,7 @@ from parity.paths.hf.live import Batch, Loss
 from parity.paths.hf.path import HfPath
 from parity.paths.hf.stages import SHOWN
 from parity.paths.hf.work import supervised_positions
+from parity.paths.trl import settings
 from parity.paths.trl import trainer as _trl
 from parity.paths.trl.trainer import ObservedRun
 from parity.recipe import Recipe
@@ -73,36 +74,8 @@ class TrlPath(HfPath):
 
     def shipped(self) -> dict[str, Any]:
         """Defaults of the live SFTConfig and LoraConfig."""
-        from trl import SFTConfig
-
-        with tempfile.TemporaryDirectory() as folder:
-            args = SFTConfig(output_dir=folder, use_cpu=_torch.device().type == "cpu")
-        clip = {"optim.clip_value": args.max_grad_norm} if args.max_grad_norm else {}
-        return {
-            **{name: value for name, value in super().shipped().items() if name[:5] == "lora."},
-            "optim.name": "adamw" if str(args.optim.value).startswith("adamw") else args.optim,
-            "optim.betas": (args.adam_beta1, args.adam_beta2),
-            "optim.eps": args.adam_epsilon,
-            "optim.weight_decay": args.weight_decay,
-            "optim.bias_correction": True,
-            "optim.schedule": args.lr_scheduler_type.value,
-            "optim.warmup_steps": int(args.warmup_steps),
-            "optim.clip": "norm" if clip else "none",
-            **clip,
-            "train.accumulation": args.gradient_accumulation_steps,
-            "train.accumulation_weighting": "token",
-            "train.gradient_checkpointing": args.gradient_checkpointing,
-            "train.autocast": "bfloat16" if args.bf16 else "none",
-            "mask.prompt": bool(args.completion_only_loss),
-            "mask.start_shift": 0,
-            "mask.end_shift": 0,
-            "data.max_length": args.max_length,
-            "data.pad_multiple": args.pad_to_multiple_of or 1,
-            "data.pad_extra": 0,
-            "data.append_eos": True,
-            # As in its examples, which name a checkpoint: seed, load, adapt.
-            "seed.placement": "before_load",
-        }
+        lora = {k: v for k, v in super().shipped().items() if k.startswith("lora.")}
+        return lora | settings.shipped()
 
     # The trainer -------------------------------------------------------------------------------
 
@@ -132,7 +105,7 @@ class TrlPath(HfPath):
             trainer = kind(
                 # The trainer patches the model it is given, so it gets one of its own.
                 model=resources.model_dir(recipe.model.source) if early else copy.deepcopy(base),
-                args=SFTConfig(folder, **self._arguments(recipe, batches, early)),
+                args=SFTConfig(folder, **settings.arguments(recipe, batches, early)),
                 train_dataset=rows,
                 processing_class=self.tokenizer(recipe),
                 peft_config=self.lora_config(base, recipe),
@@ -172,53 +145,6 @@ class TrlPath(HfPath):
         for name, shift in (("start_shift", mask.start_shift), ("end_shift", mask.end_shift)):
             if shift:
                 raise Unsupported(f"SFTTrainer's own labels are not shifted (mask.{name}={shift})")
-
-    def _arguments(
-        self, recipe: Recipe, batches: list[Batch] | None, early: bool
-    ) -> dict[str, Any]:
-        """SFTConfig: every option that matters is named, none left to a default."""
-        o, t, d = recipe.optim, recipe.train, recipe.data
-        given: dict[str, Any] = {
-            "per_device_train_batch_size": len(batches[0][0]),
-            "train_sampling_strategy": "sequential",
-            "pad_to_multiple_of": None,
-            "dataset_kwargs": {"skip_prepare_dataset": True},
-        } if batches else {"per_device_train_batch_size": t.batch_size}  # fmt: skip
-        return {
-            "use_cpu": _torch.device().type == "cpu",
-            "bf16": t.autocast == "bfloat16",
-            "gradient_checkpointing": t.gradient_checkpointing,
-            "max_steps": t.steps,
-            "gradient_accumulation_steps": t.accumulation,
-            # Not the fused kernel, which rounds differently.
-            "optim": "sgd" if o.name == "sgd" else "adamw_torch",
-            "learning_rate": o.lr,
-            "adam_beta1": o.betas[0],
-            "adam_beta2": o.betas[1],
-            "adam_epsilon": o.eps,
-            "weight_decay": o.weight_decay,
-            "lr_scheduler_type": "constant_with_warmup" if o.schedule == "constant" else o.schedule,
-            "warmup_steps": o.warmup_steps,
-            "max_grad_norm": o.clip_value if o.clip == "norm" else 0.0,
-            "seed": recipe.seed.value,
-            "data_seed": recipe.seed.data,
-            "max_length": d.max_length,
-            "pad_to_multiple_of": d.pad_multiple if d.pad_multiple > 1 else None,
-            "completion_only_loss": recipe.mask.prompt,
-            "packing": False,
-            "model_init_kwargs": {
-                "dtype": recipe.model.dtype,
-                "attn_implementation": "eager",
-                "device_map": None,
-            }
-            if early
-            else None,
-            "logging_steps": 1,
-            "report_to": "none",
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            **given,
-        }
 
     # Parts -------------------------------------------------------------------------------------
 
