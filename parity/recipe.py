@@ -1,8 +1,8 @@
 """Recipes and factors: everything that is to be run, frozen, read from TOML.
 
 Every leaf of a recipe is a *factor* with a dotted name (`lora.num_layers`); factors are what
-`--set` overrides and what a search flips. `Neutral` marks values that a path meets without an option
-for the factor, `Idle` factors that have no effect beside others. Factors of one trainer alone are its
+`--set` overrides and what a search flips. `Neutral` marks values at which a path needs no support for
+the factor, `Idle` factors that have no effect beside others. Factors of one trainer alone are its
 *knobs*: a section that a recipe has where that trainer takes part.
 """
 
@@ -39,7 +39,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Neutral:
-    """Marks the values of a factor that ask nothing: a path without such an option meets them."""
+    """Marks the values of a factor at which a path needs no support for it."""
 
     def __init__(self, *values: Any) -> None:
         self.values = values
@@ -192,7 +192,7 @@ class Train(FactorGroup):
 
 
 class Decoding(FactorGroup):
-    """Greedy decoding and what it should say."""
+    """Greedy decoding and the expected completion."""
 
     max_tokens: Positive = 24
     prompts: Annotated[tuple[Name, ...], Field(min_length=1, strict=False)] = ("<<HELLO!!>>",)
@@ -263,7 +263,7 @@ class Recipe(FactorGroup):
         }
 
     def neutral(self, name: str) -> bool:
-        """Whether a factor is at a value that asks nothing of a path."""
+        """Whether a factor is at a value at which a path needs no support for it."""
         value = self.factors()[name]
         # `True` is equal to 1
         return any(

@@ -221,7 +221,10 @@ def declared(path):
     return [
         name
         for name in factor_names(kind.knob_types())
-        if name.startswith((*kind.honours, *own)) and name not in kind.fixed
+        if name.startswith((*kind.honours, *own))
+        and name not in kind.fixed
+        # What it never has takes the effect from others: no clip, no limit.
+        and not any(kind.fixed.get(need, value) != value for need, value in FLIPS[name][2].items())
     ]
 
 

@@ -60,7 +60,13 @@ def factors(recipe: str, settings: tuple[str, ...]) -> None:
 @click.command()
 @click.argument("methods", nargs=-1, metavar="[METHOD]...")
 def contract(methods: tuple[str, ...]) -> None:
-    """Show what each method of a path is handed, emits and reads."""
+    """Show the inputs, outputs and factors of each method of a path.
+
+    \b
+    Examples:
+      parity contract
+      parity contract train gradient
+    """  # noqa: D301
     from parity.paths.contract import table
 
     click.echo(table(methods))

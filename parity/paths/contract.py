@@ -1,6 +1,6 @@
-"""The contract of a path: what each method is handed, what it emits, which factors it reads.
+"""The contract of a path: inputs and outputs of each method, and the factors that it reads.
 
-This is the one place that says so. The worker checks every call against it, the table of `parity
+This is the only place. The worker checks every call against it, the table of `parity
 contract` and the skeleton of `parity new-path` are made from it, and what a path does not implement
 raises `Unsupported` by it. All arrays are NumPy; names of tensors are canonical
 (`layers.3.self_attn.q_proj.lora_a`) and in MLX's orientation.
@@ -13,16 +13,16 @@ from typing import Any
 
 from parity.errors import UsageError
 from parity.paths.method import Method
-from parity.paths.schema import ArraySpec as Arr
-from parity.paths.schema import ScalarSpec as Sca
+from parity.paths.schema import ArraySpec as array
+from parity.paths.schema import ScalarSpec as scalar
 from parity.paths.schema import Spec
 
 
 def _adapter(group: str, meaning: str, together: str = "") -> tuple[Spec, ...]:
     """LoRA's tensors; those of mixtures of experts have one matrix an expert, stored (out, in)."""
     return (
-        Arr(f"{group}/<name>.lora_a", "(in, r) | (experts, r, in)", "float", meaning, together),
-        Arr(f"{group}/<name>.lora_b", "(r, out) | (experts, out, r)", "float", meaning, together),
+        array(f"{group}/<name>.lora_a", "(in, r) | (experts, r, in)", "float", meaning, together),
+        array(f"{group}/<name>.lora_b", "(r, out) | (experts, out, r)", "float", meaning, together),
     )
 
 
@@ -31,8 +31,8 @@ def _batches(
 ) -> tuple[Spec, ...]:
     rows = size.partition(",")[0]
     return (
-        Arr(f"{prefix}ids.{letter}", f"({size})", "int", "token ids of a micro-batch", together),
-        Arr(
+        array(f"{prefix}ids.{letter}", f"({size})", "int", "token ids of a micro-batch", together),
+        array(
             f"{prefix}lengths.{letter}", f"({rows}, 2)", "int",
             "(offset, tokens) of each row: targets before the offset are not supervised", together,
         ),
@@ -40,7 +40,7 @@ def _batches(
 
 
 _HANDED = _batches("N", "batches", "batches/")
-_TENSORS = "the adapter that is handed over"
+_TENSORS = "the adapter to start from"
 _MODEL = ("model.",)
 _ADAPTED = ("model.", "lora.")
 _ROWS = ("data.source", "data.max_length", "data.append_eos", "mask.prompt")
@@ -53,19 +53,19 @@ _ALL = (
     Method(
         "tokenization", "tokenization", "ids that are trained on, and ids of any text",
         inputs=(
-            Sca("texts", _NAMES, "text to encode and decode", length="K"),
-            Sca("conversations", list[list[dict[str, str]]], "messages of role and content", length="C"),
+            scalar("texts", _NAMES, "text to encode and decode", length="K"),
+            scalar("conversations", list[list[dict[str, str]]], "messages of role and content", length="C"),
         ),
         outputs=(
-            Arr("row.N", "(n)", "int", "a training row as it is trained on"),
-            Arr("offset.N", "()", "int", "first supervised token of the row, 0 for all"),
-            Arr("text.K", "(n)", "int", "a text encoded"),
-            Arr("chat.C", "(n)", "int", "a conversation through the chat template"),
-            Sca("decoded", _NAMES, "each text encoded and decoded", length="K"),
-            Sca("bos", int | None, "id of the beginning of a sequence"),
-            Sca("eos", int | None, "id of its end"),
-            Sca("pad", int | None, "id of padding"),
-            Sca("vocab_size", int, "size of the vocabulary"),
+            array("row.N", "(n)", "int", "a training row as it is trained on"),
+            array("offset.N", "()", "int", "first supervised token of the row, 0 for all"),
+            array("text.K", "(n)", "int", "a text encoded"),
+            array("chat.C", "(n)", "int", "a conversation through the chat template"),
+            scalar("decoded", _NAMES, "each text encoded and decoded", length="K"),
+            scalar("bos", int | None, "id of the beginning of a sequence"),
+            scalar("eos", int | None, "id of its end"),
+            scalar("pad", int | None, "id of padding"),
+            scalar("vocab_size", int, "size of the vocabulary"),
         ),
         reads=("model.source", *_ROWS),
     ),
@@ -77,15 +77,15 @@ _ALL = (
     ),
     Method(
         "supervised_positions", "supervised_positions", "which targets the real loss depends on",
-        inputs=(*_HANDED, Sca("count", int, "how many micro-batches of its own", "count")),
+        inputs=(*_HANDED, scalar("count", int, "how many micro-batches of its own", "count")),
         outputs=(
             *_batches("N"),
-            Arr(
+            array(
                 "supervised.N", "(K, 3)", "int",
                 "(row, position, target id): the loss depends on the logits at input `position`, whose "
                 "target is the row's token `position` + 1",
             ),
-            Sca("pieces", dict[str, str], "text of each target id"),
+            scalar("pieces", dict[str, str], "text of each target id"),
         ),
         reads=("model.source", "mask."),
         without={"batches": (*_BATCHING, "train.batch_size")},
@@ -93,40 +93,40 @@ _ALL = (
     Method(
         "logits", "logits", "logits of the base model",
         inputs=(
-            Arr("ids.N", "(B, T)", "int", "token ids"),
-            Sca("modules", bool, "whether to emit the outputs of modules", "observed"),
-            Sca("inputs", bool, "whether to emit their first arguments as well", "arguments"),
-            Arr("replace/<name>", "(...)", "float", "takes the place of that module's output", "replaced"),
-            Arr(
+            array("ids.N", "(B, T)", "int", "token ids"),
+            scalar("modules", bool, "whether to emit the outputs of modules", "observed"),
+            scalar("inputs", bool, "whether to emit their first arguments as well", "arguments"),
+            array("replace/<name>", "(...)", "float", "takes the place of that module's output", "replaced"),
+            array(
                 "replace_input/<name>", "(...)", "float",
                 "takes the place of that module's first argument", "replaced arguments",
             ),
         ),
         outputs=(
-            Arr("logits.N", "(B, T, V)", "float", "float32, or float64 from a float64 run"),
-            Sca("dtype", str, "dtype of the logits as they are computed"),
-            Arr("module.N/<name>", "(...)", "float", "a module's output", "modules"),
-            Arr("input.N/<name>", "(...)", "float", "a module's first argument", "arguments"),
-            Sca("order", _NAMES, "modules in the order of calls", "modules"),
-            Sca("events", list[tuple[str, str]], '("in" or "out", module) in their order', "events"),
-            Sca("present", _NAMES, "modules that the model has", "events"),
-            Sca("called", _NAMES, "modules that it calls", "events"),
+            array("logits.N", "(B, T, V)", "float", "float32, or float64 from a float64 run"),
+            scalar("dtype", str, "dtype of the logits as they are computed"),
+            array("module.N/<name>", "(...)", "float", "a module's output", "modules"),
+            array("input.N/<name>", "(...)", "float", "a module's first argument", "arguments"),
+            scalar("order", _NAMES, "modules in the order of calls", "modules"),
+            scalar("events", list[tuple[str, str]], '("in" or "out", module) in their order', "events"),
+            scalar("present", _NAMES, "modules that the model has", "events"),
+            scalar("called", _NAMES, "modules that it calls", "events"),
         ),
         reads=_MODEL,
     ),
     Method(
         "cross_entropy", "cross_entropy", "the real loss on given logits",
         inputs=(
-            Arr("logits", "(B, T, V)", "float", "logits at each input position"),
-            Arr("ids", "(B, T + 1)", "int", "token ids: the target of position t is ids[t + 1]"),
-            Arr("lengths", "(B, 2)", "int", "(offset, tokens) of each row"),
+            array("logits", "(B, T, V)", "float", "logits at each input position"),
+            array("ids", "(B, T + 1)", "int", "token ids: the target of position t is ids[t + 1]"),
+            array("lengths", "(B, 2)", "int", "(offset, tokens) of each row"),
         ),
         outputs=(
-            Arr("loss", "()", "float", "the reduced loss"),
-            Arr("supervised", "(B, T)", "bool", "whether the loss depends on the logits there"),
-            Arr("targets", "(B, T)", "int", "target id, -1 where nothing is supervised"),
-            Arr("token_loss", "(B, T)", "float", "cross-entropy of each position by itself", "each"),
-            Sca("tokens", _Number, "supervised tokens as the loss counts them"),
+            array("loss", "()", "float", "the reduced loss"),
+            array("supervised", "(B, T)", "bool", "whether the loss depends on the logits there"),
+            array("targets", "(B, T)", "int", "target id, -1 where nothing is supervised"),
+            array("token_loss", "(B, T)", "float", "cross-entropy of each position by itself", "each"),
+            scalar("tokens", _Number, "supervised tokens as the loss counts them"),
         ),
         reads=("model.source", "model.dtype", "mask."),
         ignores=("mask.prompt",),
@@ -135,13 +135,13 @@ _ALL = (
         "lora_init", "lora_init", "the adapter before the first step",
         outputs=(
             *_adapter("adapter", "the adapter"),
-            Sca("trainable", _NAMES, "canonical names of the trainable tensors"),
-            Sca("rank", int | list[int], f"LoRA rank: {_ONE_OR_MANY}"),
-            Sca("scale", float | list[float], f"alpha / rank: {_ONE_OR_MANY}"),
-            Sca("dropout", float | list[float], f"probability of dropping: {_ONE_OR_MANY}"),
-            Sca("layers", list[int], "layers that are adapted"),
-            Sca("modules", _NAMES, "last parts of the names of the modules", "modules"),
-            Sca("dtype", str | _NAMES, f"dtype of the adapter: {_ONE_OR_MANY}"),
+            scalar("trainable", _NAMES, "canonical names of the trainable tensors"),
+            scalar("rank", int | list[int], f"LoRA rank: {_ONE_OR_MANY}"),
+            scalar("scale", float | list[float], f"alpha / rank: {_ONE_OR_MANY}"),
+            scalar("dropout", float | list[float], f"probability of dropping: {_ONE_OR_MANY}"),
+            scalar("layers", list[int], "layers that are adapted"),
+            scalar("modules", _NAMES, "last parts of the names of the modules", "modules"),
+            scalar("dtype", str | _NAMES, f"dtype of the adapter: {_ONE_OR_MANY}"),
         ),
         reads=(*_ADAPTED, "seed.value", "seed.placement"),
     ),
@@ -149,30 +149,30 @@ _ALL = (
         "gradient", "gradient", "one gradient at a given adapter and batch, before any clip",
         inputs=(
             *_adapter("adapter", _TENSORS),
-            *(Arr(spec.name.removesuffix(".N"), spec.shape, "int", spec.meaning)
-              for spec in _batches("N") if isinstance(spec, Arr)),
-            Sca("modules", bool, "whether to emit the gradients at modules", "observed"),
-            Arr(
+            *(array(spec.name.removesuffix(".N"), spec.shape, "int", spec.meaning)
+              for spec in _batches("N") if isinstance(spec, array)),
+            scalar("modules", bool, "whether to emit the gradients at modules", "observed"),
+            array(
                 "replace/<name>", "(...)", "float",
                 "takes the place of the gradient that arrives at that module's output", "replaced",
             ),
         ),
         outputs=(
-            Arr("loss", "()", "float", "the loss"),
-            Arr("norm", "()", "float", "global L2 norm of the gradient"),
+            array("loss", "()", "float", "the loss"),
+            array("norm", "()", "float", "global L2 norm of the gradient"),
             *_adapter("gradient", "gradient of the loss"),
-            Sca("tokens", _Number, "supervised tokens as the loss counts them"),
-            Arr(
+            scalar("tokens", _Number, "supervised tokens as the loss counts them"),
+            array(
                 "activation/<name>", "(...)", "float",
                 "gradient with respect to a module's output; what the model returns is `logits`, a "
                 "module's second call `<name>#2`", "modules",
             ),
-            Arr(
+            array(
                 "input/<name>", "(...)", "float",
                 "gradient with respect to a module's first argument as far as it goes through the "
                 "module", "arguments",
             ),
-            Sca("order", _NAMES, "modules in the order of calls", "modules"),
+            scalar("order", _NAMES, "modules in the order of calls", "modules"),
         ),
         reads=(*_ADAPTED, "mask.", "train.gradient_checkpointing", "train.autocast"),
         ignores=("mask.prompt",),
@@ -180,19 +180,19 @@ _ALL = (
     Method(
         "optimizer_step", "optimizer_step", "the real clip and optimizer on given weights",
         inputs=(
-            Arr("weight/<name>", "(*S)", "float", "a weight before the first step"),
-            Arr("gradient.N/<name>", "(*S)", "float", "its gradient at step N"),
+            array("weight/<name>", "(*S)", "float", "a weight before the first step"),
+            array("gradient.N/<name>", "(*S)", "float", "its gradient at step N"),
         ),
-        outputs=(Arr("weight.N/<name>", "(*S)", "float", "the weight after step N"),),
+        outputs=(array("weight.N/<name>", "(*S)", "float", "the weight after step N"),),
         reads=("optim.",),
     ),
     Method(
         "train", "loss_curve", "the training loop",
-        inputs=(*_adapter("adapter", f"{_TENSORS}, else the path's own", "adapter"), *_HANDED),
+        inputs=(*_adapter("adapter", f"{_TENSORS}; else the path's own", "adapter"), *_HANDED),
         outputs=(
-            Arr("loss", "(steps)", "float", "loss of each optimizer step"),
-            Arr("gradient_norm", "(steps)", "float", "global L2 norm before any clip"),
-            Arr("tokens", "(steps)", "number", "supervised tokens of each step"),
+            array("loss", "(steps)", "float", "loss of each optimizer step"),
+            array("gradient_norm", "(steps)", "float", "global L2 norm before any clip"),
+            array("tokens", "(steps)", "number", "supervised tokens of each step"),
             *_adapter("adapter", "the adapter at the end"),
             *_batches("M", "batches", "batches/", "rows, width"),
         ),
@@ -204,20 +204,20 @@ _ALL = (
         "kv_cache", "kv_cache", "a conversation of T tokens with a KV cache and without one",
         inputs=(
             *_adapter("adapter", _TENSORS),
-            Arr("turn.N", "(n)", "int", "ids of a turn; every second one is a reply"),
-            Sca("trim", int, "the turn that is taken back out of the cache"),
+            array("turn.N", "(n)", "int", "ids of a turn; every second one is a reply"),
+            scalar("trim", int, "the turn that is taken back out of the cache"),
         ),
         outputs=(
-            Arr("uncached", "(T, V)", "float", "logits, each turn from a forward over the prefix it ends"),
-            Arr("lengthened", "(T)", "float", "how far these move when the forward goes on to the end"),
-            Arr("prefill", "(T, V)", "float", "each turn at once through one cache"),
-            Arr("steps", "(K, V)", "float", "the path's own generation, the replies forced on it"),
-            Arr("positions", "(K)", "int", "where in the conversation `steps` stand"),
-            Arr("trimmed", "(n, V)", "float", "turn `trim` taken back and fed again", "trimmed"),
-            Sca("untrimmed", str, "why the cache cannot be trimmed", "untrimmed"),
-            Sca("window", int | None, "sliding window"),
-            Sca("caches", _NAMES, "kinds of cache entries"),
-            Sca("dtype", str | _NAMES, "dtype of the logits as they are computed", "dtype"),
+            array("uncached", "(T, V)", "float", "logits, each turn from a forward over the prefix it ends"),
+            array("lengthened", "(T)", "float", "how far these move when the forward goes on to the end"),
+            array("prefill", "(T, V)", "float", "each turn at once through one cache"),
+            array("steps", "(K, V)", "float", "the path's own generation, the replies forced on it"),
+            array("positions", "(K)", "int", "where in the conversation `steps` stand"),
+            array("trimmed", "(n, V)", "float", "turn `trim` taken back and fed again", "trimmed"),
+            scalar("untrimmed", str, "why the cache cannot be trimmed", "untrimmed"),
+            scalar("window", int | None, "sliding window"),
+            scalar("caches", _NAMES, "kinds of cache entries"),
+            scalar("dtype", str | _NAMES, "dtype of the logits as they are computed", "dtype"),
         ),
         reads=_ADAPTED,
         ignores=("lora.dropout",),
@@ -226,15 +226,15 @@ _ALL = (
         "decode", "greedy_decode", "greedy decoding with a given adapter",
         inputs=(
             *_adapter("adapter", _TENSORS),
-            Sca("prompts", _NAMES, "text to continue", length="P"),
-            Sca("expected", str, "the completion that should come"),
+            scalar("prompts", _NAMES, "text to continue", length="P"),
+            scalar("expected", str, "the completion that should come"),
         ),
         outputs=(
-            Arr("ids.P", "(n)", "int", "generated ids"),
-            Arr("margin.P", "(n)", "float", "top-1 minus top-2 logit at each of them"),
-            Arr("completion_loss", "(P)", "float", "teacher-forced loss on what is expected"),
-            Sca("text", _NAMES, "generated text", length="P"),
-            Sca("dtype", str | _NAMES, "dtype of the logits as they are computed", "dtype"),
+            array("ids.P", "(n)", "int", "generated ids"),
+            array("margin.P", "(n)", "float", "top-1 minus top-2 logit at each of them"),
+            array("completion_loss", "(P)", "float", "teacher-forced loss on what is expected"),
+            scalar("text", _NAMES, "generated text", length="P"),
+            scalar("dtype", str | _NAMES, "dtype of the logits as they are computed", "dtype"),
         ),
         reads=(*_ADAPTED, "decode.max_tokens"),
         ignores=("lora.dropout",),
@@ -242,15 +242,15 @@ _ALL = (
     Method(
         "config", "config", "what is really in effect, read back from live objects",
         outputs=(
-            Arr("supervised", "(K, 3)", "int", "(row, position, target id) of the first batch", "mask"),
-            Sca("<setting>", Any, "settings in the vocabulary of parity/stages/config.py"),
+            array("supervised", "(K, 3)", "int", "(row, position, target id) of the first batch", "mask"),
+            scalar("<setting>", Any, "settings in the vocabulary of parity/stages/config.py"),
         ),
         reads=("",),
         ignores=("decode.",),
     ),
     Method(
         "defaults", "", "factors as the path sets them where the user leaves them open",
-        outputs=(Sca("<factor>", Any, "value of a factor"),),
+        outputs=(scalar("<factor>", Any, "value of a factor"),),
         reads=("model.source",),
     ),
 )  # fmt: skip
@@ -275,7 +275,7 @@ def table(names: tuple[str, ...] = ()) -> str:
 def described(method: Method) -> list[str]:
     """One method of the table, a line each."""
     lines = [f"{method.name}: {method.summary}", f"  reads {', '.join(_factors(method))}"]
-    for what, specs in (("handed", method.inputs), ("emits", method.outputs)):
+    for what, specs in (("input", method.inputs), ("output", method.outputs)):
         for spec in specs:
             optional = "optional, " if spec.together else ""
             lines.append(f"  {what:6} {spec.described():44} {optional}{spec.meaning}")
@@ -283,6 +283,6 @@ def described(method: Method) -> list[str]:
 
 
 def _factors(method: Method) -> list[str]:
-    own = [f"{name} (unless handed {g})" for g, names in method.without.items() for name in names]
+    own = [f"{name} (without {g})" for g, names in method.without.items() for name in names]
     left_out = [f"not {name}" for name in method.ignores]
     return [*(name or "all factors" for name in method.reads), *own, *left_out]

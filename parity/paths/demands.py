@@ -13,7 +13,7 @@ def unmet(kind: type[TrainingPath], recipe: Recipe) -> dict[str, str]:
     """Factors of a recipe that a path does not carry out, each with the reason; empty: no option.
 
     A factor that the path has fixed must have this value. Any other must be honoured, unless it is
-    at a neutral value. What a path says of factors together (`refused`) comes on top.
+    at a neutral value. What a path refuses by itself (`refused`) comes on top.
     """
     honoured = kind.honours + tuple(f"{knobs.section}." for knobs in kind.knob_types())
     found = {}

@@ -1,4 +1,4 @@
-"""One method of a path: what it is handed, what it emits, which factors it reads."""
+"""One method of a path: its inputs and outputs, and the factors that it reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from parity.trace import Trace
 
 
 class ContractError(Exception):
-    """What a path emitted is not what its method's schema says; the message names each item."""
+    """The output of a method does not fit its schema; the message names each item."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Method:
         name: Its name.
         stage: The stage that judges it; empty where it only serves others.
         summary: A phrase.
-        inputs: What it is handed.
-        outputs: What it emits.
+        inputs: Schema of its inputs.
+        outputs: Schema of what it returns.
         reads: Factors, or prefixes of factors, that may change what it emits.
         ignores: Those among them that do not.
-        without: Optional inputs to factors that it reads only where it is not handed them.
+        without: Group of optional inputs to the factors that it reads only without these inputs.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Method:
     without: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def read(self, factor: str, inputs: Trace) -> bool:
-        """Whether it reads a factor when it is handed these inputs."""
+        """Whether it reads a factor when it has these inputs."""
         lacking = (names for group, names in self.without.items() if not inputs.group(group))
         return any(factor.startswith(names) for names in lacking) or (
             factor.startswith(self.reads) and not factor.startswith(self.ignores)

@@ -1,7 +1,7 @@
 """What a path is: a class with a method for each of `parity.paths.contract.METHODS`.
 
 A path carries out a recipe with one implementation. Each method takes the recipe and the inputs of
-one stage and returns a `Trace`; `parity contract` prints what each is handed and emits. What is not
+one stage and returns a `Trace`; `parity contract` prints the inputs and outputs of each. What is not
 implemented, and a factor that the path does not honour, raises `Unsupported`, which becomes a `skip`.
 """
 

@@ -22,7 +22,7 @@ from parity.trace import Array, Trace
 KINDS = {"float": "f", "int": "iu", "bool": "b", "number": "iuf"}
 """Kind to the letters that NumPy has for it (`dtype.kind`); a number is whole or not."""
 SHOWN = 5
-"""Violations that a message names; of more it says how many."""
+"""Violations that a message names; the rest are counted."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def violations(specs: Sequence[Spec], trace: Trace, bindings: Bindings) -> list[
     present = {spec.together for spec in arrays if matches[spec]}
     present |= {spec.together for spec in scalars if spec.name in trace.scalars}
     known = {name for names in matches.values() for name in names}
-    # First what nobody knows: a misspelt name explains one that is missing.
+    # Unknown names first: a misspelt name explains one that is missing.
     found = [
         f"{name} {value.shape} {value.dtype} is not part of it"
         for name, value in sorted(trace.arrays.items())
@@ -259,7 +259,7 @@ def _array(
 def _shape(
     shape: str, name: str, actual: tuple[int, ...], scope: str, bindings: Bindings
 ) -> str | None:
-    """None if a shape fits; else what says that it does not, after the shape itself."""
+    """None if a shape fits; else the reason, which follows the shape in a message."""
     if shape == "...":
         return None
     if shape.startswith("*"):

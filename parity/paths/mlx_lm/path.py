@@ -177,7 +177,9 @@ class MlxLmPath(MlxPath):
         """See `TrainingPath.refused`."""
         found = {}
         if recipe.seed.data not in (None, recipe.seed.value):
-            found["seed.data"] = "the mlx-lm CLI has one seed for LoRA init and data order"
+            found["seed.data"] = (
+                "the mlx-lm CLI has one seed for LoRA init and data order (seed.data)"
+            )
         if recipe.model.dtype == "float64":
             found["model.dtype"] = "the mlx-lm CLI has no float64"
         return found
