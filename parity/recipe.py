@@ -335,8 +335,12 @@ def factor_names(types: Iterable[type[Knobs]] = ()) -> list[str]:
 def _unknown(name: str, kind: type[Recipe]) -> str:
     names = list(kind().factors())
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"factors are {', '.join(names)}"
-    return f"unknown factor {name!r}: {hint}"
+    if close:
+        return f"unknown factor {name!r}: did you mean {' or '.join(close)}?"
+    section, sections = name.partition(".")[0], ", ".join(kind.model_fields)
+    if section not in kind.model_fields:
+        return f"unknown factor {name!r}: none of the paths has knobs {section!r}; sections are {sections}"
+    return f"unknown factor {name!r}: factors are {', '.join(names)}"
 
 
 def build(data: Mapping[str, Any], where: str, kind: type[Recipe] = Recipe) -> Recipe:

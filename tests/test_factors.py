@@ -110,7 +110,9 @@ def test_a_skip_names_the_factor(engine, small):
 
 
 def test_knobs_are_factors_where_their_path_takes_part():
-    with pytest.raises(UsageError, match=r"unknown factor 'unsloth\.use_cce'"):
+    with pytest.raises(
+        UsageError, match=r"'unsloth\.use_cce': none of the paths has knobs 'unsloth'"
+    ):
         load("default", ["unsloth.use_cce=true"], knobs(["mlx", "hf"]))
     for paths in (["unsloth"], ["hf", "unsloth@2026.5.2"], ["mlx+loss=unsloth"]):
         recipe = load("default", ["unsloth.use_cce=true"], knobs(paths))
