@@ -251,7 +251,6 @@ _ALL = (
     Method(
         "defaults", "", "factors as the path sets them where the user leaves them open",
         outputs=(scalar("<factor>", Any, "value of a factor"),),
-        reads=("model.source",),
     ),
 )  # fmt: skip
 
@@ -285,4 +284,4 @@ def described(method: Method) -> list[str]:
 def _factors(method: Method) -> list[str]:
     own = [f"{name} (without {g})" for g, names in method.without.items() for name in names]
     left_out = [f"not {name}" for name in method.ignores]
-    return [*(name or "all factors" for name in method.reads), *own, *left_out]
+    return [*(name or "all factors" for name in method.reads), *own, *left_out] or ["no factor"]
