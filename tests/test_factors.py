@@ -13,6 +13,7 @@ from parity.cells.cell import Cell, reproduce
 from parity.cells.run import run_cell
 from parity.errors import Unsupported, UsageError
 from parity.paths import demands
+from parity.paths.contract import METHODS
 from parity.paths.registry import knobs, resolve
 from parity.paths.unsloth.knobs import UnslothKnobs
 from parity.recipe import Recipe, factor_names, load
@@ -67,8 +68,6 @@ def test_what_is_honoured_neutral_idle_or_not_read_is_no_reason(changes):
 
 def test_what_is_handed_over_is_not_read_from_factors():
     """Whoever is handed batches does not pad them."""
-    from parity.paths.contract import METHODS
-
     train = METHODS["train"]
     ids = np.zeros((1, 3), np.int32)
     handed = Trace({"batches/ids.0": ids, "batches/lengths.0": ids[:, :2]})
@@ -266,6 +265,15 @@ def handed(method, engine, recipe):
             fed = {n: rng.normal(0, 1, s).astype(np.float32) for n, s in names.items()}
             trace = trace.with_group(f"gradient.{step}", fed)
         return trace
+    if method == "cross_entropy":
+        ids, lengths = rng.integers(1, 20, (2, 9)).astype(np.int32), np.array([[0, 9], [0, 6]])
+        logits = rng.normal(0, 3, (2, 8, 20)).astype(np.float32)
+        return Trace({"logits": logits, "ids": ids, "lengths": lengths.astype(np.int32)})
+    if method == "gradient":
+        adapter = engine.capture("hf", "lora_init", recipe, Trace()).group("adapter")
+        rows = {"ids": rng.integers(1, 500, (2, 9)), "lengths": np.array([[0, 9], [0, 6]])}
+        ids = {name: value.astype(np.int32) for name, value in rows.items()}
+        return Trace(ids).with_group("adapter", adapter)
     if method == "decode":
         adapter = engine.capture("hf", "lora_init", recipe, Trace()).group("adapter")
         texts = {"prompts": ["My name"], "expected": " is"}
@@ -287,3 +295,32 @@ def test_a_factor_that_is_honoured_has_an_effect_or_is_refused(path, name, engin
         return
     changed = after.digest() != before.digest()
     assert changed != (name in SAME_BITS)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("path", ["mlx", "hf"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "tokenization", "batches", "supervised_positions", "logits", "cross_entropy", "lora_init",
+        "gradient", "optimizer_step", "decode",
+    ],
+)  # fmt: skip
+def test_a_factor_that_a_method_does_not_read_changes_nothing(path, method, engine):
+    """Else it would be ignored in silence by a path that does not honour it."""
+    recipe = Recipe().override(BASE)
+    inputs = handed(method, engine, recipe)
+    unread = [n for n in recipe.factors() if not METHODS[method].read(n, inputs) and n in FLIPS]
+    assert unread
+    changed = []
+    for name in unread:
+        value, _, needs = FLIPS[name]
+        base = recipe.override(needs)
+        try:
+            before = engine.capture(path, method, base, inputs)
+            after = engine.capture(path, method, base.override({name: value}), inputs)
+        except Unsupported:
+            continue
+        if after.digest() != before.digest():
+            changed.append(name)
+    assert not changed
