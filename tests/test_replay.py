@@ -105,7 +105,7 @@ def test_what_was_not_compared_is_no_agreement(case, engine):
     )
     outcome = play(case(text), engine)
     assert outcome.status is not ScenarioStatus.AS_EXPECTED
-    assert "seed.placement" in outcome.found
+    assert "seed.placement" in outcome.answer
 
 
 def test_a_path_that_is_not_there_is_not_run(case, engine):

@@ -60,7 +60,9 @@ def factors(recipe: str, settings: tuple[str, ...]) -> None:
 @click.command()
 @click.argument("methods", nargs=-1, metavar="[METHOD]...")
 def contract(methods: tuple[str, ...]) -> None:
-    """Show the inputs, outputs and factors of each method of a path.
+    """Show what each method of a path takes and gives.
+
+    Names, shapes and dtypes of its inputs and outputs, and the factors that it reads.
 
     \b
     Examples:
@@ -77,7 +79,9 @@ def contract(methods: tuple[str, ...]) -> None:
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False),
               help="A file that does not exist yet.  [default: print it]")  # fmt: skip
 def new_path(name: str, out: Path | None) -> None:
-    """Write the skeleton of a path of your own, every method of which may be left out.
+    """Write the skeleton of a path of your own.
+
+    It has every method of the contract, any of which may be left out.
 
     \b
     Examples:
