@@ -60,7 +60,13 @@ def factors(recipe: str, settings: tuple[str, ...]) -> None:
 @click.command()
 @click.argument("methods", nargs=-1, metavar="[METHOD]...")
 def contract(methods: tuple[str, ...]) -> None:
-    """Show what each method of a path is handed, emits and reads."""
+    """Show what each method of a path is handed, emits and reads.
+
+    \b
+    Examples:
+      parity contract
+      parity contract lora_init gradient
+    """  # noqa: D301
     from parity.paths.contract import table
 
     click.echo(table(methods))
@@ -71,7 +77,9 @@ def contract(methods: tuple[str, ...]) -> None:
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False),
               help="A file that does not exist yet.  [default: print it]")  # fmt: skip
 def new_path(name: str, out: Path | None) -> None:
-    """Write the skeleton of a path of your own, every method of which may be left out.
+    """Write the skeleton of a path of your own.
+
+    Every method may be left out: the probes that need it are then skipped.
 
     \b
     Examples:
