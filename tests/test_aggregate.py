@@ -156,6 +156,8 @@ def test_two_records_of_one_cell_count_as_the_worse_and_are_named(green: str) ->
         found = aggregate(records)
         assert (found.exit_code, len(found.records)) == (1, 1)
         assert "2 records for one cell" in found.problems[0]
+        for text in (markdown.render(found), html.render(found)):
+            assert "Warnings" in text and "2 records for one cell" in text
 
 
 # Plan

@@ -76,7 +76,7 @@ def play(scenario: Scenario, engine: Engine, notice: Notice = lambda _: None) ->
             shares, answer = _gates(scenario, engine)
             found += passing(shares)
             answers.append(answer)
-        fits = found == scenario.expect.words()
+        fits = found == scenario.expect.text()
         status = ScenarioStatus.AS_EXPECTED if fits else ScenarioStatus.OTHERWISE
     except (Unsupported, CaptureError, UsageError) as error:
         status, found = ScenarioStatus.NOT_RUN, str(error)
@@ -85,7 +85,7 @@ def play(scenario: Scenario, engine: Engine, notice: Notice = lambda _: None) ->
         scenario.title,
         scenario.source,
         status,
-        scenario.expect.words(),
+        scenario.expect.text(),
         found,
         "\n".join(dict.fromkeys(answers)),
         points,

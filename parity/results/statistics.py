@@ -1,6 +1,6 @@
 """Pass rates over seeds, and paired tests with the power they had.
 
-No test here can show that two paths are the same. One that finds no difference says so together with
+No test here can show that two paths are the same. One that finds no difference gives
 the number of seeds that would be needed to find one. Bad input raises ValueError.
 """
 
