@@ -136,7 +136,8 @@ def _found(report: SearchReport) -> str:
     if report.verdict == "agree" and not report.skipped:
         return "no cause"
     if report.verdict != "found":
-        return f"{report.verdict}: {report.reason or '; '.join(report.skipped)}"
+        reasons = [report.reason, *(f"not compared: {text}" for text in report.skipped)]
+        return f"{report.verdict}: {'; '.join(filter(None, reasons))}"
     return ", ".join(
         f"{cause.stage}: {' with '.join([*cause.factors, *cause.parts]) or cause.place}"
         for cause in report.causes
