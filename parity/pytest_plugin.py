@@ -130,7 +130,7 @@ def probe(
 ) -> Callable[[Cell], Record]:
     """Runs a cell and writes its record; anything but green ends the test with the record's text.
 
-    A known divergence is an expected failure, strictly so if its entry says deterministic.
+    A known divergence is an expected failure; a deterministic one that does not diverge fails.
     """
     from parity.record import Verdict
     from parity.results import expected

@@ -36,6 +36,12 @@ def record(
         for side, path in (("subject", "mlx"), ("reference", reference))
     }
     texts = {"reason": f"because of probe {probe}", "reproduce": f"run --seeds {seed}"} | fields
+    if verdict in ("identical", "agree"):
+        value = 0.0 if verdict == "identical" else 1e-7
+        metric = Metric(
+            name="x", verdict=verdict, value=value, tolerance=1e-6, minimum_required_tolerance=value
+        )
+        texts.setdefault("metrics", [metric])
     return Record(
         tool="0",
         probe=probe,
@@ -156,6 +162,19 @@ def test_two_records_of_one_cell_count_as_the_worse_and_are_named(green: str) ->
         found = aggregate(records)
         assert (found.exit_code, len(found.records)) == (1, 1)
         assert "2 records for one cell" in found.problems[0]
+        for text in (markdown.render(found), html.render(found)):
+            assert "Warnings" in text and "2 records for one cell" in text
+
+
+def test_a_record_that_contradicts_itself_is_set_aside() -> None:
+    lying = record(2, 0, metrics=[])
+    found = aggregate([record(1, 0), lying])
+    assert (found.verdict, found.exit_code, found.counts) == ("missing", 3, {"identical": 1})
+    assert found.damaged == (f"{lying.name}: the verdict is identical, but no metric decides it",)
+    assert "1 damaged record set aside" in found.reason
+    for text in (html.render(found), screen([record(1, 0), lying], width=200)):
+        assert lying.name in text and "Damaged records" in text
+    assert aggregate([lying]).exit_code == 3
 
 
 # Plan

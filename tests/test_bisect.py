@@ -100,6 +100,7 @@ def test_any_command_is_an_oracle(tmp_path):
         check("exit 0", Recipe(), {})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", ["tiny-llama", "tiny-qwen3"])
 def test_a_bad_module_is_named_on_the_other_models(model, engine, small):
     recipe = small.override({"model.source": model})

@@ -53,15 +53,13 @@ def test_watching_modules_changes_no_bit(path, engine, small):
 
 
 def test_frameworks_name_the_same_gradients_alike(engine, small):
-    """Gradients at modules of one name and shape agree across frameworks."""
-    _, ours = gradients(engine, "mlx", small, modules=True)
-    _, theirs = gradients(engine, "hf", small, modules=True)
-    common = ours.group("activation").keys() & theirs.group("activation").keys()
-    assert len(common) > 250
-    for name in common:
-        a, b = ours.arrays[f"activation/{name}"], theirs.arrays[f"activation/{name}"]
-        if a.shape == b.shape:
-            assert np.abs(a - b).max() <= 1e-3 * np.abs(b).max(), name
+    """Gradients at modules of one name agree across frameworks within what rounding explains."""
+    context = context_of(engine, Cell(GRADIENT, "mlx", "hf", small))
+    _, (rows, _) = Gradient().inputs(context)  # B ≠ 0
+    pair = context.pair("gradient", Trace(rows.arrays, {"modules": True}))
+    outputs = BackwardComparison(pair, pair.subject).outputs
+    assert len(outputs) > 250
+    assert [name for name, metric in outputs.items() if not metric.verdict.green] == []
 
 
 @pytest.mark.parametrize("path", ["mlx", "mlx-lm", "hf"])
@@ -84,7 +82,8 @@ def test_a_replaced_gradient_is_passed_on(path, engine, small):
         assert np.allclose(after, factor * before, rtol=1e-5, atol=0), (group, name)
 
 
-@pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
+# Against mlx-lm the search goes the same way: `test_bisect.py` has BadBackward against it as well.
+@pytest.mark.parametrize("reference", [pytest.param("mlx-lm", marks=pytest.mark.long), "hf"])
 @pytest.mark.parametrize(
     ("planted", "says"),
     [
@@ -111,6 +110,7 @@ def test_a_fault_in_one_backward_pass_is_placed(planted, says, reference, engine
         assert "1 of 252 gradients of the adapter differ (layer 9)" in cause.sentence
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", ["tiny-llama", "tiny-qwen3"])
 @pytest.mark.parametrize(
     ("planted", "where"), [("BadNormBackward", "post_attention_layernorm"), ("BadRopeBackward", "")]

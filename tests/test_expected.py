@@ -32,9 +32,11 @@ def record(
     metrics = [
         Metric(**{"name": name, "verdict": word, "value": 1, "tolerance": 0,
                   "minimum_required_tolerance": 1} | more)
-        for name, word, more in [("loss", Verdict.AGREE, {}),
+        for name, word, more in [("loss", Verdict.AGREE, {"tolerance": 1}),
                                  *((name, Verdict.DIVERGE, metric) for name in diverging)]
     ]  # fmt: skip
+    if verdict == "diverge" and not diverging:
+        metrics = []
     return Record(tool="0", probe=probe, stage="gradient", model="tiny-gemma3", seed=seed,
                   verdict=Verdict(verdict), reason="it differs", metrics=metrics, **sides)  # fmt: skip
 

@@ -182,7 +182,6 @@ def test_only_common_seeds_count_and_the_others_are_named() -> None:
     subject, reference = sides(5, 5, 2, 3)
     found = stats.paired(subject | {3407: True, 42: False}, reference | {7_000: True})
     assert found.seeds == tuple(range(15))
-    assert (found.missing_subject, found.missing_reference) == ((7_000,), (42, 3407))
     assert "subject lacks seeds 7000; reference lacks seeds 42, 3407" in found.summary
     assert found.test == stats.paired(subject, reference).test
 

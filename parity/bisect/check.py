@@ -82,9 +82,9 @@ def report(
     started = time.perf_counter()
     found = search(command, recipe, changes, repeats, watch, timeout)
     result = SearchReport("the changed recipe", "the recipe as it is", found.verdict, found.reason)
-    theirs = recipe.factors()
+    unchanged = recipe.factors()
     for names in found.causes:
-        values = {name: (changes[name], theirs.get(name)) for name in names}
+        values = {name: (changes[name], unchanged.get(name)) for name in names}
         flags = [f"--set-subject {setting(name, changes[name])}" for name in names]
         line = " ".join(["parity bisect", *flags, f"--check {shlex.quote(command)}"])
         sentence = f"with {against(values)} the command reports a difference"

@@ -41,13 +41,9 @@ def capture(
 ) -> None:
     """Run one METHOD of one PATH and keep its trace.
 
-    Traces can be captured on different machines and compared on a third.
-
     \b
-    Examples:
+    Example:
       parity capture mlx train --out mac.safetensors
-      parity capture hf train --out linux.safetensors
-      parity compare mac.safetensors linux.safetensors
     """  # noqa: D301
     from parity import recipe as recipes
     from parity.capture import engine as engines

@@ -45,7 +45,7 @@ def replay(names: tuple[str, ...], listing: bool, out: Path, timeout: float) -> 
     chosen = [scenario.load(name) for name in names or scenario.names()]
     if listing:
         for case in chosen:
-            click.echo(f"{case.name:24} {case.expect.words():44} {case.title}")
+            click.echo(f"{case.name:24} {case.expect.text():44} {case.title}")
         return
     try:
         outcomes = _play(chosen, out, timeout)

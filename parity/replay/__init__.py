@@ -1,1 +1,1 @@
-"""Known cases, replayed: does the tool still find the cause that people found by hand?"""
+"""Known cases: does a search still find the cause that is known from elsewhere?"""

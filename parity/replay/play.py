@@ -76,7 +76,7 @@ def play(scenario: Scenario, engine: Engine, notice: Notice = lambda _: None) ->
             shares, answer = _gates(scenario, engine)
             found += passing(shares)
             answers.append(answer)
-        fits = found == scenario.expect.words()
+        fits = found == scenario.expect.text()
         status = ScenarioStatus.AS_EXPECTED if fits else ScenarioStatus.OTHERWISE
     except (Unsupported, CaptureError, UsageError) as error:
         status, found = ScenarioStatus.NOT_RUN, str(error)
@@ -85,7 +85,7 @@ def play(scenario: Scenario, engine: Engine, notice: Notice = lambda _: None) ->
         scenario.title,
         scenario.source,
         status,
-        scenario.expect.words(),
+        scenario.expect.text(),
         found,
         "\n".join(dict.fromkeys(answers)),
         points,
@@ -136,7 +136,8 @@ def _found(report: SearchReport) -> str:
     if report.verdict == "agree" and not report.skipped:
         return "no cause"
     if report.verdict != "found":
-        return f"{report.verdict}: {report.reason or '; '.join(report.skipped)}"
+        reasons = [report.reason, *(f"not compared: {text}" for text in report.skipped)]
+        return f"{report.verdict}: {'; '.join(filter(None, reasons))}"
     return ", ".join(
         f"{cause.stage}: {' with '.join([*cause.factors, *cause.parts]) or cause.place}"
         for cause in report.causes

@@ -67,7 +67,7 @@ class Expect(Table):
             return "no cause"
         return f"{self.stage}: {' with '.join(self.cause)}"
 
-    def words(self) -> str:
+    def text(self) -> str:
         """The expectation in one cell of a table."""
         return self.searched() + passing(self.gates)
 

@@ -105,9 +105,9 @@ def environment_of(record: Record) -> list[tuple[str, str, str, bool]]:
 
 def differing(record: Record) -> list[tuple[str, Any, Any]]:
     """Factors in which the sides' recipes differ."""
-    ours, theirs = record.subject.recipe, record.reference.recipe
-    keys = sorted({*ours, *theirs})
-    return [(k, ours.get(k), theirs.get(k)) for k in keys if ours.get(k) != theirs.get(k)]
+    subject, reference = record.subject.recipe, record.reference.recipe
+    values = {k: (subject.get(k), reference.get(k)) for k in sorted({*subject, *reference})}
+    return [(name, a, b) for name, (a, b) in values.items() if a != b]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -112,7 +112,7 @@ def notes_by_pair(result: Aggregate, kind: str) -> dict[str, list[str]]:
 
 
 def note_text(note: Note, of: int) -> str:
-    """The note, without what its heading says already, and its seeds."""
+    """The note without the prefix that its heading repeats, and its seeds."""
     text = note.text.removeprefix("as shipped: ").removeprefix("as shipped, ")
     varies = ", numbers of the first" if note.varies else ""
     return f"{text} ({seeds_text(note.seeds, of)}{varies})"

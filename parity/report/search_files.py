@@ -39,7 +39,7 @@ def save_versions(folder: Path, changes: Sequence[Change], command: str) -> list
 
 
 def markdown(report: SearchReport) -> str:
-    """The report for people."""
+    """The report as Markdown."""
     lines = [f"# {report.subject} against {report.reference}: {report.verdict}", ""]
     lines += [report.answer(), ""]
     lines += [

@@ -148,11 +148,14 @@ def aggregate(
         records: Marked by `expected.mark` already.
         expected: The cells that the run was to fill.
         known: Known divergences; those that match no record are named.
-        damaged: Files that were set aside, with the reason: with any, the run is not green.
+        damaged: Files that were set aside, with the reason: with any, the run is not green. Records
+            whose verdict does not follow from their metrics are set aside here.
     """
     from parity.results.expected import unmatched
 
-    records = list(records)
+    every = [(record, record.contradiction()) for record in records]
+    records = [record for record, why in every if not why]
+    damaged = [*damaged, *sorted(f"{record.name}: {why}" for record, why in every if why)]
     found: dict[tuple[GridRow, int], list[Record]] = defaultdict(list)
     for record in sorted(records, key=lambda r: (r.seed, r.verdict, r.reason, r.reproduce)):
         found[row_of(record), record.seed].append(record)

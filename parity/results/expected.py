@@ -107,7 +107,7 @@ def load(file: Path) -> list[KnownDivergence]:
 def chosen(
     subject: str, references: Iterable[str], file: Path | None, none: bool
 ) -> list[KnownDivergence]:
-    """The entries of a file that is named, or what the fixtures know of these pairs."""
+    """The entries of `file`, or those of the fixtures for these pairs."""
     if file and none:
         raise UsageError(f"--expected {file} and --no-expected: give one of them")
     shipped = [resources.fixtures() / FOLDER / file_name(subject, name) for name in references]

@@ -1,6 +1,6 @@
 """Pass rates over seeds, and paired tests with the power they had.
 
-No test here can show that two paths are the same. One that finds no difference says so together with
+No test here can show that two paths are the same. One that finds no difference gives
 the number of seeds that would be needed to find one. Bad input raises ValueError.
 """
 
@@ -41,8 +41,6 @@ class PairedComparison:
     """
 
     seeds: tuple[int, ...]
-    missing_subject: tuple[int, ...]
-    missing_reference: tuple[int, ...]
     a: int
     b: int
     c: int
@@ -192,7 +190,7 @@ def paired(
     for side, missing in (("subject", no_subject), ("reference", no_reference)):
         text += f"; {side} lacks seeds {', '.join(map(str, missing))}" if missing else ""
     found = (test, power, needed, upper, text.replace("%", " %"))
-    return PairedComparison(seeds, no_subject, no_reference, a, b, c, d, *found)
+    return PairedComparison(seeds, a, b, c, d, *found)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
