@@ -62,21 +62,52 @@ def cross_entropy_trace(loss_function: Loss, recipe: Recipe, inputs: Trace) -> T
     """A loss of signature (model, batch, lengths), probed from outside.
 
     A position is supervised where the loss depends on its logits; its target is where the
-    gradient (softmax minus one-hot) is negative.
+    gradient (softmax minus one-hot) is negative. `token_loss` is absent, and scalar `no_token_loss`
+    says why, where the loss cannot be had for one token.
     """
     import mlx.core as mx
-    from mlx_lm.tuner.trainer import default_loss
 
     ids, lengths = mx.array(inputs.arrays["ids"]), mx.array(inputs.arrays["lengths"])
     logits = mx.array(inputs.arrays["logits"]).astype(getattr(mx, recipe.model.dtype))
     arrays, tokens = probed_loss(loss_function, logits, ids, lengths)
-    supervised = arrays["supervised"]
-    token_loss = np.zeros(supervised.shape, np.float32)
-    for row, position in np.ndindex(*supervised.shape):
-        only = mx.array([[position + 1, position + 1]])
-        one = default_loss(lambda _, row=row: logits[row : row + 1], ids[row : row + 1], only)[0]
-        token_loss[row, position] = one.item()
-    return Trace({**arrays, "token_loss": token_loss}, {"tokens": tokens})
+    trace = Trace(arrays, {"tokens": tokens})
+    token_loss = token_losses(loss_function, logits, ids)
+    if token_loss is None:
+        trace.scalars["no_token_loss"] = "no lengths make it supervise one position alone"
+    else:
+        trace.arrays["token_loss"] = token_loss
+    return trace
+
+
+def token_losses(loss_function: Loss, logits: Any, ids: Any) -> Array | None:
+    """The live loss (B, T) float32 of each position of a batch (B, T + 1) as the only one there is.
+
+    Each position is a row of its own, as short as the loss still supervises, so that the loss divides
+    by one whatever it divides by. None where there is no such row.
+    """
+    import mlx.core as mx
+
+    if (row := _row_of_one_target(loss_function)) is None:
+        return None
+    width, lengths = row
+    found = np.zeros(ids[:, 1:].shape, np.float32)
+    for at, position in np.ndindex(*found.shape):
+        values = mx.broadcast_to(logits[at, position], (1, width, logits.shape[-1]))
+        target = mx.broadcast_to(ids[at, position + 1], (1, width + 1))
+        loss, _ = loss_function(lambda _, values=values: values, target, mx.array([lengths]))
+        found[at, position] = loss.item()
+    return found
+
+
+def _row_of_one_target(loss_function: Loss) -> tuple[int, tuple[int, int]] | None:
+    """The least width, and lengths, of a row of which a loss supervises the last position alone."""
+    for width in range(1, 5):
+        ids = np.ones((1, width + 1), np.int32)
+        for lengths in itertools.product(range(width + 1), range(width, width + 4)):
+            found = supervised_positions(loss_function, ids, np.array([lengths], np.int32))
+            if found[:, 1].tolist() == [width - 1]:
+                return width, (lengths[0], lengths[1])
+    return None
 
 
 def probed_loss(
