@@ -237,3 +237,14 @@ class ForeverTheSameRows(MlxPath):
     def iterate(self, recipe, dataset):
         inner = super().iterate(recipe, dataset)
         return lambda: itertools.repeat(next(inner()))
+
+
+class NeverTrains(MlxPath):
+    """It has no training of its own."""
+
+    name = "never-trains"
+
+    def train(self, recipe, inputs):
+        from parity.errors import Unsupported
+
+        raise Unsupported("it cannot train")

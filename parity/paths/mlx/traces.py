@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,11 @@ import numpy as np
 from parity.names import canonical
 from parity.paths.describe import row_digests, single
 from parity.paths.handed import handed
+from parity.paths.measured import denominator, loss_batches, padding
 from parity.paths.mlx import live as _mlx
 from parity.paths.mlx import modules as _mlx_modules
 from parity.paths.mlx.live import Batch, Loss, Setup, to_numpy
+from parity.paths.mlx.rope import rope_facts
 from parity.recipe import Recipe
 from parity.trace import Array, Trace, first_difference
 
@@ -176,45 +178,54 @@ def decode_trace(
     return trace
 
 
-def config_trace(recipe: Recipe, setup: Setup) -> Trace:
-    """What is really in effect, from the live objects of one run."""
+def config_trace(recipe: Recipe, setup: Setup, measured: Mapping[str, Any]) -> Trace:
+    """What is really in effect: from the live objects of one run, and as measured by what they do."""
     model = setup.model
     trainable = _mlx.flat(model.trainable_parameters())
     frozen = {k: v for k, v in _mlx.flat(model.parameters()).items() if k not in trainable}
     facts = _mlx.lora_facts(model)
     optimizer = _mlx.optimizer_facts(setup.optimizer, recipe.train.steps)
-    drawn = Trace()
-    batches = list(recorded(drawn, itertools.islice(setup.iterate(), 8)))
-    ids, lengths = (to_numpy(part) for part in batches[0])
+    batches = [(to_numpy(a), to_numpy(b)) for a, b in itertools.islice(setup.iterate(), 8)]
+    ids, lengths = batches[0]
     supervised = supervised_positions(setup.loss, ids, lengths)
-    shapes = [list(to_numpy(batch).shape) for batch, _ in batches]
     scalars = {
         "dtype.parameters": _mlx.dtype_census(frozen),
         "dtype.adapter": _mlx.dtype_census(trainable),
         "dtype.activations": _activations(setup, ids),
-        "rope.theta": _mlx.rope_thetas(model),
+        **rope_facts(model),
         "lora.trainable": len(trainable),
         "lora.parameters": sum(int(v.size) for v in trainable.values()),
         "lora.names": sorted(canonical(name) for name in trainable),
         **{f"lora.{key}": value for key, value in facts.items()},
         **optimizer,
-        "clip.mode": recipe.optim.clip if setup.clip else "none",
-        "clip.value": recipe.optim.clip_value if setup.clip else None,
-        "batch.shapes": shapes,
-        "batch.pad_id": 0,
-        "batch.rows": [row_digests(to_numpy(a), to_numpy(b)) for a, b in batches],
+        "batch.shapes": [list(batch.shape) for batch, _ in batches],
+        "batch.pad_id": padding(batches),
+        "batch.rows": [row_digests(a, b) for a, b in batches],
         "mask.supervised": [int((supervised[:, 0] == row).sum()) for row in range(len(ids))],
-        "loss.denominator": "supervised tokens",
-        "accumulation.steps": recipe.train.accumulation,
-        "accumulation.weighting": recipe.train.accumulation_weighting,
+        "loss.denominator": denominator(
+            (token_weights(setup.loss, *batch), batch[1]) for batch in loss_batches()
+        ),
+        # MLX has no automatic casts of a forward pass; what its modules give is counted above.
         "train.autocast": "none",
-        "train.gradient_checkpointing": recipe.train.gradient_checkpointing,
-        "seed.value": recipe.seed.value,
-        "seed.placement": recipe.seed.placement,
-        "train.compile": recipe.train.compile,
+        **measured,
         **setup.facts,
     }
     return Trace({"supervised": supervised}, scalars)
+
+
+def token_weights(loss_function: Loss, ids: Array, lengths: Array) -> Array:
+    """What each position (B, T) weighs in a live loss, from its gradient at flat logits.
+
+    The gradient of a cross-entropy at the target of flat logits over V entries is 1 / V - 1.
+    """
+    import mlx.core as mx
+
+    entries = int(ids.max()) + 2
+    batch = mx.array(ids), mx.array(lengths)
+    slope = mx.grad(lambda logits: loss_function(lambda _: logits, *batch)[0])(
+        mx.zeros((*ids[:, 1:].shape, entries))
+    )
+    return np.asarray(-to_numpy(slope).min(axis=-1) / (1 - 1 / entries))
 
 
 def _activations(setup: Setup, ids: Array) -> dict[str, int]:
