@@ -112,12 +112,12 @@ def _layers(a: Settings, b: Settings) -> str:
 def _frequencies(a: Settings, b: Settings) -> str:
     """Where and how far frequencies differ, and what each configuration says."""
     ours, theirs = a["rope.frequencies"], b["rope.frequencies"]
-    said = "; ".join(
+    configurations = "; ".join(
         f"the {side}'s configuration: {short(settings.get('rope.configuration') or 'nothing')}"
         for side, settings in (("subject", a), ("reference", b))
     )
     if len(ours) != len(theirs):
-        return f"rotary embedding: {len(ours)} layers in the subject, {len(theirs)} in the reference; {said}"
+        return f"rotary embedding: {len(ours)} layers in the subject, {len(theirs)} in the reference; {configurations}"
     bad = [n for n, (x, y) in enumerate(zip(ours, theirs, strict=True)) if not _same(x, y, ANGLE)]
     x, y = ours[bad[0]], theirs[bad[0]]
     if len(x) != len(y):
@@ -130,7 +130,7 @@ def _frequencies(a: Settings, b: Settings) -> str:
         )
     return (
         f"inverse frequencies of the rotary embedding differ in {len(bad)} of {len(ours)} layers; "
-        f"in layer {bad[0]} {what}; {said}"
+        f"in layer {bad[0]} {what}; {configurations}"
     )
 
 

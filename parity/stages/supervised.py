@@ -286,14 +286,14 @@ def _fill(
 def _conclude(
     result: Comparison, name: str, differences: list[Difference], a: Trace, b: Trace
 ) -> None:
-    """One metric of all rows; the first divergence also leaves words and facts."""
+    """One metric of all rows; the first divergence also leaves a sentence and facts."""
     bad = [difference for difference in differences if difference.count]
     total = sum(len(d.both) + len(d.subject) + len(d.reference) for d in differences)
     if not total:
         result.metrics.append(nothing(name))
         return
     count = sum(difference.count for difference in bad)
-    said = sentence(differences, {**b.scalars["pieces"], **a.scalars["pieces"]}) if bad else ""
+    words = sentence(differences, {**b.scalars["pieces"], **a.scalars["pieces"]}) if bad else ""
     first = min(bad[0].subject | bad[0].reference, default=(0, 0))[0] if bad else 0
     result.metrics.append(
         Metric(
@@ -305,7 +305,7 @@ def _conclude(
             mismatched=count,
             total=total,
             where=f"{bad[0].row.title}, token {first}" if bad else "",
-            note=said or f"{len(differences)} rows",
+            note=words or f"{len(differences)} rows",
         )
     )
     if bad:  # of the first that diverges
