@@ -10,7 +10,15 @@ from parity.cells.run import run_cell
 from parity.record import Verdict
 from parity.report.text import describe
 from parity.stages import find
-from parity.stages.supervised import Difference, TrainingRow, batches, matched, patterns, place
+from parity.stages.supervised import (
+    Difference,
+    TrainingRow,
+    batches,
+    draws,
+    matched,
+    patterns,
+    place,
+)
 from parity.trace import Trace
 
 PROBE = find("09")
@@ -49,7 +57,7 @@ def test_clean_cells_are_identical(base, reference, engine, small):
     record = run_cell(engine, Cell(PROBE, "mlx", reference, small.override(base)))
     assert record.verdict is Verdict.IDENTICAL, describe(record)
     assert [metric.name.partition(", ")[2] for metric in record.metrics] == [
-        "padded rows", "rows without padding", "short, cut and masked rows", "own batches",
+        "padded rows", "rows without padding", "short, cut and masked rows", "", "own batches",
     ]  # fmt: skip
     assert not record.hints
 
@@ -108,3 +116,37 @@ def test_places_and_patterns():
     last = Difference(ROW, reference={(4, 9)}, both={(3, 8)})
     assert patterns([last]) == {"positions per row at the last token": -1}
     assert patterns([last, header]) == {}
+
+
+PATHS = "tests.settings_paths"
+CHAT_ROWS = {"data.source": "chat"}
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("OneRow", "the subject never trains on 23 of 24 distinct rows"),
+        ("ForeverTheSameRows", "the subject never trains on 18 of 24 distinct rows"),
+        ("RowsWithReplacement", "times in the subject's batches and"),
+    ],
+)
+def test_rows_that_one_side_never_trains_on_are_counted(path, words, engine, small):
+    recipe = small.override(CHAT_ROWS)
+    record = run_cell(engine, Cell(PROBE, f"{PATHS}:{path}", "hf", recipe))
+    assert record.verdict is Verdict.DIVERGE, describe(record)
+    assert words in record.reason
+    assert "2 passes over 24 rows" in record.reason
+
+
+def test_a_dropped_last_batch_is_no_missing_row(engine, small):
+    """24 rows in batches of 5: four rows are left over in each pass, shuffled anew."""
+    recipe = small.override({**CHAT_ROWS, "train.batch_size": 5, "data.pad_extra": 0})
+    recipe = recipe.override({"data.pad_multiple": 1, "mask.end_shift": 0})
+    record = run_cell(engine, Cell(PROBE, "trl", "hf", recipe))
+    assert record.verdict is Verdict.IDENTICAL, describe(record)
+
+
+def test_enough_is_drawn():
+    assert draws(24, 6) == (2, 8)
+    assert draws(40, 6) == (6, 42)
+    assert draws(5, 6) == (2, 2)

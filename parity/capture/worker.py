@@ -215,7 +215,7 @@ def serve(spec: str, cache: Path, hidden: Collection[str] = ()) -> None:
             inputs = Trace.load(Path(request["inputs"]))
             dimensions = method.check_inputs(inputs)
             demands.check(kind, method.name, recipe, inputs)
-            trace = getattr(path, method.name)(recipe, inputs)
+            trace = path.emit(method.name, recipe, inputs)
             method.check_outputs(trace, dimensions)
             trace.environment = {
                 **path.environment(),

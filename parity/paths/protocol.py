@@ -71,6 +71,11 @@ class TrainingPath:
         """`shipped()` as a trace: it needs the framework, so it runs where captures run."""
         return Trace(scalars=self.shipped())
 
+    def emit(self, method: str, recipe: Recipe, inputs: Trace) -> Trace:
+        """What a method of the contract, by name, emits."""
+        trace: Trace = getattr(self, method)(recipe, inputs)
+        return trace
+
     def environment(self) -> dict[str, Any]:
         """Versions, device and settings of the running process."""
         return {}

@@ -6,10 +6,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from parity.judge.numerics import compare, compare_exact
-from parity.record import Verdict
-from parity.stages.context import Comparison, Context
-from parity.stages.inputs import LENGTHS
+from parity.judge.numerics import compare, compare_exact, nothing
+from parity.record import Metric, Verdict
+from parity.stages.context import Comparison, Context, Pair
+from parity.stages.inputs import LENGTHS, loss_cases
+
+TOKEN_LOSS = "token_loss"
 
 
 class CrossEntropy:
@@ -33,16 +35,32 @@ class CrossEntropy:
         if both.any():
             targets = a.arrays["targets"][both], b.arrays["targets"][both]
             result.metrics.append(compare_exact("target ids", *targets))
-        token_loss = "token_loss"
-        if token_loss in a.arrays and token_loss in b.arrays:
-            metric = compare(token_loss, a.arrays[token_loss], b.arrays[token_loss], pair.noise)
-            result.metrics.append(metric.model_copy(update={"name": "cross-entropy per token"}))
-        metric = compare("loss", a.arrays["loss"], b.arrays["loss"], pair.noise)
-        result.metrics.append(metric.model_copy(update={"name": "reduced loss"}))
+        result.metrics += losses(pair)
+        rng = np.random.default_rng([context.seed, self.number, 1])
+        for case, logits in loss_cases(rng, context.vocabulary).items():
+            result.metrics += losses(context.pair("cross_entropy", logits), f", {case}")
         if result.metrics[0].verdict is Verdict.DIVERGE:
             result.findings.append(describe_mask(*masks, LENGTHS))
             result.facts |= mask_facts(*masks, LENGTHS)
         return result
+
+
+def losses(pair: Pair, case: str = "") -> list[Metric]:
+    """The loss of each token by itself, as each path's own loss gives it, and the reduced one."""
+    a, b, metrics = pair.subject, pair.reference, []
+    name = f"cross-entropy per token{case}"
+    absent = [
+        f"the {side} has no loss of a single token: {trace.scalars.get('no_token_loss', 'no reason given')}"
+        for side, trace in (("subject", a), ("reference", b))
+        if TOKEN_LOSS not in trace.arrays
+    ]
+    if absent:
+        metrics.append(nothing(name).model_copy(update={"note": "; ".join(absent)}))
+    else:
+        metric = compare(TOKEN_LOSS, a.arrays[TOKEN_LOSS], b.arrays[TOKEN_LOSS], pair.noise)
+        metrics.append(metric.model_copy(update={"name": name}))
+    metric = compare("loss", a.arrays["loss"], b.arrays["loss"], pair.noise)
+    return [*metrics, metric.model_copy(update={"name": f"reduced loss{case}"})]
 
 
 def mask_facts(subject: np.ndarray, reference: np.ndarray, lengths: list[int]) -> dict[str, float]:

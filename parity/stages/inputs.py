@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from parity.recipe import Recipe
-from parity.trace import Trace
+from parity.trace import Array, Trace
 
 OPTIMIZES = ("optimizer_step", "train")
 """Methods whose outcome depends on the optimizer's numbers."""
@@ -37,6 +37,36 @@ def loss_inputs(rng: np.random.Generator, vocabulary: int) -> Trace:
     shape = (len(LENGTHS), WIDTH - 1, vocabulary)
     inputs.arrays["logits"] = rng.normal(0, 3, shape).astype(np.float32)
     return inputs
+
+
+def loss_cases(rng: np.random.Generator, vocabulary: int) -> dict[str, Trace]:
+    """Logits (2 or 3, 6, V) float32 of other kinds than N(0, 3), with targets, by what they are like."""
+    width, margin = 7, 1e4
+
+    def case(logits: Array, inputs: Trace) -> Trace:
+        return Trace({**inputs.arrays, "logits": logits.astype(np.float32)})
+
+    def drawn(size: int, lengths: list[int]) -> tuple[Array, Trace]:
+        inputs = common_rows(rng, size, lengths, width)
+        return rng.normal(0, 3, (len(lengths), width - 1, size)), inputs
+
+    logits, rows = drawn(vocabulary, [7, 5])
+    targets = rows.arrays["ids"][:, 1:, None].astype(np.int64)
+    right, wrong = logits.copy(), logits.copy()
+    np.put_along_axis(right, targets, margin, axis=-1)
+    np.put_along_axis(wrong, (targets + 1) % vocabulary, margin, axis=-1)
+    # Of these rows one has a single target, whether a mask ends with the row or one past it.
+    flat, short = drawn(vocabulary, [7, 2, 1])
+    one_hot = np.zeros_like(flat)
+    np.put_along_axis(one_hot, short.arrays["ids"][:, 1:, None].astype(np.int64), 1.0, axis=-1)
+    return {
+        # beyond what the exponential of a float32 can hold
+        "logits of ±300 and more": case(logits + np.array([[[300.0]], [[-300.0]]]), rows),
+        "targets 10,000 above": case(right, rows),
+        "targets 10,000 below": case(wrong, rows),
+        "one-hot logits, rows of one target": case(one_hot, short),
+        "523 entries": case(*drawn(523, [7, 5])),
+    }
 
 
 def sorted_logits(inputs: Trace) -> Trace:

@@ -19,7 +19,9 @@ from parity.trace import Trace
 ROWS = 6  # distinct rows of the recipe that are handed over
 LONG, CUT = 24, 17  # tokens of a row, and the width at which it is cut
 SHOWN = 4  # targets that a sentence names
-MOST = 64  # micro-batches that are drawn from a path
+MOST = 1024  # micro-batches that are drawn from a path at most
+PASSES = 2  # over the rows, at least
+MISSED = 1e-4  # chance that shuffling alone leaves out some row in every pass
 
 Target = tuple[int, int]
 """(index of a token in its row, id that is supervised there)."""
@@ -87,31 +89,125 @@ class SupervisedPositions:
         self, context: Context, known: list[TrainingRow], agreed: bool, result: Comparison
     ) -> None:
         """Rows of the paths' own batches, matched by content: order and width do not matter."""
-        size = context.recipe.train.batch_size
-        count = min(MOST, max(1, -(-len(known) // size)))
-        inputs = Trace(scalars={"count": count})
+        sizes = {context.recipes[side].train.batch_size for side in ("subject", "reference")}
+        passes, count = draws(len(known), min(sizes))
+        inputs = Trace(scalars={"count": min(count, MOST)})
         try:
             a, b = context.both("supervised_positions", context.recipes, inputs)
         except Unsupported as error:
-            result.findings.append(f"the paths' own batches were not compared: {error}")
+            note = f"the paths' own batches were not compared: {error}"
+            result.findings.append(note)
+            missing = nothing("supervised tokens, own batches")
+            result.metrics.append(missing.model_copy(update={"note": note, "gate": False}))
             return
         found = [matched(trace, known) for trace in (a, b)]
-        name = "supervised tokens, own batches"
         for side, (rows, strangers) in zip(("subject", "reference"), found, strict=True):
             if strangers:
                 result.metrics.append(_strangers(side, strangers, sum(map(len, rows.values()))))
-            if unseen := len({row.ids for row in known} - {row.ids for row in rows}):
-                result.findings.append(
-                    f"{side}: {unseen} of {len({row.ids for row in known})} distinct rows do not "
-                    f"come in its first {count} batches"
-                )
         ours, theirs = (rows for rows, _ in found)
+        drawn = f"{passes} passes over {len(known)} rows, {count} micro-batches"
+        if count > MOST:
+            drawn = f"{MOST} micro-batches, fewer than the {count} of {passes} passes"
+        even = len(sizes) == 1 and len(known) % min(sizes) == 0
+        result.metrics.append(_visits(known, (ours, theirs), drawn, even, count <= MOST))
+        if never := [row for row in _distinct(known) if row not in ours and row not in theirs]:
+            result.findings.append(
+                f"neither side trains on {len(never)} of {len(_distinct(known))} distinct rows in "
+                f"{drawn}: {_titles(never)}"
+            )
         differences = [Difference(row) for row in ours if row in theirs]
         for difference in differences:
             _fill(difference, set(ours[difference.row]), set(theirs[difference.row]))
-        _conclude(result, name, differences, a, b)
+        _conclude(result, "supervised tokens, own batches", differences, a, b)
         if agreed and (filled := _filled(differences)):
             result.facts["rows that fill their batch"] = filled
+
+
+def draws(rows: int, size: int) -> tuple[int, int]:
+    """Passes over the rows, and their micro-batches, after which every row should have come.
+
+    Some paths drop the last, incomplete batch of a pass. Where the order is shuffled anew each pass, a
+    row is dropped in all of n passes with probability (rest / rows) ** n; passes are added until that
+    is below `MISSED` for all rows together.
+    """
+    rest, passes = rows % size, PASSES
+    while rest and rows * (rest / rows) ** passes > MISSED and rows > size:
+        passes += 1
+    return passes, passes * max(1, -(-rows // size))
+
+
+def _distinct(known: list[TrainingRow]) -> list[TrainingRow]:
+    """Rows without repetition, the first of equal ones, as `matched` knows them."""
+    return list({row.ids: row for row in reversed(known)}.values())[::-1]
+
+
+def _titles(rows: list[TrainingRow]) -> str:
+    shown = ", ".join(row.title for row in rows[:SHOWN])
+    return shown + (f" and {len(rows) - SHOWN} more" if len(rows) > SHOWN else "")
+
+
+def _visits(
+    known: list[TrainingRow],
+    seen: tuple[Mapping[TrainingRow, list[frozenset[Target]]], ...],
+    drawn: str,
+    even: bool,
+    complete: bool,
+) -> Metric:
+    """How often each row comes on each side.
+
+    A row that one side never trains on diverges, and so does one that comes more often in one side's
+    batches.
+
+    Args:
+        known: The training rows.
+        seen: Of subject and reference, each row with what is supervised at each time it comes.
+        drawn: What was drawn, in words.
+        even: Rows fill their batches, so that each must come equally often. Elsewhere one path may drop
+            the last batch of a pass and another keep it, and shares of all rows are compared.
+        complete: Enough was drawn for every row to come.
+    """
+    name, rows = "rows trained on", _distinct(known)
+    if not any(seen):
+        return nothing(name)
+    counts = {row: tuple(len(side.get(row, ())) for side in seen) for row in rows}
+    sums = [max(1, sum(len(side.get(row, ())) for row in rows)) for side in seen]
+
+    def uneven(row: TrainingRow) -> bool:
+        a, b = counts[row]
+        shares = sorted((a / sums[0], b / sums[1]))
+        return a != b if even else abs(a - b) > 1 and shares[1] > 1.5 * shares[0]
+
+    parts = []
+    alone = {row for row in rows if (counts[row][0] == 0) != (counts[row][1] == 0)}
+    for at, (side, other) in enumerate((("subject", "reference"), ("reference", "subject"))):
+        if lone := [row for row in rows if row in alone and counts[row][at]]:
+            parts.append(
+                f"the {other} never trains on {len(lone)} of {len(rows)} distinct rows, which the "
+                f"{side} trains on: {_titles(lone)}"
+            )
+    often = [row for row in rows if row not in alone and uneven(row)]
+    parts += [
+        f"{row.title} comes {counts[row][0]} times in the subject's batches and {counts[row][1]} times "
+        "in the reference's"
+        for row in often[:SHOWN]
+    ]
+    bad = len(alone) + len(often)
+    verdict, note = Verdict.IDENTICAL, drawn
+    if bad:
+        verdict, note = Verdict.DIVERGE, f"{'; '.join(parts)} (in {drawn})"
+    elif not complete:
+        verdict, note = Verdict.INCONCLUSIVE, f"not every row was drawn: {drawn}"
+    return Metric(
+        name=name,
+        verdict=verdict,
+        value=float(bad),
+        tolerance=0.0,
+        minimum_required_tolerance=float(bad),
+        mismatched=bad,
+        total=len(rows),
+        where=name if bad else "",
+        note=note,
+    )
 
 
 def batches(known: list[TrainingRow]) -> tuple[list[tuple[str, list[TrainingRow]]], Trace]:
@@ -120,7 +216,7 @@ def batches(known: list[TrainingRow]) -> tuple[list[tuple[str, list[TrainingRow]
     With and without padding behind the longest row; then rows of one token and more, a row cut at
     the width, and prompts that end anywhere, in padding too.
     """
-    own = list({row.ids: row for row in reversed(known)}.values())[::-1][:ROWS]
+    own = _distinct(known)[:ROWS]
     long = [token for row in own for token in row.ids]
     long = (long * (LONG // len(long) + 1))[:LONG]
 
@@ -190,14 +286,14 @@ def _fill(
 def _conclude(
     result: Comparison, name: str, differences: list[Difference], a: Trace, b: Trace
 ) -> None:
-    """One metric of all rows; the first divergence also leaves words and facts."""
+    """One metric of all rows; the first divergence also leaves a sentence and facts."""
     bad = [difference for difference in differences if difference.count]
     total = sum(len(d.both) + len(d.subject) + len(d.reference) for d in differences)
     if not total:
         result.metrics.append(nothing(name))
         return
     count = sum(difference.count for difference in bad)
-    said = sentence(differences, {**b.scalars["pieces"], **a.scalars["pieces"]}) if bad else ""
+    words = sentence(differences, {**b.scalars["pieces"], **a.scalars["pieces"]}) if bad else ""
     first = min(bad[0].subject | bad[0].reference, default=(0, 0))[0] if bad else 0
     result.metrics.append(
         Metric(
@@ -209,7 +305,7 @@ def _conclude(
             mismatched=count,
             total=total,
             where=f"{bad[0].row.title}, token {first}" if bad else "",
-            note=said or f"{len(differences)} rows",
+            note=words or f"{len(differences)} rows",
         )
     )
     if bad:  # of the first that diverges

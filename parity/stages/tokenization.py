@@ -1,4 +1,4 @@
-"""Stage 01: the ids that are trained on, and the ids of text nobody thought of."""
+"""Stage 01: the ids that are trained on, and the ids of random text and conversations."""
 
 from __future__ import annotations
 

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from parity.names import canonical, layer_of
 from parity.paths.describe import row_digests, single
-from parity.paths.hf.live import Batch, adapter_parameters, oriented, to_numpy
+from parity.paths.hf.live import (
+    Batch,
+    Loss,
+    adapter_parameters,
+    device,
+    labels,
+    loss_of,
+    oriented,
+    to_numpy,
+)
+from parity.paths.hf.modules import module_outputs
+from parity.paths.measured import denominator, loss_batches, padding, unknown
+from parity.recipe import Recipe
 from parity.trace import Array, Trace
 
 
@@ -27,31 +42,102 @@ def dtype_census(parameters: Iterable[Any]) -> dict[str, int]:
     return census
 
 
-def rope_thetas(model: Any) -> list[float]:
-    """Per layer the base of the rotary embedding, from the live frequencies base ** (-2 i / d)."""
-    config = model.config.get_text_config()
-    # Models with several kinds of layers have one buffer a kind.
-    buffers = {
-        name.rpartition(".")[2]: to_numpy(value).astype(np.float64)
-        for name, value in model.named_buffers()
-        if name.endswith("inv_freq") and not name.endswith("original_inv_freq")
-    }
-    kinds = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
-    used = [buffers.get(f"{kind}_inv_freq", buffers.get("inv_freq")) for kind in kinds]
-    return [rope_theta(frequencies) for frequencies in used if frequencies is not None]
+def forward_facts(model: Any) -> dict[str, Any]:
+    """Dtypes of module outputs, and by layer the rotary embedding (see `parity.paths.mlx.rope`).
 
-
-def rope_theta(frequencies: Array) -> float:
-    """The base of float32 frequencies, to 6 digits.
-
-    Every frequency tells it, later ones more exactly; scaled kinds of rope leave the early ones
-    alone, so the last that still agrees with the first is taken.
+    From one forward pass of two tokens. A layer is handed the cosines and sines of each position; those
+    of position 1 are the frequencies.
     """
-    relative = frequencies / frequencies[0]
-    half = len(relative)
-    estimates = relative[1:] ** (-half / np.arange(1, half))
-    consistent = estimates[np.isclose(estimates, estimates[0], rtol=1e-4)]
-    return float(f"{consistent[-1]:.6g}")
+    import torch
+
+    training = model.training
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        outputs = stack.enter_context(module_outputs(model, True))
+        given = stack.enter_context(_rotary(model))
+        model.eval()(input_ids=torch.tensor([[1, 2]], device=model.device), use_cache=False)
+    model.train(training)
+    census = Counter(dtype_name(value.dtype) for value in outputs.values())
+    return {"dtype.activations": dict(census), **_rope_facts(model, given)}
+
+
+@contextlib.contextmanager
+def _rotary(model: Any) -> Iterator[dict[int, Any]]:
+    """Layer → cosines and sines that it is handed; in full precision where they were rounded."""
+    given: dict[int, Any] = {}
+    exact: dict[int, Any] = {}
+
+    def rounded(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        if isinstance(output, tuple) and args:
+            # kept with its output, so that no other tensor gets its id
+            exact[id(output[0])] = output, module.forward(args[0].float(), *args[1:], **kwargs)
+
+    def layer(index: int) -> Any:
+        def before(_: Any, args: Any, kwargs: Any) -> None:
+            pair = kwargs.get("position_embeddings")
+            if pair is not None:
+                given[index] = exact.get(id(pair[0]), (None, pair))[1]
+
+        return before
+
+    hooks = [
+        module.register_forward_pre_hook(layer(index), with_kwargs=True)
+        for index, module in _layers(model).items()
+    ] + [
+        module.register_forward_hook(rounded, with_kwargs=True)
+        for module in model.modules()
+        if any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
+    ]
+    try:
+        yield given
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _layers(model: Any) -> dict[int, Any]:
+    return {
+        int(match[1]): module
+        for name, module in model.named_modules()
+        if (match := re.fullmatch(r"layers\.(\d+)", canonical(name)))
+    }
+
+
+def _rope_facts(model: Any, given: Mapping[int, Any]) -> dict[str, Any]:
+    settings = {
+        name: value
+        for name, value in model.config.get_text_config().to_dict().items()
+        if name.startswith("rope") or name == "partial_rotary_factor"
+    }
+    kind = "by length" if re.search("dynamic|longrope", str(settings)) else "fixed"
+    found: list[tuple[Any, ...]] = []
+    for index, module in sorted(_layers(model).items()):
+        attention = getattr(module, "self_attn", None)
+        if attention is None or not getattr(attention, "use_rope", True):
+            found.append(([], 0, 1.0, "none"))
+        elif index in given:
+            found.append((*rotations(*given[index]), kind))
+        elif not settings:
+            found.append(([], 0, 1.0, "none"))
+        else:
+            found.append((unknown("its layers are handed no cosines and sines"),) * 4)
+    keys = ("rope.frequencies", "rope.width", "rope.attention_scaling", "rope.kind")
+    return {
+        **{key: [layer[at] for layer in found] for at, key in enumerate(keys)},
+        "rope.configuration": settings,
+    }
+
+
+def rotations(cosines: Any, sines: Any) -> tuple[list[float], int, float]:
+    """Inverse frequencies, width and scale from cosines and sines (B, T, width) of positions from 0."""
+    cos, sin = (to_numpy(value.float())[0, 1].astype(np.float64) for value in (cosines, sines))
+    half = len(cos) // 2
+    # Each value stands twice: in both halves, or in neighbours.
+    once = slice(None, half) if np.array_equal(cos[:half], cos[half:]) else slice(None, None, 2)
+    cos, sin = cos[once], sin[once]
+    turned = sin != 0
+    scale = float(np.median(np.hypot(cos, sin))) if len(cos) else 1.0
+    frequencies = [float(f"{f:.9g}") for f in np.arctan2(sin, cos)[turned]]
+    return frequencies, 2 * len(frequencies), float(f"{scale:.7g}")
 
 
 def lora_facts(model: Any) -> dict[str, Any]:
@@ -79,25 +165,17 @@ def adapter_trace(model: Any) -> Trace:
 
 
 def model_facts(model: Any) -> dict[str, Any]:
-    """Dtypes, rope, LoRA and seed, in the vocabulary of probe 00."""
-    import torch
-
+    """Dtypes, rope and LoRA of a live model, in the vocabulary of probe 00."""
     parameters = adapter_parameters(model)
     return {
         "dtype.parameters": dtype_census(p for p in model.parameters() if not p.requires_grad),
         "dtype.adapter": dtype_census(parameters.values()),
-        "rope.theta": rope_thetas(model),
+        **forward_facts(model),
         "lora.trainable": len(parameters),
         "lora.parameters": sum(p.numel() for p in parameters.values()),
         "lora.names": sorted(parameters),
         **{f"lora.{key}": value for key, value in lora_facts(model).items()},
-        "seed.value": torch.initial_seed(),
     }
-
-
-def checkpointed(model: Any) -> bool:
-    """Whether any module of a live model forgets its activations."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def batch_facts(drawn: list[Batch], supervised: Array) -> dict[str, Any]:
@@ -107,8 +185,22 @@ def batch_facts(drawn: list[Batch], supervised: Array) -> dict[str, Any]:
         "batch.shapes": [list(ids.shape) for ids, _ in drawn],
         "batch.rows": [row_digests(*batch) for batch in drawn],
         "mask.supervised": [int((supervised[:, 0] == row).sum()) for row in rows],
-        "loss.denominator": "supervised tokens",
+        "batch.pad_id": padding(drawn),
     }
+
+
+def loss_facts(recipe: Recipe, loss_function: Loss) -> dict[str, Any]:
+    """What a live loss divides by, from its gradient at flat logits."""
+    import torch
+
+    def weights(ids: Array, lengths: Array) -> Array:
+        targets, entries = labels(recipe, ids, lengths), int(ids.max()) + 2
+        logits = torch.zeros(*targets.shape, entries, device=device(), requires_grad=True)
+        (slope,) = torch.autograd.grad(loss_of(loss_function, logits, targets), logits)
+        return np.asarray(-to_numpy(slope).min(axis=-1) / (1 - 1 / entries))
+
+    found = [(weights(ids, lengths), lengths) for ids, lengths in loss_batches()]
+    return {"loss.denominator": denominator(found)}
 
 
 def optimizer_facts(optimizer: Any, schedule: Any, steps: int) -> dict[str, Any]:

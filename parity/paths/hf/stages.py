@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ from parity.paths.hf import readback
 from parity.paths.hf.kv_cache import kv_cache_trace
 from parity.paths.hf.live import IGNORED, Batch, Loss, to_numpy
 from parity.paths.hf.modules import WatchedGradients, module_outputs, watch
+from parity.paths.hf.observed import calls, seeding
 from parity.paths.hf.work import accumulate, completion_loss, greedy, margins, supervised_positions
+from parity.paths.measured import Calls, loop_facts, probing, seed_facts
 from parity.paths.protocol import TrainingPath
 from parity.recipe import Recipe
 from parity.trace import Array, Trace
@@ -29,6 +32,10 @@ SHOWN = 8
 
 class TorchStages(TrainingPath):
     """The stages of a path that can load, adapt, batch and train."""
+
+    def __init__(self, cache: Path) -> None:
+        super().__init__(cache)
+        self._measured: dict[str, dict[str, Any]] = {}
 
     @abstractmethod
     def tokenizer(self, recipe: Recipe) -> Any:
@@ -237,21 +244,28 @@ class TorchStages(TrainingPath):
         tokenizer = self.tokenizer(recipe)
         drawn = list(itertools.islice(self.iterate(recipe, tokenizer), SHOWN))
         targets = _torch.labels(recipe, *drawn[0])
-        with self.adapted(recipe) as model:
+        measured = self.training_facts(recipe)
+        with seeding() as events, self.adapted(recipe) as model:
+            facts = readback.model_facts(model)
             parameters = _torch.adapter_parameters(model).values()
             optimizer, schedule = _torch.make_optimizer(recipe, parameters)
-            supervised = supervised_positions(model.get_base_model().loss_function, targets)
+            loss = model.get_base_model().loss_function
+            supervised = supervised_positions(loss, targets)
             scalars = {
-                **readback.model_facts(model),
+                **facts,
                 **readback.optimizer_facts(optimizer, schedule, recipe.train.steps),
                 **readback.batch_facts(drawn, supervised),
-                "batch.pad_id": _torch.padding_id(tokenizer),
-                "clip.mode": recipe.optim.clip,
-                "clip.value": None if recipe.optim.clip == "none" else recipe.optim.clip_value,
-                "accumulation.steps": recipe.train.accumulation,
-                "accumulation.weighting": recipe.train.accumulation_weighting,
-                "train.autocast": recipe.train.autocast,
-                "train.gradient_checkpointing": readback.checkpointed(model),
-                "seed.placement": recipe.seed.placement,
+                **readback.loss_facts(recipe, loss),
+                **seed_facts(events),
+                **measured,
             }
         return Trace({"supervised": supervised}, scalars)
+
+    def training_facts(self, recipe: Recipe) -> dict[str, Any]:
+        """What the real `train` does, measured once for all seeds of a recipe."""
+        key = probing(recipe, 1.0).digest()
+        if key not in self._measured:
+            seen = Calls()
+            facts = loop_facts(self, recipe, calls(seen))
+            self._measured[key] = facts | seen.facts()
+        return self._measured[key]

@@ -197,19 +197,6 @@ def activation_census(outputs: list[tuple[str, Any]]) -> dict[str, int]:
     return census
 
 
-def rope_thetas(model: Any) -> list[float]:
-    """Per layer the base of the rotary embedding as the live module uses it."""
-    thetas = []
-    for layer in model.layers:
-        rope = layer.self_attn.rope
-        base = getattr(rope, "base", None)
-        if base is None:  # scaled variants keep the wavelengths only: base ** (2 i / d)
-            wavelengths = to_numpy(rope._freqs)
-            base = float(wavelengths[1]) ** len(wavelengths)
-        thetas.append(float(f"{float(base):.6g}"))
-    return thetas
-
-
 def lora_modules(model: Any) -> dict[str, Any]:
     """Canonical name → live LoRA module."""
     return {

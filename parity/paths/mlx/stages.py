@@ -6,15 +6,18 @@ import contextlib
 import itertools
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from parity.names import canonical, each
+from parity.paths.measured import Calls, loop_facts, probing, seed_facts, unknown
 from parity.paths.mlx import live as _mlx
 from parity.paths.mlx import modules as _mlx_modules
 from parity.paths.mlx.kv_cache import kv_cache_trace
 from parity.paths.mlx.live import Batch, Setup, to_numpy
+from parity.paths.mlx.observed import calls, seeding
 from parity.paths.mlx.traces import (
     config_trace,
     cross_entropy_trace,
@@ -33,6 +36,10 @@ from parity.trace import Array, Trace
 
 class MlxStages(TrainingPath):
     """The stages of a path that can set up its live objects and run its loop."""
+
+    def __init__(self, cache: Path) -> None:
+        super().__init__(cache)
+        self._measured: dict[str, dict[str, Any]] = {}
 
     @abstractmethod
     def base(self, recipe: Recipe) -> tuple[Any, Any]:
@@ -190,4 +197,33 @@ class MlxStages(TrainingPath):
 
     def config(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `parity contract config`."""
-        return config_trace(recipe, self.setup(recipe))
+        with seeding() as events:
+            setup = self.setup(recipe)
+        facts = seed_facts(events, self._without_seed(recipe) if _unseeded(events) else "")
+        facts |= self.training_facts(recipe, setup.model)
+        # Measuring trained a model, and that may have been the same one.
+        return config_trace(recipe, self.setup(recipe), facts)
+
+    def training_facts(self, recipe: Recipe, model: Any) -> dict[str, Any]:
+        """What the real `train` does, measured once for all seeds of a recipe."""
+        key = probing(recipe, 1.0).digest()
+        if key not in self._measured:
+            seen = Calls()
+            facts = loop_facts(self, recipe, calls(model, seen))
+            self._measured[key] = facts | seen.facts()
+        return self._measured[key]
+
+    def _without_seed(self, recipe: Recipe) -> str:
+        """The placement where no seed was seen: nowhere, if the generator's state tells in the adapter."""
+        import mlx.core as mx
+
+        states = []
+        for other in (0, 1):
+            mx.random.seed(other)
+            states.append(_mlx.adapter(self.setup(recipe).model))
+        equal = all(np.array_equal(states[0][name], states[1][name]) for name in states[0])
+        return unknown("it is set in another way than by mx.random.seed") if equal else "nowhere"
+
+
+def _unseeded(events: list[tuple[str, Any]]) -> bool:
+    return all(what != "seed" for what, _ in events)

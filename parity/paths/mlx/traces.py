@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,11 @@ import numpy as np
 from parity.names import canonical
 from parity.paths.batches import input_batches
 from parity.paths.describe import row_digests, single
+from parity.paths.measured import denominator, loss_batches, padding
 from parity.paths.mlx import live as _mlx
 from parity.paths.mlx import modules as _mlx_modules
 from parity.paths.mlx.live import Batch, Loss, Setup, to_numpy
+from parity.paths.mlx.rope import rope_facts
 from parity.recipe import Recipe
 from parity.trace import Array, Trace, first_difference
 
@@ -62,21 +64,52 @@ def cross_entropy_trace(loss_function: Loss, recipe: Recipe, inputs: Trace) -> T
     """A loss of signature (model, batch, lengths), probed from outside.
 
     A position is supervised where the loss depends on its logits; its target is where the
-    gradient (softmax minus one-hot) is negative.
+    gradient (softmax minus one-hot) is negative. `token_loss` is absent, and scalar `no_token_loss`
+    says why, where the loss cannot be had for one token.
     """
     import mlx.core as mx
-    from mlx_lm.tuner.trainer import default_loss
 
     ids, lengths = mx.array(inputs.arrays["ids"]), mx.array(inputs.arrays["lengths"])
     logits = mx.array(inputs.arrays["logits"]).astype(getattr(mx, recipe.model.dtype))
     arrays, tokens = probed_loss(loss_function, logits, ids, lengths)
-    supervised = arrays["supervised"]
-    token_loss = np.zeros(supervised.shape, np.float32)
-    for row, position in np.ndindex(*supervised.shape):
-        only = mx.array([[position + 1, position + 1]])
-        one = default_loss(lambda _, row=row: logits[row : row + 1], ids[row : row + 1], only)[0]
-        token_loss[row, position] = one.item()
-    return Trace({**arrays, "token_loss": token_loss}, {"tokens": tokens})
+    trace = Trace(arrays, {"tokens": tokens})
+    token_loss = token_losses(loss_function, logits, ids)
+    if token_loss is None:
+        trace.scalars["no_token_loss"] = "no lengths make it supervise one position alone"
+    else:
+        trace.arrays["token_loss"] = token_loss
+    return trace
+
+
+def token_losses(loss_function: Loss, logits: Any, ids: Any) -> Array | None:
+    """The live loss (B, T) float32 of each position of a batch (B, T + 1) as the only one there is.
+
+    Each position is a row of its own, as short as the loss still supervises, so that the loss divides
+    by one whatever it divides by. None where there is no such row.
+    """
+    import mlx.core as mx
+
+    if (row := _row_of_one_target(loss_function)) is None:
+        return None
+    width, lengths = row
+    found = np.zeros(ids[:, 1:].shape, np.float32)
+    for at, position in np.ndindex(*found.shape):
+        values = mx.broadcast_to(logits[at, position], (1, width, logits.shape[-1]))
+        target = mx.broadcast_to(ids[at, position + 1], (1, width + 1))
+        loss, _ = loss_function(lambda _, values=values: values, target, mx.array([lengths]))
+        found[at, position] = loss.item()
+    return found
+
+
+def _row_of_one_target(loss_function: Loss) -> tuple[int, tuple[int, int]] | None:
+    """The least width, and lengths, of a row of which a loss supervises the last position alone."""
+    for width in range(1, 5):
+        ids = np.ones((1, width + 1), np.int32)
+        for lengths in itertools.product(range(width + 1), range(width, width + 4)):
+            found = supervised_positions(loss_function, ids, np.array([lengths], np.int32))
+            if found[:, 1].tolist() == [width - 1]:
+                return width, (lengths[0], lengths[1])
+    return None
 
 
 def probed_loss(
@@ -145,45 +178,54 @@ def decode_trace(
     return trace
 
 
-def config_trace(recipe: Recipe, setup: Setup) -> Trace:
-    """What is really in effect, from the live objects of one run."""
+def config_trace(recipe: Recipe, setup: Setup, measured: Mapping[str, Any]) -> Trace:
+    """What is really in effect: from the live objects of one run, and as measured by what they do."""
     model = setup.model
     trainable = _mlx.flat(model.trainable_parameters())
     frozen = {k: v for k, v in _mlx.flat(model.parameters()).items() if k not in trainable}
     facts = _mlx.lora_facts(model)
     optimizer = _mlx.optimizer_facts(setup.optimizer, recipe.train.steps)
-    drawn = Trace()
-    batches = list(recorded(drawn, itertools.islice(setup.iterate(), 8)))
-    ids, lengths = (to_numpy(part) for part in batches[0])
+    batches = [(to_numpy(a), to_numpy(b)) for a, b in itertools.islice(setup.iterate(), 8)]
+    ids, lengths = batches[0]
     supervised = supervised_positions(setup.loss, ids, lengths)
-    shapes = [list(to_numpy(batch).shape) for batch, _ in batches]
     scalars = {
         "dtype.parameters": _mlx.dtype_census(frozen),
         "dtype.adapter": _mlx.dtype_census(trainable),
         "dtype.activations": _activations(setup, ids),
-        "rope.theta": _mlx.rope_thetas(model),
+        **rope_facts(model),
         "lora.trainable": len(trainable),
         "lora.parameters": sum(int(v.size) for v in trainable.values()),
         "lora.names": sorted(canonical(name) for name in trainable),
         **{f"lora.{key}": value for key, value in facts.items()},
         **optimizer,
-        "clip.mode": recipe.optim.clip if setup.clip else "none",
-        "clip.value": recipe.optim.clip_value if setup.clip else None,
-        "batch.shapes": shapes,
-        "batch.pad_id": 0,
-        "batch.rows": [row_digests(to_numpy(a), to_numpy(b)) for a, b in batches],
+        "batch.shapes": [list(batch.shape) for batch, _ in batches],
+        "batch.pad_id": padding(batches),
+        "batch.rows": [row_digests(a, b) for a, b in batches],
         "mask.supervised": [int((supervised[:, 0] == row).sum()) for row in range(len(ids))],
-        "loss.denominator": "supervised tokens",
-        "accumulation.steps": recipe.train.accumulation,
-        "accumulation.weighting": recipe.train.accumulation_weighting,
+        "loss.denominator": denominator(
+            (token_weights(setup.loss, *batch), batch[1]) for batch in loss_batches()
+        ),
+        # MLX has no automatic casts of a forward pass; what its modules give is counted above.
         "train.autocast": "none",
-        "train.gradient_checkpointing": recipe.train.gradient_checkpointing,
-        "seed.value": recipe.seed.value,
-        "seed.placement": recipe.seed.placement,
-        "train.compile": recipe.train.compile,
+        **measured,
         **setup.facts,
     }
     return Trace({"supervised": supervised}, scalars)
+
+
+def token_weights(loss_function: Loss, ids: Array, lengths: Array) -> Array:
+    """What each position (B, T) weighs in a live loss, from its gradient at flat logits.
+
+    The gradient of a cross-entropy at the target of flat logits over V entries is 1 / V - 1.
+    """
+    import mlx.core as mx
+
+    entries = int(ids.max()) + 2
+    batch = mx.array(ids), mx.array(lengths)
+    slope = mx.grad(lambda logits: loss_function(lambda _: logits, *batch)[0])(
+        mx.zeros((*ids[:, 1:].shape, entries))
+    )
+    return np.asarray(-to_numpy(slope).min(axis=-1) / (1 - 1 / entries))
 
 
 def _activations(setup: Setup, ids: Array) -> dict[str, int]:

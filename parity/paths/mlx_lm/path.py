@@ -27,7 +27,7 @@ from parity.paths.mlx.kv_cache import kv_cache_trace
 from parity.paths.mlx.live import Batch, Setup, to_numpy
 from parity.paths.mlx.path import MlxPath
 from parity.paths.mlx.settings import one_step
-from parity.paths.mlx.traces import config_trace, decode_trace, given, recorded
+from parity.paths.mlx.traces import decode_trace, given, recorded
 from parity.paths.mlx_lm.settings import arguments, checkpoint
 from parity.recipe import Recipe
 from parity.trace import Array, Trace
@@ -71,12 +71,7 @@ class MlxLmPath(MlxPath):
                 dataset, args.batch_size, args.max_seq_length, loop=True
             )
 
-        facts = {
-            "accumulation.steps": args.grad_accumulation_steps,
-            "train.gradient_checkpointing": args.grad_checkpoint,
-            "accumulation.weighting": "mean",
-            "seed.rng": seen["rng"],
-        }
+        facts = {"seed.rng": seen["rng"]}
         _, tokenizer = self.base(recipe)
         return Setup(
             seen["model"],
@@ -167,10 +162,6 @@ class MlxLmPath(MlxPath):
                 yield int(answer.token), answer.logprobs
 
         return decode_trace(model, tokenizer, generate, inputs)
-
-    def config(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `parity contract config`."""
-        return config_trace(recipe, self.setup(recipe))
 
     @classmethod
     def refused(cls, recipe: Recipe) -> dict[str, str]:

@@ -26,9 +26,11 @@ from parity.errors import Unsupported
 from parity.paths.hf import live as _torch
 from parity.paths.hf import readback
 from parity.paths.hf.live import Batch, Loss
+from parity.paths.hf.observed import seeding
 from parity.paths.hf.path import HfPath
 from parity.paths.hf.stages import SHOWN
 from parity.paths.hf.work import supervised_positions
+from parity.paths.measured import seed_facts
 from parity.paths.trl import settings
 from parity.paths.trl import trainer as _trl
 from parity.paths.trl.trainer import ObservedRun
@@ -240,7 +242,9 @@ class TrlPath(HfPath):
 
     def config(self, recipe: Recipe, inputs: Trace) -> Trace:
         """What the live trainer has in effect; its own batches, whatever the recipe asks of them."""
-        with self.trainer(recipe) as trainer:
+        measured = self.training_facts(recipe)
+        with seeding() as events, self.trainer(recipe) as trainer:
+            seed = seed_facts(events)
             batches = list(itertools.islice(_trl.drawn(trainer), SHOWN))
             args = trainer.args
             scalars = readback.model_facts(trainer.model)
@@ -248,20 +252,13 @@ class TrlPath(HfPath):
             rates = readback.optimizer_facts(
                 trainer.optimizer, trainer.lr_scheduler, args.max_steps
             )
-            supervised = supervised_positions(_trl.loss_of_logits(trainer), batches[0][2][:, 1:])
+            loss = _trl.loss_of_logits(trainer)
+            supervised = supervised_positions(loss, batches[0][2][:, 1:])
             scalars |= {
                 **rates,
                 **readback.batch_facts([(ids, n) for ids, n, _ in batches], supervised),
-                "batch.pad_id": trainer.data_collator.pad_token_id,
-                "clip.mode": "norm" if args.max_grad_norm else "none",
-                "clip.value": args.max_grad_norm or None,
-                "accumulation.steps": args.gradient_accumulation_steps,
-                "accumulation.weighting": recipe.train.accumulation_weighting,
-                "train.autocast": {"no": "none", "bf16": "bfloat16"}.get(
-                    trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision
-                ),
-                "train.gradient_checkpointing": args.gradient_checkpointing,
-                "seed.value": args.seed,
-                "seed.placement": recipe.seed.placement,
+                **readback.loss_facts(recipe, loss),
+                **seed,
+                **measured,
             }
         return Trace({"supervised": supervised}, scalars)

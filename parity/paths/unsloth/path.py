@@ -17,9 +17,11 @@ import numpy as np
 
 from parity import resources
 from parity.errors import Unsupported
+from parity.paths.measured import seed_facts
 from parity.paths.mlx import live as _mlx
 from parity.paths.mlx import modules as _mlx_modules
 from parity.paths.mlx.live import Batch, Loss, Setup
+from parity.paths.mlx.observed import seeding
 from parity.paths.mlx.path import MlxPath
 from parity.paths.mlx.settings import one_step
 from parity.paths.mlx.traces import config_trace
@@ -218,6 +220,9 @@ class UnslothPath(MlxPath):
     def config(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `parity contract config`; clip, optimizer and precision are read from steps of the trainer."""
         placement = self._placement(recipe)
+        with seeding() as events:
+            model = self.setup(recipe).model
+        measured = self.training_facts(recipe, model)
         kind, limit = clip_in_effect(lambda *given: self._fed(recipe, *given))
         setup = self.setup(recipe)
         once = recipe.override({"train.steps": 1, "train.accumulation": 1})
@@ -228,11 +233,10 @@ class UnslothPath(MlxPath):
             "clip.mode": kind,
             "clip.value": limit,
             "seed.placement": placement,
-            "train.compile": bool(run.outcome.get("compile_enabled", recipe.train.compile)),
         }
         if "optimizer" not in self.donors:
             setup.facts |= stepping(library(), run.trainer.args).facts(recipe.train.steps)
-        return config_trace(recipe, setup)
+        return config_trace(recipe, setup, seed_facts(events) | measured)
 
     def _placement(self, recipe: Recipe) -> str:
         """Where the seed that LoRA init draws from is set, found by setting others before it."""

@@ -1,0 +1,72 @@
+"""What a live torch path is seen to do: in its forward passes, and with the random generator."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+from parity.paths.hf.live import device
+from parity.paths.measured import Calls
+
+
+@contextlib.contextmanager
+def calls(seen: Calls) -> Iterator[None]:
+    """Counts calls of adapted modules, of whichever model, in each forward pass."""
+    import torch
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    def before(module: Any, _: Any) -> None:
+        if isinstance(module, torch.nn.Embedding):
+            kind = device().type
+            cast = torch.is_autocast_enabled(kind)
+            seen.passes.append(Counter())
+            seen.compiled.append(bool(torch.compiler.is_compiling()))
+            name = str(torch.get_autocast_dtype(kind)) if cast else "none"
+            seen.autocast.add(name.removeprefix("torch."))
+        elif hasattr(module, "lora_A") and seen.passes:
+            seen.passes[-1][id(module)] += 1
+
+    hook = register_module_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def rng_state() -> str:
+    """A short content key of torch's random generator."""
+    import torch
+
+    return hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def seeding() -> Iterator[list[tuple[str, Any]]]:
+    """Seeds that are set, models that are loaded and adapters that are drawn, in their order."""
+    import torch
+    from peft.tuners.lora import LoraLayer
+    from transformers import PreTrainedModel
+
+    events: list[tuple[str, Any]] = []
+
+    def noting(what: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            value = args[0] if what == "seed" and args else kwargs.get("seed")
+            events.append((what, rng_state() if what == "draw" else value))
+            return result
+
+        return call
+
+    load = noting("load", PreTrainedModel.from_pretrained.__func__)
+    draw = noting("draw", LoraLayer.reset_lora_parameters)
+    with (
+        mock.patch.object(torch, "manual_seed", noting("seed", torch.manual_seed)),
+        mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(load)),
+        mock.patch.object(LoraLayer, "reset_lora_parameters", draw),
+    ):
+        yield events

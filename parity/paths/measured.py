@@ -1,0 +1,352 @@
+"""Settings found by what a path does: its loop on two micro-batches, its loss on flat logits.
+
+Nothing here knows a framework. What cannot be told is `unknown`, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from parity.errors import Unsupported
+from parity.names import each
+from parity.paths.protocol import TrainingPath
+from parity.recipe import Recipe
+from parity.trace import Array, Trace
+
+QUIET, LOUD = 1e-2, 1e4
+"""LoRA scales. With B = 0 the gradient of B is proportional to the scale: too short for a clip to
+touch it, or longer than any clip allows."""
+HALF = ("bfloat16", "float16")
+WIDTH = 17
+LENGTHS = (4, 9, 15, 6, 12, 3)
+"""Tokens of the one row of each micro-batch; they differ, so that weights by token show."""
+
+Weights = tuple[Array, Array]
+"""What each position weighs in a loss (B, T), and the lengths (B, 2) it was given."""
+
+
+def unknown(reason: object) -> str:
+    """The value of a setting that could not be told."""
+    return f"unknown ({reason})"
+
+
+def known(value: object) -> bool:
+    """Whether a setting has a value."""
+    return not (isinstance(value, str) and value.startswith("unknown"))
+
+
+# The loop ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Calls:
+    """Calls of a model's modules while it trains, one forward pass after the other."""
+
+    passes: list[Counter[int]] = field(default_factory=list)
+    """Calls of each adapted module in a forward pass, which begins with the token ids, and after it."""
+    compiled: list[bool] = field(default_factory=list)
+    """Of each forward pass, whether a compiler traced it."""
+    autocast: set[str] = field(default_factory=set)
+    """Dtypes that forward passes were cast to, where the framework has such a thing."""
+
+    def facts(self) -> dict[str, Any]:
+        """Compilation, gradient checkpointing and autocast.
+
+        With checkpointing a layer is called again in the backward pass.
+        """
+        counts = [count for calls in self.passes for count in calls.values()]
+        names = ["train.compile", "train.gradient_checkpointing"]
+        if self.autocast:
+            names.append("train.autocast")
+        if not counts:
+            return dict.fromkeys(names, unknown("no forward pass was seen in training"))
+        values = any(self.compiled), max(counts) > 1, ", ".join(sorted(self.autocast))
+        return dict(zip(names, values, strict=False))
+
+
+def micro_batches(count: int) -> Trace:
+    """Batches of one row each, with unlike rows of unlike lengths, as `train` is handed them."""
+    rng, inputs = np.random.default_rng(0), Trace()
+    for index in range(count):
+        length = LENGTHS[index % len(LENGTHS)]
+        ids = np.zeros((1, WIDTH), np.int32)
+        ids[0, :length] = rng.integers(10, 250, length)
+        inputs.arrays[f"batches/ids.{index}"] = ids
+        inputs.arrays[f"batches/lengths.{index}"] = np.array([[0, length]], np.int32)
+    return inputs
+
+
+def probing(recipe: Recipe, scale: float, **factors: Any) -> Recipe:
+    """One step of plain SGD at rate 1, whose update is the gradient that the optimizer is given."""
+    return recipe.override(
+        {
+            "train.steps": 1,
+            "train.batch_size": 1,
+            "lora.dropout": 0.0,
+            "lora.scale": scale,
+            "optim.name": "sgd",
+            "optim.lr": 1.0,
+            "optim.weight_decay": 0.0,
+            "optim.schedule": "constant",
+            "optim.warmup_steps": 0,
+            "optim.betas": [0.9, 0.999],
+            "optim.eps": 1e-8,
+            "seed.value": 0,
+            "seed.data": None,
+            **factors,
+        }
+    )
+
+
+def loop_facts(
+    path: TrainingPath, recipe: Recipe, watched: AbstractContextManager[Any]
+) -> dict[str, Any]:
+    """Clip and accumulation of the path's real `train`, from the updates of single steps.
+
+    The update of a step of SGD at rate 1 is a combination of the gradients of its micro-batches; which
+    one tells how many there were and what they weigh. At a scale at which the gradient is far too long
+    the update shows the clip.
+
+    Args:
+        path: Whose `train` is measured.
+        recipe: What it is to carry out.
+        watched: Is entered for the length of one training of a step as the recipe has it.
+    """
+    names = ("clip.mode", "clip.value", "accumulation.steps", "accumulation.weighting")
+    try:
+        return _loop_facts(path, recipe, watched)
+    except Unsupported as error:
+        return dict.fromkeys(names, unknown(error))
+
+
+def _loop_facts(
+    path: TrainingPath, recipe: Recipe, watched: AbstractContextManager[Any]
+) -> dict[str, Any]:
+    parts = recipe.train.accumulation
+    half = recipe.model.dtype in HALF or recipe.train.autocast in HALF
+    slack = 0.1 if half else 0.01
+    quiet = probing(recipe, QUIET, **{"optim.clip": "none"})
+    start = path.emit("lora_init", quiet, Trace()).group("adapter")
+    handed = micro_batches(2 * parts).with_group("adapter", start)
+    with watched:
+        update, drawn = _update(path, quiet, handed, start)
+    gradients, tokens = zip(
+        *(_gradient(path, quiet, start, *batch) for batch in drawn), strict=True
+    )
+    loud = probing(recipe, LOUD, **{"train.accumulation": 1, "train.compile": False})
+    one = micro_batches(1).with_group("adapter", start)
+    clipped, _ = _update(path, loud, one, start)
+    full = {name: value * (LOUD / QUIET) for name, value in gradients[0].items()}
+    mode, limit = clip_of(full, clipped, slack)
+    shares, residual = combination(update, gradients)
+    if residual > slack:
+        steps: Any = unknown("an update of SGD is no sum of the gradients of its micro-batches")
+        weighting: Any = steps
+    else:
+        steps, weighting = weighting_of(shares, tokens, slack)
+    return {
+        "clip.mode": mode,
+        "clip.value": _rounded(limit, 2 if half else 5),
+        "accumulation.steps": steps,
+        "accumulation.weighting": weighting,
+    }
+
+
+def _update(
+    path: TrainingPath, recipe: Recipe, inputs: Trace, start: Mapping[str, Array]
+) -> tuple[dict[str, Array], list[tuple[Array, Array]]]:
+    """What one step took off the adapter, and the micro-batches it was made of."""
+    trained = path.emit("train", recipe, inputs)
+    stems = (each(trained.arrays, f"batches/{stem}") for stem in ("ids", "lengths"))
+    after = trained.group("adapter")
+    if not after.keys() >= start.keys():
+        raise Unsupported("`train` ends with other tensors than it starts with")
+    moved = {name: value.astype(np.float64) - after[name] for name, value in start.items()}
+    return moved, list(zip(*stems, strict=True))
+
+
+def _gradient(
+    path: TrainingPath, recipe: Recipe, start: Mapping[str, Array], ids: Array, lengths: Array
+) -> tuple[dict[str, Array], int]:
+    once = recipe.override({"train.accumulation": 1})
+    trace = path.emit(
+        "gradient", once, Trace({"ids": ids, "lengths": lengths}).with_group("adapter", start)
+    )
+    gradient = {name: v.astype(np.float64) for name, v in trace.group("gradient").items()}
+    return gradient, int(trace.scalars["tokens"])
+
+
+def combination(
+    update: Mapping[str, Array], gradients: Iterable[Mapping[str, Array]]
+) -> tuple[Array, float]:
+    """Least-squares coefficients (k,) of an update in k gradients, and the share it leaves over."""
+    columns = np.stack([_flat(gradient, update) for gradient in gradients], axis=1)
+    target = _flat(update, update)
+    shares = np.linalg.lstsq(columns.T @ columns, columns.T @ target, rcond=None)[0]
+    rest, whole = np.linalg.norm(target - columns @ shares), np.linalg.norm(target)
+    return shares, float(rest / whole) if whole else 0.0
+
+
+def _flat(tensors: Mapping[str, Array], names: Iterable[str]) -> Array:
+    return np.concatenate([tensors[name].ravel().astype(np.float64) for name in sorted(names)])
+
+
+def weighting_of(shares: Array, tokens: Iterable[int], slack: float) -> tuple[Any, str]:
+    """Micro-batches of a step, and what they are weighted by: `mean`, `token` or `sum`.
+
+    Args:
+        shares: Coefficient of each micro-batch's gradient in the update, (k,).
+        tokens: Supervised tokens of each.
+        slack: How exactly they must be met, relatively.
+    """
+    used = np.abs(shares) > 0.02 * np.abs(shares).max(initial=0.0)
+    count = int(used.sum())
+    if not count:
+        return 0, unknown("the step leaves the adapter as it is")
+    shares, seen = shares[used], np.array([*tokens], np.float64)[used]
+    if count == 1:
+        one = np.isclose(shares[0], 1, rtol=slack)
+        return 1, "one alone" if one else unknown(f"it is multiplied by {shares[0]:.3g}")
+    # What is beyond a factor common to all of them is the clip's.
+    relative = shares / shares.sum()
+    if np.allclose(relative, seen / seen.sum(), rtol=slack):
+        return count, "token"
+    if np.allclose(relative, 1 / count, rtol=slack):
+        return count, "sum" if np.isclose(shares[0], 1, rtol=slack) else "mean"
+    return count, unknown(f"they count {', '.join(f'{share:.3g}' for share in shares[:4])}")
+
+
+def clip_of(
+    gradient: Mapping[str, Array], given: Mapping[str, Array], slack: float
+) -> tuple[str, float | None]:
+    """Clip and limit by which a long gradient became what the optimizer was given.
+
+    Returns:
+        `none`, `norm` (of all tensors), `leaf_norm` (of each) or `value` (of each element), or unknown.
+    """
+    names = [name for name in gradient if np.any(gradient[name])]
+    if not names:
+        return unknown("the gradient is zero"), None
+    if not all(np.isfinite(given[name]).all() for name in names):
+        return unknown("the update of a long gradient is not finite"), None
+    factors, rests = {}, {}
+    for name in names:
+        before, after = gradient[name].ravel(), given[name].ravel()
+        factors[name] = float(before @ after / (before @ before))
+        rests[name] = float(np.linalg.norm(after - factors[name] * before) / np.linalg.norm(before))
+    values = np.array([*factors.values()])
+    if all(rest <= slack * abs(factors[name]) for name, rest in rests.items()):
+        if np.allclose(values, 1, rtol=slack):
+            return "none", None
+        norms = np.array([np.linalg.norm(given[name]) for name in names])
+        if np.allclose(values, values[0], rtol=slack):
+            return "norm", float(np.sqrt((norms**2).sum()))
+        if np.allclose(norms, norms.max(), rtol=slack):
+            return "leaf_norm", float(norms.max())
+    limit = max(float(np.abs(given[name]).max()) for name in names)
+    if all(
+        np.allclose(np.clip(gradient[n], -limit, limit), given[n], rtol=0, atol=slack * limit)
+        for n in names
+    ):
+        return "value", limit
+    return unknown("the update of a long gradient follows from no clip that is known"), None
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    """A limit as it was meant: implementations add 1e-6 to what they divide by."""
+    return None if value is None else float(f"{value:.{digits}g}")
+
+
+# The loss ----------------------------------------------------------------------------------------
+
+
+def loss_batches() -> list[tuple[Array, Array]]:
+    """Ids (B, W) and lengths (B, 2) in which rows, positions and tokens vary one by one."""
+    shapes = [((4, 6), 9), ((4, 6, 5), 9), ((4, 6), 14), ((8, 7), 9), ((3, 8), 9)]
+    found = []
+    for lengths, width in shapes:
+        ids = np.zeros((len(lengths), width), np.int32)
+        for row, length in zip(ids, lengths, strict=True):
+            row[:length] = np.arange(1, length + 1)
+        found.append((ids, np.array([(0, length) for length in lengths], np.int32)))
+    return found
+
+
+def denominator(weights: Iterable[Weights]) -> str:
+    """What a loss divides the sum over its tokens by, up to a factor that never changes.
+
+    Args:
+        weights: Of each of `loss_batches`.
+    """
+    observed: list[Array] = []
+    expected: dict[str, list[Array]] = {name: [] for name in _DENOMINATORS}
+    for values, lengths in weights:
+        supervised = np.abs(values) > 0
+        if not supervised.any():
+            return unknown("it depends on no logits")
+        observed.append(values[supervised])
+        for name, divisor in _DENOMINATORS.items():
+            divided = np.broadcast_to(divisor(supervised, lengths), supervised.shape)
+            expected[name].append(1 / divided[supervised])
+    seen = np.concatenate(observed)
+    for name, parts in expected.items():
+        ratio = seen / np.concatenate(parts)
+        if np.allclose(ratio, ratio[0], rtol=1e-3):
+            return name
+    return unknown("its tokens weigh as under no rule that is known")
+
+
+def _by_rows(supervised: Array, _: Array) -> Array:
+    return np.asarray(np.maximum(1, supervised.sum(axis=1, keepdims=True)) * len(supervised))
+
+
+_DENOMINATORS = {
+    "supervised tokens": lambda supervised, _: np.array(supervised.sum()),
+    "all positions": lambda supervised, _: np.array(supervised.size),
+    "rows": lambda supervised, _: np.array(len(supervised)),
+    "nothing": lambda *_: np.array(1),
+    "tokens that are no padding": lambda _, lengths: lengths[:, 1].sum(),
+    "supervised tokens of each row, then rows": _by_rows,
+}
+
+
+def padding(batches: Iterable[tuple[Array, Array]]) -> Any:
+    """The ids that stand behind the rows of batches: one, several, or none where nothing is padded."""
+    ids = {
+        int(token)
+        for batch, lengths in batches
+        for row, (_, length) in zip(batch, lengths, strict=True)
+        for token in row[length:]
+    }
+    return next(iter(ids)) if len(ids) == 1 else sorted(ids) or None
+
+
+# The seed ----------------------------------------------------------------------------------------
+
+
+def seed_facts(
+    events: Iterable[tuple[str, Any]], without: Any = "unknown (none was seen)"
+) -> dict[str, Any]:
+    """Value and placement of the seed in effect where the adapter is drawn, and the state after it.
+
+    Args:
+        events: `("seed", value)`, `("load", ...)` and `("draw", ...)` in their order.
+        without: The placement where no seed was set.
+    """
+    seen = list(events)
+    last = max((at for at, (what, _) in enumerate(seen) if what == "draw"), default=len(seen))
+    value, placement = unknown("no seed was set before the adapter was drawn"), without
+    for what, argument in seen[:last]:
+        if what == "seed":
+            value, placement = argument, "before_lora"
+        elif what == "load" and placement == "before_lora":
+            placement = "before_load"
+    state = [argument for what, argument in seen if what == "draw"][-1:]
+    found = {"seed.value": value, "seed.placement": placement}
+    return found | ({"seed.rng": state[0]} if state and state[0] else {})

@@ -1,0 +1,72 @@
+"""What a live MLX path is seen to do: in its forward passes, and with the random generator."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+from parity.paths.measured import Calls
+
+
+@contextlib.contextmanager
+def calls(model: Any, seen: Calls) -> Iterator[None]:
+    """Counts calls of the modules of a model, and of others of the same classes, but for layers."""
+    import mlx.core as mx
+
+    layers = {type(layer) for layer in model.layers}
+    kinds = {type(module) for _, module in model.named_modules()} - layers
+
+    def counting(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if args and isinstance(args[0], mx.array) and mx.issubdtype(args[0].dtype, mx.integer):
+                seen.passes.append(Counter())
+                seen.compiled.append(_traced(args[0]))
+            elif "lora_a" in self and seen.passes:
+                seen.passes[-1][id(self)] += 1
+            return original(self, *args, **kwargs)
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for kind in kinds:
+            if "__call__" in vars(kind):
+                put = mock.patch.object(kind, "__call__", counting(kind.__call__))
+                stack.enter_context(put)
+        yield
+
+
+def _traced(ids: Any) -> bool:
+    """Whether an array has no value yet, because a function is being compiled."""
+    import mlx.core as mx
+
+    try:
+        mx.eval(ids)
+    except ValueError:
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def seeding() -> Iterator[list[tuple[str, Any]]]:
+    """Seeds that are set, weights that are read and random numbers that are drawn, in their order."""
+    import mlx.core as mx
+
+    events: list[tuple[str, Any]] = []
+
+    def noting(what: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            events.append((what, args[0] if what == "seed" and args else kwargs.get("seed")))
+            return original(*args, **kwargs)
+
+        return call
+
+    with (
+        mock.patch.object(mx.random, "seed", noting("seed", mx.random.seed)),
+        mock.patch.object(mx.random, "uniform", noting("draw", mx.random.uniform)),
+        mock.patch.object(mx.random, "normal", noting("draw", mx.random.normal)),
+        mock.patch.object(mx, "load", noting("load", mx.load)),
+    ):
+        yield events
