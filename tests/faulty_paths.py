@@ -94,6 +94,7 @@ class NoSettings(TrainingPath):
 
     name = "no-settings"
     framework = "numpy"
+    honours = ("model.", "data.", "seed.", "lora.", "mask.", "optim.", "train.", "decode.")
 
     def shipped(self):
         raise RuntimeError("no settings")
@@ -104,6 +105,7 @@ class Absent(TrainingPath):
 
     name = "absent"
     framework = "numpy"
+    honours = ("model.", "data.", "seed.", "lora.", "mask.", "optim.", "train.", "decode.")
 
     def shipped(self):
         raise Unsupported("not on this machine")
