@@ -78,10 +78,11 @@ class Config:
         except (Unsupported, CaptureError) as error:
             return [f"as shipped, the settings were not compared: {error}"]
         a, b = (trace.scalars for trace in traces)
+        aside = () if len(set(context.frameworks.values())) == 1 else INTERNAL
         return [
             f"as shipped: {sentence(key, a, b)}"
             for key in TITLES
-            if not absent(key, a, b) and not same(key, a[key], b[key])
+            if key not in aside and not absent(key, a, b) and not same(key, a[key], b[key])
         ]
 
 
