@@ -95,8 +95,8 @@ def perturb(array: Array, rng: np.random.Generator, dtype: str = "float32") -> A
     if not np.issubdtype(array.dtype, np.floating):
         return array
     values = array.astype(np.float64)
-    with np.errstate(divide="ignore"):
-        binade = np.where(values == 0, 0.0, 2.0 ** np.floor(np.log2(np.abs(values))))
+    # The exponent is read, not computed: a logarithm rounds otherwise in another library.
+    binade = np.where(values == 0, 0.0, np.ldexp(1.0, np.frexp(values)[1] - 1))
     signs = np.where(rng.random(array.shape) < 0.5, -1.0, 1.0)
     return np.asarray(values + signs * binade * EPS[dtype], array.dtype)
 

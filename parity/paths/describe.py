@@ -42,12 +42,16 @@ def describe_process(packages: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _blas() -> list[str]:
-    """BLAS libraries this process has mapped; another BLAS rounds differently."""
+    """BLAS libraries this process has mapped; another BLAS rounds differently.
+
+    Those of scipy are left out: no path computes with it, and it is imported late or not at all.
+    """
     if sys.platform == "darwin":
         return ["Accelerate"]
     maps = Path("/proc/self/maps")
     text = maps.read_text(encoding="utf-8") if maps.exists() else ""
-    files = {line.rpartition("/")[2] for line in text.splitlines() if "/" in line}
+    lines = [line for line in text.splitlines() if "/scipy" not in line]
+    files = {line.rpartition("/")[2] for line in lines if "/" in line}
     return sorted(f for f in files if "blas" in f.lower() or "mkl" in f.lower())
 
 

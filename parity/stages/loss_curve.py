@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import ClassVar
 
 import numpy as np
@@ -121,20 +122,21 @@ def aligned_training(context: Context) -> Pair:
 
 
 def _shared_batches(context: Context, recipe: Recipe) -> Trace:
-    """The batches of both sides: MLX's where there is an MLX side, the other path is handed them.
+    """The batches that both sides are handed: the reference's own, and they do not depend on the subject.
+
+    Where the reference makes no such batches the referee's path does, and only where there is none
+    the subject.
 
     Raises:
-        Unsupported: Neither side can make the recipe's batches; the reason is the first one's.
+        Unsupported: None of them can make the recipe's batches; the reason is the reference's.
     """
-    # `sorted` is stable: the reference comes before the subject.
-    sides = sorted(("reference", "subject"), key=lambda side: context.frameworks[side] != "mlx")
     try:
-        return context.capture(sides[0], "batches", recipe, Trace())
+        return context.capture("reference", "batches", recipe, Trace())
     except Unsupported as error:
-        try:
-            return context.capture(sides[1], "batches", recipe, Trace())
-        except Unsupported:
-            raise error from None
+        for side in ("referee", "subject"):
+            with contextlib.suppress(Unsupported, CaptureError):
+                return context.capture(side, "batches", recipe, Trace())
+        raise error from None
 
 
 def _batches(a: Trace, b: Trace) -> Metric:
