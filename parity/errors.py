@@ -23,6 +23,10 @@ class CaptureError(Exception):
         self.detail = detail
 
 
+class MissingCapture(Exception):
+    """A bundle lacks what a cell needs, which is named: an error of the cell, never a source left out."""
+
+
 class UnmatchedNames(Exception):
     """Tensors that were handed over do not fit the path's own, by name: a divergence, no fault."""
 

@@ -76,9 +76,9 @@ def _choose_device(config: pytest.Config) -> None:
 
 def _matrix(config: pytest.Config, stage: str) -> Matrix:
     from parity import recipe as recipes
+    from parity.capture.engine import check_run, knobs
     from parity.cells import matrix as runs
     from parity.errors import UsageError
-    from parity.paths.registry import knobs
     from parity.stages import find
 
     references = tuple(config.getoption("--reference") or runs.REFERENCES)
@@ -97,9 +97,7 @@ def _matrix(config: pytest.Config, stage: str) -> Matrix:
             changes,
             config.getoption("--recipe"),
         )
-        from parity.capture.engine import check
-
-        check([matrix.subject, *matrix.references], matrix.recipe)
+        check_run(matrix.subject, matrix.references, matrix.recipe)
     except UsageError as error:
         raise pytest.UsageError(str(error)) from None
     return matrix
@@ -139,7 +137,8 @@ def probe(
 
     def run(cell: Cell) -> Record:
         named, none = (pytestconfig.getoption(name) for name in ("--expected", "--no-expected"))
-        known = expected.chosen(cell.subject, [cell.reference], named and Path(named), none)
+        subject, reference = cell.names.values()
+        known = expected.chosen(subject, [reference], named and Path(named), none)
         expected.keep(known, folder)
         record = expected.mark(run_cell(parity_engine, cell, repeat=True), known)
         record_property("parity_record", str(record.save(folder / "records")))

@@ -39,8 +39,9 @@ def parity(*words, **options):
         (["run", "--set", "model.source=nowhere"], "no model 'nowhere'"),
         (["run", "--set", "data.source=nowhere"], "no data 'nowhere'"),
         (["run", "--recipe", "nowhere.toml"], "no recipe at 'nowhere.toml'"),
-        (["capture", "mlx", "dance", "--out", "x"], "unknown method 'dance'"),
-        (["compare", "pyproject.toml", "pyproject.toml"], "not a trace"),
+        (["capture", "nope", "--out", "x.bundle"], "unknown path 'nope'"),
+        (["capture", "mlx", "--out", "x"], "a bundle's name ends in .bundle, as x.bundle"),
+        (["run", "--reference", "x.bundle"], "no bundle at 'x.bundle'"),
         (["report", "tests"], "no records"),
     ],
 )
@@ -130,19 +131,6 @@ def test_a_divergence_ends_with_the_line_that_reproduces_it(tmp_path, engine):
     assert record["subject"]["environment"]["versions"]["mlx"]
     again = shlex.split(record["reproduce"])[1:]
     assert parity(*again, "--out", str(tmp_path / "b")).returncode == 1
-
-
-def test_traces_captured_apart_compare_together(tmp_path, engine):
-    files = [tmp_path / f"{name}.safetensors" for name in ("mlx", "cli", "other")]
-    short = ["--set", "train.steps=6"]
-    for path, file, more in zip(
-        ("mlx", "mlx-lm", "mlx"), files, ([], [], ["--set", "optim.lr=1e-4"]), strict=True
-    ):
-        done = parity("capture", path, "train", *short, *more, "--out", str(file))
-        assert done.returncode == 0, done.stderr
-    same = parity("compare", "--exact", str(files[0]), str(files[1]))
-    assert same.returncode == 0, same.stdout
-    assert parity("compare", str(files[0]), str(files[2])).returncode == 1
 
 
 def test_kill_9_half_way_and_start_again(tmp_path):

@@ -73,7 +73,7 @@ def test_an_interpreter_without_torch_is_no_crash(monkeypatch):
     assert "No module named 'no_such_module'" in devices._without_cuda()
 
 
-@pytest.mark.parametrize("command", ["run", "bisect", "capture hf lora_init --out x"])
+@pytest.mark.parametrize("command", ["run", "bisect", "capture hf --out x.bundle"])
 def test_every_command_that_starts_workers_takes_the_option(command):
     from click.testing import CliRunner
 

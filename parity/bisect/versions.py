@@ -5,7 +5,6 @@ One cell is run over and over, one side of it (or both) in an interpreter with a
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import time
@@ -36,7 +35,6 @@ from parity.capture.environments import (
     releases,
     snapshot,
 )
-from parity.capture.worker import Worker
 from parity.cells.cell import Cell
 from parity.cells.run import run_cell
 from parity.paths.registry import registered, resolve
@@ -94,18 +92,15 @@ class VersionEngine(Engine):
             return super().capture(spec, method, recipe, inputs, attempt)
         return self.base.capture(spec, method, recipe, inputs, attempt)
 
-    def _worker(self, spec: str) -> Worker:
-        worker = self._workers.get(spec)
-        if worker is None or not worker.alive:
-            if worker is not None:
-                worker.close()
-            # Entry points are not known in another interpreter: the class is named.
-            target, kind = registered().get(spec, spec), resolve(spec)
-            python = self.places[spec].python if spec in self.places else sys.executable
-            log = self.log_dir / f"{digest(spec)}-{os.getpid()}-{time.monotonic_ns()}.log"
-            worker = Worker(target, kind, self.base.cache.resolve(), log, str(python))
-            self._workers[spec] = worker
-        return worker
+    @property
+    def shared(self) -> Path:
+        """See `Engine.shared`."""
+        return self.base.cache
+
+    def _interpreter(self, spec: str) -> tuple[str, str]:
+        # Entry points are not known in another interpreter: the class is named.
+        target = registered().get(spec, spec)
+        return target, str(self.places[spec].python if spec in self.places else sys.executable)
 
 
 @dataclass(frozen=True)

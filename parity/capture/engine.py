@@ -1,24 +1,32 @@
-"""Captures from worker processes, kept by content so that none is run twice."""
+"""Captures from worker processes and bundles, kept by content so that none is run twice."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 from filelock import FileLock
 
 from parity import resources
-from parity.capture import keys
+from parity.capture import keys, machine
+from parity.capture.bundle import is_bundle, opened
 from parity.capture.environments import UnavailableVersion, pinned
+from parity.capture.loaded import Check
 from parity.capture.worker import Worker
 from parity.errors import CaptureError, UsageError
+from parity.paths import registry
 from parity.paths.registry import registered, resolve
-from parity.recipe import Recipe
+from parity.recipe import Knobs, Recipe, kind_of
 from parity.trace import Trace
 
 TIMEOUT = 600.0  # seconds a capture may take
@@ -27,6 +35,23 @@ PINNED = (
     "model.source", "model.weights", "data.source", "seed.value", "optim.lr", "train.steps", "train.batch_size", "decode.",
 )  # fmt: skip
 """What a user always says; every other factor is left to the path when it runs as shipped."""
+
+
+class Source(Protocol):
+    """Answers captures of one path: worker processes, or a bundle."""
+
+    def __call__(self, method: str, recipe: Recipe, inputs: Trace, attempt: str = "") -> Trace:
+        """See `Engine.capture`."""
+
+
+class Declared(NamedTuple):
+    """What a path says of itself (see `TrainingPath`), be it a class or a bundle of its captures."""
+
+    name: str
+    framework: str
+    operations: Mapping[str, str]
+    knobs: Mapping[str, Any]
+    """Factors that only it has, with their defaults."""
 
 
 class Engine:
@@ -55,6 +80,15 @@ class Engine:
         self._locks: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
         self._pool = ThreadPoolExecutor(max_workers=8, thread_name_prefix="capture")
+        self._check = Check(self.shared)
+        self._interpreters: dict[str, tuple[str, str]] = {}
+        # The environment that captures of a path must come from; None: of the next one that is run.
+        self._present: dict[str, Mapping[str, Any] | None] = {}
+
+    @property
+    def shared(self) -> Path:
+        """Folder of what all workers share: kernels, converted checkpoints, manifests."""
+        return self.cache
 
     def __enter__(self) -> Engine:
         return self
@@ -68,6 +102,13 @@ class Engine:
         for worker in self._workers.values():
             worker.close()
         self._workers.clear()
+
+    def source(self, spec: str, path: str = "") -> Source:
+        """What answers captures of a path, or of another `path` whose captures a bundle holds."""
+        if is_bundle(spec):
+            found = opened(spec)
+            return partial(found.capture, self.cache, path or found.path)
+        return partial(self.capture, path or spec)
 
     def capture(
         self, spec: str, method: str, recipe: Recipe, inputs: Trace, attempt: str = ""
@@ -88,18 +129,33 @@ class Engine:
         """
         # What only another path has must not make this one run again.
         recipe = recipe.with_knobs(resolve(spec).knob_types())
-        words = keys.of_path(spec), method, keys.of_recipe(recipe), inputs.digest()
-        key = hashlib.sha256("\n".join(words).encode()).hexdigest()[:24] + attempt
-        file = self.cache / "captures" / key[:2] / f"{key}.safetensors"
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{file}.lock"):
-                if not file.exists():
-                    self._run(spec, method, recipe, inputs, file)
-        return Trace.load(file)
+        words = keys.of_path(spec), method, keys.of_recipe(recipe), inputs.digest(), attempt
+        key = hashlib.sha256("\n".join(words).encode()).hexdigest()[:24]
+        folder = self.cache / "captures" / key[:2]
+        if found := self._kept(spec, folder, key):
+            return found
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{key}.lock"):
+            return self._kept(spec, folder, key) or self._run(
+                spec, method, recipe, inputs, folder / key
+            )
 
-    def _run(self, spec: str, method: str, recipe: Recipe, inputs: Trace, file: Path) -> None:
-        source = file.with_suffix(".inputs")
+    def _kept(self, spec: str, folder: Path, key: str) -> Trace | None:
+        """A capture of the code that would run now, from the environment that is present."""
+        for file in sorted(folder.glob(f"{key}-*.safetensors")):
+            manifest = file.stem.rpartition("-")[2]
+            if not self._check.holds(manifest, self._interpreter(spec)[1]):
+                continue
+            trace = Trace.load(file)
+            if spec not in self._present:
+                return trace
+            present = self._present[spec]
+            if present is not None and not machine.differences(trace.environment, present):
+                return trace
+        return None
+
+    def _run(self, spec: str, method: str, recipe: Recipe, inputs: Trace, slot: Path) -> Trace:
+        source, output = slot.with_suffix(".inputs"), slot.with_suffix(".output")
         inputs.save(source)
         with self._guard:
             lock = self._locks.setdefault(spec, threading.Lock())
@@ -108,33 +164,47 @@ class Engine:
                 self.notice(f"{spec}: {method}")
                 worker = self._worker(spec)
                 self._make_room(spec)
-                worker.call(method, recipe, source, file, self.timeout)
+                manifest = worker.call(method, recipe, source, output, self.timeout)
                 self.captured += 1
+                file = slot.with_name(f"{slot.name}-{manifest}.safetensors")
+                output.replace(file)
+                trace = Trace.load(file)
+                self._present[spec] = trace.environment
+                return trace
         finally:
             source.unlink(missing_ok=True)
+            output.unlink(missing_ok=True)
+
+    def renew(self, spec: str) -> None:
+        """From now on uses captures of the environment alone that the path's process has now."""
+        self._present[spec] = None
 
     def _worker(self, spec: str) -> Worker:
-        worker = self._workers.get(spec)
-        if worker is None or not worker.alive:
+        worker, (target, python) = self._workers.get(spec), self._interpreter(spec)
+        # What it imported may have been edited since.
+        edited = worker and worker.loaded and not self._check.holds(worker.loaded, python)
+        if worker is None or not worker.alive or edited:
             if worker is not None:
                 worker.close()
-            log = self.log_dir / f"{spec.replace(':', '_')}-{os.getpid()}.log"
-            target, python = spec, sys.executable
-            if "@" in spec:
-                target, python = self._pinned(spec)
-            worker = Worker(target, resolve(spec), self.cache.resolve(), log, python)
+            log = self.log_dir / f"{spec.replace(':', '_').replace('/', '_')}-{os.getpid()}.log"
+            worker = Worker(target, resolve(spec), self.shared.resolve(), log, python)
             self._workers[spec] = worker
         return worker
 
-    def _pinned(self, spec: str) -> tuple[str, str]:
-        """Class and interpreter of `PATH@VERSION`; entry points are not known there."""
-        self.notice(f"{spec}: making its environment")
-        try:
-            python = pinned(spec, self.cache).python
-        except UnavailableVersion as error:
-            raise CaptureError(f"path {spec!r} has no environment: {error}") from None
-        name = spec.partition("@")[0]
-        return registered().get(name, name), str(python)
+    def _interpreter(self, spec: str) -> tuple[str, str]:
+        """The class that a worker is started with, and its interpreter."""
+        if "@" not in spec:
+            return spec, sys.executable
+        if spec not in self._interpreters:
+            self.notice(f"{spec}: making its environment")
+            try:
+                python = pinned(spec, self.cache).python
+            except UnavailableVersion as error:
+                raise CaptureError(f"path {spec!r} has no environment: {error}") from None
+            # Entry points are not known there.
+            name = spec.partition("@")[0]
+            self._interpreters[spec] = registered().get(name, name), str(python)
+        return self._interpreters[spec]
 
     def _make_room(self, used: str) -> None:
         """Ends the workers that have been idle longest, for as long as there are too many."""
@@ -146,30 +216,130 @@ class Engine:
                     self._locks[spec].release()
 
     def both(
-        self, specs: Mapping[str, str], method: str, recipes: Mapping[str, Recipe], inputs: Trace
+        self,
+        sources: Mapping[str, Source],
+        method: str,
+        recipes: Mapping[str, Recipe],
+        inputs: Trace,
     ) -> tuple[Trace, Trace]:
         """Runs a method on subject and reference side by side."""
         subject, reference = (
-            self._pool.submit(self.capture, specs[side], method, recipes[side], inputs)
+            self._pool.submit(sources[side], method, recipes[side], inputs)
             for side in ("subject", "reference")
         )
         return subject.result(), reference.result()
 
     def shipped(self, spec: str, recipe: Recipe) -> Recipe:
         """A recipe in which a path sets by itself what nobody pins."""
-        defaults = self.capture(spec, "defaults", recipe, Trace()).scalars
-        return recipe.override({k: v for k, v in defaults.items() if not k.startswith(PINNED)})
+        return shipped(self.source(spec), recipe)
 
 
-def check(specs: list[str], recipe: Recipe) -> None:
+def shipped(source: Source, recipe: Recipe) -> Recipe:
+    """A recipe in which a path sets by itself what nobody pins."""
+    defaults = source("defaults", recipe, Trace()).scalars
+    return recipe.override({k: v for k, v in defaults.items() if not k.startswith(PINNED)})
+
+
+def declared(spec: str) -> Declared:
+    """What a path or a bundle says of itself.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    if is_bundle(spec):
+        found = opened(spec)
+        return Declared(found.path, found.framework, found.operations, found.knobs)
+    kind = resolve(spec)
+    own = {knobs.section for knobs in kind.knob_types()}
+    factors = kind_of(kind.knob_types())().factors()
+    knobs = {name: value for name, value in factors.items() if name.partition(".")[0] in own}
+    return Declared(spec, kind.framework, kind.operations, knobs)
+
+
+def knobs(specs: Iterable[str]) -> tuple[type[Knobs], ...]:
+    """The knobs of paths and, as far as its path is known here, of bundles.
+
+    Raises:
+        UsageError: An unknown path, or no bundle.
+    """
+    found: dict[type[Knobs], None] = {}
+    for spec in specs:
+        if not is_bundle(spec):
+            found |= dict.fromkeys(registry.knobs([spec]))
+            continue
+        name = opened(spec).path
+        with contextlib.suppress(UsageError):  # who judges a bundle need not have its path
+            found |= dict.fromkeys(registry.knobs([name]))
+    return tuple(found)
+
+
+def check(specs: Iterable[str], recipe: Recipe) -> None:
     """Finds wrong use before any work is done.
 
     Raises:
-        UsageError: An unknown path, model or data folder.
+        UsageError: An unknown path, model or data folder; a bundle, which cannot be run.
     """
     for spec in specs:
+        if is_bundle(spec):
+            raise UsageError(f"{spec}: a search runs both paths again and again: give paths")
         resolve(spec)
     resources.model_dir(recipe.model.source)
     resources.data_dir(recipe.data.source)
+    _check_decode(recipe)
+
+
+def check_run(subject: str, references: Iterable[str], recipe: Recipe) -> None:
+    """The same for a run, which takes bundles and nothing but what is installed.
+
+    Raises:
+        UsageError: As `check`; packages of a path are not installed; a bundle was captured for the
+            other role (inputs come from the reference) or with another model.
+    """
+    bundled, live = set[str](), set[str]()
+    for spec in (subject, *references):
+        (bundled if is_bundle(spec) else live).add(spec)
+        if not is_bundle(spec):
+            continue
+        found = opened(spec)
+        if spec == subject and not found.against:
+            raise UsageError(
+                f"{spec} was captured as a reference: capture the subject against one, "
+                f"parity capture {found.path} --reference PATH"
+            )
+        if spec != subject and found.against:
+            raise UsageError(
+                f"{spec} was captured as a subject against {found.against}: capture the reference "
+                f"by itself, parity capture {found.path}"
+            )
+    for spec in sorted(live):
+        if missing := _missing(spec):
+            raise UsageError(
+                f"path {spec!r} needs {', '.join(missing)}, not installed here: install it, or "
+                f"capture where it is (parity capture {spec} --out {Path(spec).stem}.bundle)"
+            )
+    if live:  # who only judges needs neither model nor data
+        check(live, recipe)
+        for spec in sorted(bundled):
+            opened(spec).check_files(recipe)
+    _check_decode(recipe)
+
+
+def _check_decode(recipe: Recipe) -> None:
     if not recipe.decode.expected.strip():
         raise UsageError("decode.expected is blank: give the completion that should come")
+
+
+def _missing(spec: str) -> list[str]:
+    """Packages of a path that this interpreter cannot import or does not have."""
+    if "@" in spec:
+        return []
+    kind, missing = resolve(spec), []
+    for package in kind.packages:
+        try:
+            distribution(package)
+        except PackageNotFoundError:
+            missing.append(package)
+    framework = kind.framework
+    if framework in ("mlx", "torch") and not importlib.util.find_spec(framework):
+        missing = [framework, *(package for package in missing if package != framework)]
+    return missing

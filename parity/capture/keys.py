@@ -31,7 +31,10 @@ def of_recipe(recipe: Recipe) -> str:
 
 @memoized
 def of_path(spec: str) -> str:
-    """Content key of a path: its code, its packages' versions, what its process is given."""
+    """Content key of a path: its classes' code, its packages' versions, what its process is given.
+
+    What its process has loaded besides is checked capture by capture (see `parity.capture.loaded`).
+    """
     kind = resolve(spec)
     versions = []
     for package in kind.packages:
@@ -44,17 +47,8 @@ def of_path(spec: str) -> str:
     own = b"".join(Path(file).read_bytes() for file in sorted(f for f in files if f))
     variables = {k: v for k, v in os.environ.items() if k.startswith(_VARIABLES)}
     parts = [spec, sys.version, *versions, str(openblas()), json.dumps(variables, sort_keys=True)]
-    code = _package_code() + hashlib.sha256(own).hexdigest()
+    code = hashlib.sha256(own).hexdigest()
     return hashlib.sha256("\n".join([*parts, code]).encode()).hexdigest()[:16]
-
-
-@memoized
-def _package_code() -> str:
-    """Hash of the code that runs inside workers."""
-    root = Path(__file__).parents[1]
-    nouns = ("errors", "files", "names", "recipe", "trace", "capture/worker")
-    files = [*sorted((root / "paths").rglob("*.py")), *(root / f"{noun}.py" for noun in nouns)]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 @memoized

@@ -20,6 +20,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from parity.capture.loaded import Manifests
 from parity.errors import CaptureError, UnmatchedNames, Unsupported, UsageError
 from parity.recipe import Recipe, build, kind_of
 from parity.trace import Trace
@@ -83,6 +84,7 @@ class Worker:
         python: str = sys.executable,
     ) -> None:
         self.spec, self.log, self._knobs = spec, log, kind.knob_types()
+        self.loaded = ""  # the manifest of what it has loaded, as of its last answer
         log.parent.mkdir(parents=True, exist_ok=True)
         self._stderr: IO[bytes] = log.open("ab")
         self._process = subprocess.Popen(
@@ -98,8 +100,11 @@ class Worker:
         """Whether the process can take another request."""
         return self._process.poll() is None
 
-    def call(self, method: str, recipe: Recipe, inputs: Path, output: Path, timeout: float) -> None:
+    def call(self, method: str, recipe: Recipe, inputs: Path, output: Path, timeout: float) -> str:
         """Carries out one stage; the trace lies at `output` afterwards.
+
+        Returns:
+            The digest of the manifest of what the process has loaded (see `parity.capture.loaded`).
 
         Raises:
             Unsupported: The path cannot do it.
@@ -136,6 +141,8 @@ class Worker:
                 raise kind(answer["message"])
         if answer["status"] != "ok":
             raise CaptureError(f"path {self.spec!r}: {answer['message']}", answer["detail"])
+        self.loaded = str(answer["loaded"])
+        return self.loaded
 
     def _read_line(self, timeout: float) -> bytes:
         stdout = self._process.stdout
@@ -199,6 +206,7 @@ def serve(spec: str, cache: Path, hidden: Collection[str] = ()) -> None:
     os.dup2(2, 1)  # what frameworks print must not end up among the answers
     sys.stdout = sys.stderr
     path: Any = None
+    manifests = Manifests(cache)
     for line in sys.stdin:
         request = json.loads(line)
         answer: dict[str, str] = {"status": "ok"}
@@ -225,6 +233,7 @@ def serve(spec: str, cache: Path, hidden: Collection[str] = ()) -> None:
                 "code": f"{kind.__module__}:{kind.__qualname__}",
             }
             trace.save(Path(request["output"]))
+            answer["loaded"] = manifests.write()
         except tuple(_RAISED.values()) as error:
             answer = {"status": type(error).__name__, "message": str(error)}
         except Exception as error:

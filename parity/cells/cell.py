@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from parity.capture import devices
+from parity.capture.bundle import name_of
 from parity.recipe import DEFAULT, Recipe, load
 from parity.stages.context import Stage
 
@@ -20,6 +21,7 @@ class Cell:
     """One probe for one subject, one reference and one seed.
 
     Attributes:
+        subject: A path as the registry takes it, or the file of a bundle; so is `reference`.
         recipe: What both share.
         changes: Factors changed on one side: side to name to value.
         origin: The name or file that the recipe was read from.
@@ -38,10 +40,15 @@ class Cell:
         return Path(self.recipe.model.source).name
 
     @property
+    def names(self) -> dict[str, str]:
+        """The path of each side, which a bundle stands in for."""
+        return {"subject": name_of(self.subject), "reference": name_of(self.reference)}
+
+    @property
     def id(self) -> str:
         """What pytest shows and `-k` selects."""
-        seed = self.recipe.seed.value
-        return f"{self.model}-{self.subject}-vs-{self.reference}-seed{seed}"
+        pair = "-vs-".join(self.names.values())
+        return f"{self.model}-{pair}-seed{self.recipe.seed.value}"
 
 
 def reproduce(cell: Cell) -> str:

@@ -58,7 +58,7 @@ class Plan:
         cells = list(cells)
         return cls(
             tuple(sorted({cell.stage.number for cell in cells})),
-            tuple(sorted({(cell.subject, cell.reference) for cell in cells})),
+            tuple(sorted({(c.names["subject"], c.names["reference"]) for c in cells})),
             tuple(sorted({cell.model for cell in cells})),
             tuple(sorted({cell.recipe.seed.value for cell in cells})),
         )

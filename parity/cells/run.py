@@ -12,33 +12,66 @@ from pathlib import Path
 from typing import Any
 
 from parity import __version__
-from parity.capture.engine import Engine
+from parity.capture.bundle import is_bundle, opened
+from parity.capture.engine import Declared, Engine, Source, declared, shipped
 from parity.capture.keys import git_state
+from parity.capture.machine import differences
 from parity.cells.cell import Cell, reproduce
 from parity.cells.matrix import Matrix
-from parity.errors import CaptureError, UnmatchedNames, Unsupported
+from parity.errors import CaptureError, MissingCapture, UnmatchedNames, Unsupported
 from parity.judge.hints import hints
-from parity.paths.registry import resolve
 from parity.recipe import Recipe
 from parity.record import Record, Side, Verdict, conclude, first_divergence
 from parity.stages.context import Comparison, Context
 from parity.trace import Trace
 
 REFEREE = "hf"  # the path that runs in float64
+ROUNDS = 3  # times that a cell is run for want of one environment
 
 
-def run_cell(engine: Engine, cell: Cell, repeat: bool = False) -> Record:
+def run_cell(
+    engine: Engine, cell: Cell, repeat: bool = False, sources: Mapping[str, Source] | None = None
+) -> Record:
     """Runs one cell; whatever goes wrong in it becomes its record.
+
+    Where captures of one side came from several environments it is run again, with those of the
+    present one alone.
 
     Args:
         engine: Owns workers and cache.
         cell: What is asked.
         repeat: Run the subject of a cell that diverges once more: what does not repeat itself is no
             evidence.
+        sources: What answers captures, by side; see `sources_of`.
     """
+    sources, found = sources or sources_of(engine, cell), dict[str, str]()
+    for _ in range(ROUNDS):
+        record, mixed = _round(engine, cell, repeat, sources)
+        again = {side: spec_of(cell, side) for side in mixed}
+        if not mixed or any(map(is_bundle, again.values())):
+            break
+        for side, spec in again.items():
+            found[side] = (
+                f"captures of the {side} came from two environments ({'; '.join(mixed[side])}): "
+                "the cell was run again in the present one"
+            )
+            engine.renew(spec)
+    if mixed:
+        side, differing = next(iter(mixed.items()))
+        reason = f"captures of the {side} come from several environments: {'; '.join(differing)}"
+        changes = {"verdict": Verdict.ERROR, "reason": reason, "first_divergence": None}
+        record = record.model_copy(update=changes)
+    return record.model_copy(update={"findings": [*record.findings, *found.values()]})
+
+
+def _round(
+    engine: Engine, cell: Cell, repeat: bool, sources: Mapping[str, Source]
+) -> tuple[Record, dict[str, list[str]]]:
+    """The record of one run, and what differs between the environments of a side's captures."""
     started = time.perf_counter()
     result, verdict, reason, detail = Comparison(), None, "", ""
-    context = context_of(engine, cell)
+    mixed: dict[str, list[str]] = {}
+    context = context_of(engine, cell, sources, mixed)
     if cell.subject == cell.reference and not cell.changes:
         reason = "the subject is the reference: such a comparison cannot fail"
         verdict = Verdict.INCONCLUSIVE
@@ -49,6 +82,8 @@ def run_cell(engine: Engine, cell: Cell, repeat: bool = False) -> Record:
             verdict, reason = Verdict.SKIP, str(error)
         except UnmatchedNames as error:
             verdict, reason = Verdict.DIVERGE, str(error)
+        except MissingCapture as error:
+            verdict, reason = Verdict.ERROR, str(error)
         except CaptureError as error:
             verdict, reason, detail = Verdict.ERROR, str(error), error.detail
         except Exception as error:  # one broken cell must not end the run
@@ -58,15 +93,15 @@ def run_cell(engine: Engine, cell: Cell, repeat: bool = False) -> Record:
         result.findings.append(f"bits are not expected to be equal: {aside}")
     verdict, reason = (verdict, reason) if verdict else conclude(result.metrics)
     if verdict is Verdict.DIVERGE and repeat and result.metrics:
-        verdict, reason = _repeated(engine, cell, context, result, reason)
+        verdict, reason = _repeated(cell, context, sources, result, reason)
     sides = {
         side: Side(
-            path=getattr(cell, side),
+            path=name,
             recipe=context.recipes[side].factors(),
             digest=context.recipes[side].digest(),
             environment=context.environments.get(side, {}),
         )
-        for side in ("subject", "reference")
+        for side, name in cell.names.items()
     }
     record = Record(
         tool=__version__,
@@ -91,18 +126,18 @@ def run_cell(engine: Engine, cell: Cell, repeat: bool = False) -> Record:
         reproduce=reproduce(cell),
         **sides,
     )
-    return record.model_copy(update={"hints": [*record.hints, *hints(record)]})
+    return record.model_copy(update={"hints": [*record.hints, *hints(record)]}), mixed
 
 
 def _repeated(
-    engine: Engine, cell: Cell, context: Context, result: Comparison, reason: str
+    cell: Cell, context: Context, sources: Mapping[str, Source], result: Comparison, reason: str
 ) -> tuple[Verdict, str]:
     """The verdict after the subject was run once more (A/A); adds what it found."""
 
     def capture(side: str, method: str, recipe: Recipe, inputs: Trace) -> Trace:
         if side != "subject":
             return context.capture(side, method, recipe, inputs)
-        return engine.capture(cell.subject, method, recipe, inputs, "-again")
+        return sources["subject"](method, recipe, inputs, "-again")
 
     def both(method: str, recipes: Mapping[str, Recipe], inputs: Trace) -> tuple[Trace, Trace]:
         return (
@@ -114,6 +149,8 @@ def _repeated(
         again = cell.stage.run(replace(context, capture=capture, both=both))
     except (Unsupported, UnmatchedNames, CaptureError) as error:
         return Verdict.INCONCLUSIVE, f"{reason}; a repeat of the subject failed: {error}"
+    except MissingCapture as error:
+        return Verdict.ERROR, f"{reason}; {error}"
     values, other = ([str((m.name, m.value)) for m in r.metrics] for r in (result, again))
     if conclude(again.metrics)[0].green:
         return (
@@ -125,41 +162,98 @@ def _repeated(
     return Verdict.DIVERGE, reason
 
 
-def context_of(engine: Engine, cell: Cell) -> Context:
-    """What the stage of a cell is given."""
+def spec_of(cell: Cell, side: str) -> str:
+    """The path or bundle that answers a side; a bundle of the reference holds its referee."""
+    if side == "referee":
+        return cell.reference if is_bundle(cell.reference) else REFEREE
+    return str(getattr(cell, side))
+
+
+def sources_of(engine: Engine, cell: Cell) -> dict[str, Source]:
+    """What answers captures of subject, reference and referee."""
+    return {
+        "subject": engine.source(cell.subject),
+        "reference": engine.source(cell.reference),
+        "referee": engine.source(spec_of(cell, "referee"), REFEREE),
+    }
+
+
+def context_of(
+    engine: Engine,
+    cell: Cell,
+    sources: Mapping[str, Source] | None = None,
+    mixed: dict[str, list[str]] | None = None,
+) -> Context:
+    """What the stage of a cell is given.
+
+    Args:
+        engine: Runs both sides at once.
+        cell: What is asked.
+        sources: What answers captures, by side; see `sources_of`.
+        mixed: Takes what differs between the environments of one side's captures.
+    """
+    answers = sources or sources_of(engine, cell)
     recipes = {
         side: cell.recipe.override(cell.changes.get(side, {})) for side in ("subject", "reference")
     }
     environments: dict[str, dict[str, Any]] = {}
     files: dict[str, None] = {}
-    specs = {"subject": cell.subject, "reference": cell.reference, "referee": REFEREE}
-    kinds = {side: resolve(specs[side]) for side in recipes}
+    sides = {side: declared(getattr(cell, side)) for side in recipes}
     double = referee_of(recipes["reference"])
 
     def note(side: str, trace: Trace) -> Trace:
-        environments.setdefault(side, dict(trace.environment))
+        first = environments.setdefault(side, dict(trace.environment))
+        if mixed is not None and (found := differences(first, trace.environment)):
+            mixed.setdefault(side, found)
         files.setdefault(os.path.relpath(trace.file, engine.cache))
         return trace
 
     def capture(side: str, method: str, recipe: Recipe, inputs: Trace) -> Trace:
-        return note(side, engine.capture(specs[side], method, recipe, inputs))
+        return note(side, answers[side](method, recipe, inputs))
 
     def both(method: str, recipes: Mapping[str, Recipe], inputs: Trace) -> tuple[Trace, Trace]:
-        subject, reference = engine.both(specs, method, recipes, inputs)
+        subject, reference = engine.both(answers, method, recipes, inputs)
         return note("subject", subject), note("reference", reference)
 
     return Context(
         recipe=cell.recipe,
         recipes={**recipes, "referee": double},
-        shipped=_Shipped(engine, specs, cell.recipe),
-        frameworks={side: kind.framework for side, kind in kinds.items()},
-        operations={s: kind.operations.get(cell.stage.name, "") for s, kind in kinds.items()},
+        shipped=_Shipped(answers, cell.recipe),
+        frameworks={side: path.framework for side, path in sides.items()},
+        operations=_operations(cell, sides, answers),
         environments=environments,
         files=files,
         has_referee=double != recipes["reference"],
         capture=capture,
         both=both,
     )
+
+
+def _operations(
+    cell: Cell, sides: Mapping[str, Declared], sources: Mapping[str, Source]
+) -> dict[str, str]:
+    """What each side computes otherwise than usual; captured elsewhere, where it was as well.
+
+    Equal operations give equal bits on equal machines alone.
+    """
+    own = {side: path.operations.get(cell.stage.name, "") for side, path in sides.items()}
+    bundled = any(is_bundle(getattr(cell, side)) for side in sides)
+    if not bundled or len({path.framework for path in sides.values()}) > 1:
+        return own
+    found = []
+    for side in sides:
+        spec = getattr(cell, side)
+        try:
+            found.append(
+                opened(spec).environment
+                if is_bundle(spec)
+                else sources[side]("defaults", cell.recipe, Trace()).environment
+            )
+        except (Unsupported, CaptureError):  # the stage will meet it, too
+            return own
+    if not (differ := differences(found[1], found[0], common=True)):
+        return own
+    return {**own, "subject": f"the sides ran in two environments ({'; '.join(differ)})"}
 
 
 def referee_of(recipe: Recipe) -> Recipe:
@@ -172,12 +266,12 @@ def referee_of(recipe: Recipe) -> Recipe:
 class _Shipped(dict[str, Recipe]):
     """Shipped recipes by side, made when first asked for: most stages never do."""
 
-    def __init__(self, engine: Engine, specs: Mapping[str, str], recipe: Recipe) -> None:
+    def __init__(self, sources: Mapping[str, Source], recipe: Recipe) -> None:
         super().__init__()
-        self._engine, self._specs, self._recipe = engine, specs, recipe
+        self._sources, self._recipe = sources, recipe
 
     def __missing__(self, side: str) -> Recipe:
-        self[side] = self._engine.shipped(self._specs[side], self._recipe)
+        self[side] = shipped(self._sources[side], self._recipe)
         return self[side]
 
 

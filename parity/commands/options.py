@@ -25,6 +25,19 @@ def recipe_options(command: Any) -> Any:
     return command
 
 
+seeds_option = click.option(
+    "--seeds",
+    default="3",
+    show_default=True,
+    metavar="N|LIST",
+    help="How many seeds (up to 15), or the seeds themselves: 3407,0,1.",
+)
+
+probes_option = click.option(
+    "--probes", multiple=True, metavar="LIST", help="Numbers or names, e.g. 02,05.  [default: all]"
+)
+
+
 def _choose_device(_: click.Context, __: click.Parameter, name: str | None) -> None:
     from parity.capture import devices
 

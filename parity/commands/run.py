@@ -9,7 +9,9 @@ import click
 
 from parity.commands.options import (
     device_option,
+    probes_option,
     recipe_options,
+    seeds_option,
     timeout_option,
 )
 
@@ -20,11 +22,8 @@ from parity.commands.options import (
 )
 @click.option("--reference", "references", multiple=True, metavar="PATH",
               help="The path it is compared with; may be repeated.  [default: mlx-lm, hf]")  # fmt: skip
-@click.option("--seeds", default="3", show_default=True, metavar="N|LIST",
-              help="How many seeds (up to 15), or the seeds themselves: 3407,0,1.")  # fmt: skip
-@click.option(
-    "--probes", multiple=True, metavar="LIST", help="Numbers or names, e.g. 02,05.  [default: all]"
-)
+@seeds_option
+@probes_option
 @recipe_options
 @click.option(
     "--set-subject", multiple=True, metavar="FACTOR=VALUE", help="Change a factor of the subject."
@@ -69,6 +68,9 @@ def run(
 ) -> None:
     """Run probes over seeds and report.
 
+    A PATH may be a bundle, the file in which `parity capture` keeps what a path gives: it stands in
+    for the path where that cannot run.
+
     Captures are cached by content: what was finished before an interruption is not run again. The
     exit code is 0 if every verdict is green.
 
@@ -80,21 +82,22 @@ def run(
       parity run --set-subject lora.num_layers=16   change one side only
       parity run --subject trl --reference hf
       parity run --reference hf --device cuda
+      parity run --reference hf.bundle
       parity run --subject my_package.trainer:MyPath
     """  # noqa: D301
     from parity import recipe as recipes
     from parity.capture import engine as engines
+    from parity.capture.bundle import name_of
     from parity.cells import matrix as runs
     from parity.cells.plan import Plan, write_plan
     from parity.cells.run import run_matrix
-    from parity.paths import registry
     from parity.report import progress, terminal
     from parity.report.write import write
     from parity.results import expected as expectations
     from parity.results.aggregate import aggregate
 
     references = references or runs.REFERENCES
-    shared = recipes.load(recipe, settings, registry.knobs([subject, *references]))
+    shared = recipes.load(recipe, settings, engines.knobs([subject, *references]))
     changes = runs.sides(
         [*(("subject", t) for t in set_subject), *(("reference", t) for t in set_reference)]
     )
@@ -109,8 +112,10 @@ def run(
         changes,
         recipe,
     )
-    engines.check([subject, *matrix.references], shared)
-    known = expectations.chosen(subject, matrix.references, expected, no_expected)
+    engines.check_run(subject, matrix.references, shared)
+    known = expectations.chosen(
+        name_of(subject), map(name_of, matrix.references), expected, no_expected
+    )
     folder = out or runs.default_folder()
     plan = Plan.of(matrix.cells())
     write_plan(plan, folder)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from parity.record import Record, Verdict
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 _STYLES = {
     Verdict.IDENTICAL: "green",
@@ -24,18 +28,8 @@ def shown(total: int) -> Iterator[tuple[Callable[[Record], None], Callable[[str]
     Yields:
         A function to call with each finished record, and one to call with what starts.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True, highlight=False)
-    columns = (
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("starting workers", total=total)
+    with _bar(total) as (progress, task):
+        console = progress.console
 
         def done(record: Record) -> None:
             progress.advance(task)
@@ -55,6 +49,36 @@ def shown(total: int) -> Iterator[tuple[Callable[[Record], None], Callable[[str]
             progress.update(task, description=_escape(sentence))
 
         yield done, notice
+
+
+@contextlib.contextmanager
+def counted(total: int) -> Iterator[tuple[Callable[[], None], Callable[[str], None]]]:
+    """A bar alone.
+
+    Yields:
+        A function for what is finished and one for what starts.
+    """
+    with _bar(total) as (progress, task):
+        yield (
+            lambda: progress.advance(task),
+            lambda sentence: progress.update(task, description=_escape(sentence)),
+        )
+
+
+@contextlib.contextmanager
+def _bar(total: int) -> Iterator[tuple[Progress, TaskID]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
+    console = Console(stderr=True, highlight=False)
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield progress, progress.add_task("starting workers", total=total)
 
 
 def _escape(text: str) -> str:

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from parity.errors import MissingCapture
 from parity.judge.numerics import HEADROOM, compare, compare_exact, compare_group, distance
 from parity.names import each
 from parity.record import Verdict
@@ -64,7 +65,10 @@ def top_tokens(pair: Pair) -> list[str]:
 
 def first_bad_module(context: Context, inputs: Trace, result: Comparison) -> list[str]:
     """The first module in the order of calls whose output differs beyond the floor."""
-    pair = context.pair("logits", Trace(inputs.arrays, {"modules": True}))
+    try:
+        pair = context.pair("logits", Trace(inputs.arrays, {"modules": True}))
+    except MissingCapture as error:
+        return [f"the first bad module was not looked for: {error}"]
     order = [n for n in pair.subject.scalars["order"] if n in set(pair.reference.scalars["order"])]
     if not order:
         return ["no module has the same name on both sides: no first bad module can be named"]
