@@ -36,23 +36,29 @@ def describe_process(packages: tuple[str, ...]) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "versions": versions,
-        "blas": _blas(),
+        "blas": _blas(packages),
         "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
     }
 
 
-def _blas() -> list[str]:
+def _blas(packages: tuple[str, ...]) -> list[str]:
     """BLAS libraries this process has mapped; another BLAS rounds differently.
 
-    Those of scipy are left out: no path computes with it, and it is imported late or not at all.
+    Of those that lie in installed packages only the path's own count: scipy's and other frameworks'
+    come and go with what else is imported.
     """
     if sys.platform == "darwin":
         return ["Accelerate"]
     maps = Path("/proc/self/maps")
     text = maps.read_text(encoding="utf-8") if maps.exists() else ""
-    lines = [line for line in text.splitlines() if "/scipy" not in line]
-    files = {line.rpartition("/")[2] for line in lines if "/" in line}
-    return sorted(f for f in files if "blas" in f.lower() or "mkl" in f.lower())
+    own = tuple(package.replace("-", "_") for package in packages)
+    found = set()
+    for file in {line[line.index("/") :] for line in text.splitlines() if "/" in line}:
+        _, installed, below = file.rpartition("-packages/")
+        name = file.rpartition("/")[2].lower()
+        if ("blas" in name or "mkl" in name) and (not installed or below.startswith(own)):
+            found.add(file.rpartition("/")[2])
+    return sorted(found)
 
 
 def single(values: set[Any]) -> Any:
