@@ -41,9 +41,9 @@ def capture(
     out: Path,
     timeout: float,
 ) -> None:
-    """Run all that a run asks of PATH, and pack it with its environment into one file.
+    """Pack all that a run asks of PATH into one file.
 
-    The bundle stands in for PATH where that cannot run, as a reference or, captured against one, as a
+    The bundle holds the captures with their environment and the reasons of those refused. It stands in for PATH where that cannot run, as a reference or, captured against one, as a
     subject: the verdicts are those of a run with both. The noise around a reference is in it.
 
     \b
