@@ -101,8 +101,8 @@ def bisect(
       parity bisect --set-subject lora.rank=4 --check './my-check.sh "$PARITY_RECIPE"'
     """  # noqa: D301
     from parity import recipe as recipes
+    from parity.capture.engine import knobs
     from parity.cells.matrix import sides
-    from parity.paths.registry import knobs
 
     own = knobs([options["subject"], options["reference"]])
     shared = recipes.load(recipe, settings, own).override({"seed.value": seed})
