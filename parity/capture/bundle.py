@@ -209,12 +209,17 @@ class Bundle:
                 "upgrade mlx-parity"
             )
         self._digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.path: str = self.manifest["name"]
-        self.framework: str = self.manifest["framework"]
-        self.operations: Mapping[str, str] = self.manifest["operations"]
-        self.environment: Mapping[str, Any] = self.manifest["environment"]
-        self.against: str = self.manifest["against"]
-        self.knobs: Mapping[str, Any] = self.manifest["knobs"]
+        try:
+            self.path: str = self.manifest["name"]
+            self.framework: str = self.manifest["framework"]
+            self.operations: Mapping[str, str] = self.manifest["operations"]
+            self.environment: Mapping[str, Any] = self.manifest["environment"]
+            self.against: str = self.manifest["against"]
+            self.knobs: Mapping[str, Any] = self.manifest["knobs"]
+        except KeyError as error:
+            raise UsageError(
+                f"{file}: not a bundle of `parity capture`: it has no {error}"
+            ) from None
 
     def capture(
         self,
