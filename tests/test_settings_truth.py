@@ -8,6 +8,7 @@ import pytest
 from parity.cells.cell import Cell
 from parity.cells.run import run_cell
 from parity.paths import measured
+from parity.paths.registry import knobs
 from parity.record import Verdict
 from parity.report.text import describe
 from parity.stages import find
@@ -20,6 +21,7 @@ PATHS = "tests.settings_paths"
 
 def run(engine, recipe, path, reference="mlx-lm", **changes):
     subject = path if path in ("mlx", "trl", "unsloth") else f"{PATHS}:{path}"
+    recipe = recipe.with_knobs(knobs([subject, reference]))
     return run_cell(engine, Cell(PROBE, subject, reference, recipe, changes))
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from parity.errors import Unsupported
 from parity.names import each
+from parity.paths import demands
 from parity.paths.protocol import TrainingPath
 from parity.recipe import Recipe
 from parity.trace import Array, Trace
@@ -132,7 +133,7 @@ def _loop_facts(
     half = recipe.model.dtype in HALF or recipe.train.autocast in HALF
     slack = 0.1 if half else 0.01
     quiet = probing(recipe, QUIET, **{"optim.clip": "none"})
-    start = path.emit("lora_init", quiet, Trace()).group("adapter")
+    start = _call(path, "lora_init", quiet, Trace()).group("adapter")
     handed = micro_batches(2 * parts).with_group("adapter", start)
     with watched:
         update, drawn = _update(path, quiet, handed, start)
@@ -162,7 +163,7 @@ def _update(
     path: TrainingPath, recipe: Recipe, inputs: Trace, start: Mapping[str, Array]
 ) -> tuple[dict[str, Array], list[tuple[Array, Array]]]:
     """What one step took off the adapter, and the micro-batches it was made of."""
-    trained = path.emit("train", recipe, inputs)
+    trained = _call(path, "train", recipe, inputs)
     stems = (each(trained.arrays, f"batches/{stem}") for stem in ("ids", "lengths"))
     after = trained.group("adapter")
     if not after.keys() >= start.keys():
@@ -175,11 +176,20 @@ def _gradient(
     path: TrainingPath, recipe: Recipe, start: Mapping[str, Array], ids: Array, lengths: Array
 ) -> tuple[dict[str, Array], int]:
     once = recipe.override({"train.accumulation": 1})
-    trace = path.emit(
-        "gradient", once, Trace({"ids": ids, "lengths": lengths}).with_group("adapter", start)
-    )
+    inputs = Trace({"ids": ids, "lengths": lengths}).with_group("adapter", start)
+    trace = _call(path, "gradient", once, inputs)
     gradient = {name: v.astype(np.float64) for name, v in trace.group("gradient").items()}
     return gradient, int(trace.scalars["tokens"])
+
+
+def _call(path: TrainingPath, method: str, recipe: Recipe, inputs: Trace) -> Trace:
+    """One method of a path, as a worker calls it.
+
+    Raises:
+        Unsupported: There is no such method, or a factor would be ignored.
+    """
+    demands.check(type(path), method, recipe, inputs)
+    return path.emit(method, recipe, inputs)
 
 
 def combination(
