@@ -116,7 +116,7 @@ def gradients(count):
 @pytest.mark.parametrize(
     ("shares", "expected"),
     [
-        ([1, 0, 0], (1, "one alone")),
+        ([1, 0, 0], (1, "only one a step")),
         ([1 / 3] * 3, (3, "mean")),
         ([4 / 14, 9 / 14, 1 / 14], (3, "token")),
         ([1, 1, 1], (3, "sum")),

@@ -222,7 +222,7 @@ def weighting_of(shares: Array, tokens: Iterable[int], slack: float) -> tuple[An
     shares, seen = shares[used], np.array([*tokens], np.float64)[used]
     if count == 1:
         one = np.isclose(shares[0], 1, rtol=slack)
-        return 1, "one alone" if one else unknown(f"it is multiplied by {shares[0]:.3g}")
+        return 1, "only one a step" if one else unknown(f"it is multiplied by {shares[0]:.3g}")
     # What is beyond a factor common to all of them is the clip's.
     relative = shares / shares.sum()
     if np.allclose(relative, seen / seen.sum(), rtol=slack):
