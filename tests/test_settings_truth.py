@@ -119,8 +119,11 @@ def gradients(count):
         ([1, 0, 0], (1, "only one a step")),
         ([1 / 3] * 3, (3, "mean")),
         ([4 / 14, 9 / 14, 1 / 14], (3, "token")),
-        ([1, 1, 1], (3, "sum")),
-        ([0.01, 0.01, 0.01], (3, "mean")),  # a clip shortens all alike
+        ([1, 1, 1], ("unknown (a step of their sum, or a step for each)", "each in full")),
+        (
+            [0.01, 0.01, 0.01],
+            (3, "unknown (they count 0.01, 0.01, 0.01)"),
+        ),  # mean or sum, and a clip
         ([0.5, 0.5, 0], (2, "mean")),
     ],
 )

@@ -207,8 +207,8 @@ def _flat(tensors: Mapping[str, Array], names: Iterable[str]) -> Array:
     return np.concatenate([tensors[name].ravel().astype(np.float64) for name in sorted(names)])
 
 
-def weighting_of(shares: Array, tokens: Iterable[int], slack: float) -> tuple[Any, str]:
-    """Micro-batches of a step, and what they are weighted by: `mean`, `token` or `sum`.
+def weighting_of(shares: Array, tokens: Iterable[int], slack: float) -> tuple[int | str, str]:
+    """Micro-batches of a step, and what they are weighted by: `mean`, `token` or `each in full`.
 
     Args:
         shares: Coefficient of each micro-batch's gradient in the update, (k,).
@@ -223,12 +223,13 @@ def weighting_of(shares: Array, tokens: Iterable[int], slack: float) -> tuple[An
     if count == 1:
         one = np.isclose(shares[0], 1, rtol=slack)
         return 1, "only one a step" if one else unknown(f"it is multiplied by {shares[0]:.3g}")
-    # What is beyond a factor common to all of them is the clip's.
     relative = shares / shares.sum()
     if np.allclose(relative, seen / seen.sum(), rtol=slack):
         return count, "token"
-    if np.allclose(relative, 1 / count, rtol=slack):
-        return count, "sum" if np.isclose(shares[0], 1, rtol=slack) else "mean"
+    if np.allclose(shares, 1 / count, rtol=slack):
+        return count, "mean"
+    if np.allclose(shares, 1, rtol=slack):
+        return unknown("a step of their sum, or a step for each"), "each in full"
     return count, unknown(f"they count {', '.join(f'{share:.3g}' for share in shares[:4])}")
 
 
