@@ -6,6 +6,7 @@ import pytest
 
 from parity.cells.cell import Cell
 from parity.cells.run import run_cell
+from parity.paths.registry import knobs
 from parity.record import Verdict
 from parity.report.text import describe
 from parity.stages import find
@@ -72,7 +73,8 @@ def test_a_loss_without_single_tokens_is_not_green(engine, small):
     ],
 )
 def test_clean_cells_are_green_in_every_case(subject, reference, changes, engine, small):
-    record = run_cell(engine, Cell(PROBE, subject, reference, small.override(changes)))
+    recipe = small.with_knobs(knobs([subject, reference])).override(changes)
+    record = run_cell(engine, Cell(PROBE, subject, reference, recipe))
     assert record.verdict.green, describe(record)
     assert [m.name.partition(", ")[2] for m in record.metrics if m.name.startswith(TOKEN)] == [
         "", *CASES,

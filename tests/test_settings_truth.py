@@ -8,6 +8,7 @@ import pytest
 from parity.cells.cell import Cell
 from parity.cells.run import run_cell
 from parity.paths import measured
+from parity.paths.registry import knobs
 from parity.record import Verdict
 from parity.report.text import describe
 from parity.stages import find
@@ -20,6 +21,7 @@ PATHS = "tests.settings_paths"
 
 def run(engine, recipe, path, reference="mlx-lm", **changes):
     subject = path if path in ("mlx", "trl", "unsloth") else f"{PATHS}:{path}"
+    recipe = recipe.with_knobs(knobs([subject, reference]))
     return run_cell(engine, Cell(PROBE, subject, reference, recipe, changes))
 
 
@@ -114,11 +116,14 @@ def gradients(count):
 @pytest.mark.parametrize(
     ("shares", "expected"),
     [
-        ([1, 0, 0], (1, "one alone")),
+        ([1, 0, 0], (1, "only one a step")),
         ([1 / 3] * 3, (3, "mean")),
         ([4 / 14, 9 / 14, 1 / 14], (3, "token")),
-        ([1, 1, 1], (3, "sum")),
-        ([0.01, 0.01, 0.01], (3, "mean")),  # a clip shortens all alike
+        ([1, 1, 1], ("unknown (a step of their sum, or a step for each)", "each in full")),
+        (
+            [0.01, 0.01, 0.01],
+            (3, "unknown (they count 0.01, 0.01, 0.01)"),
+        ),  # mean or sum, and a clip
         ([0.5, 0.5, 0], (2, "mean")),
     ],
 )

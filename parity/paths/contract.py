@@ -126,6 +126,7 @@ _ALL = (
             array("supervised", "(B, T)", "bool", "whether the loss depends on the logits there"),
             array("targets", "(B, T)", "int", "target id, -1 where nothing is supervised"),
             array("token_loss", "(B, T)", "float", "cross-entropy of each position by itself", "each"),
+            scalar("no_token_loss", str, "why there is no `token_loss`", "without each"),
             scalar("tokens", _Number, "supervised tokens as the loss counts them"),
         ),
         reads=("model.source", "model.dtype", "mask."),

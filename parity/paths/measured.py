@@ -15,6 +15,7 @@ import numpy as np
 
 from parity.errors import Unsupported
 from parity.names import each
+from parity.paths import demands
 from parity.paths.protocol import TrainingPath
 from parity.recipe import Recipe
 from parity.trace import Array, Trace
@@ -132,7 +133,7 @@ def _loop_facts(
     half = recipe.model.dtype in HALF or recipe.train.autocast in HALF
     slack = 0.1 if half else 0.01
     quiet = probing(recipe, QUIET, **{"optim.clip": "none"})
-    start = path.emit("lora_init", quiet, Trace()).group("adapter")
+    start = _call(path, "lora_init", quiet, Trace()).group("adapter")
     handed = micro_batches(2 * parts).with_group("adapter", start)
     with watched:
         update, drawn = _update(path, quiet, handed, start)
@@ -162,7 +163,7 @@ def _update(
     path: TrainingPath, recipe: Recipe, inputs: Trace, start: Mapping[str, Array]
 ) -> tuple[dict[str, Array], list[tuple[Array, Array]]]:
     """What one step took off the adapter, and the micro-batches it was made of."""
-    trained = path.emit("train", recipe, inputs)
+    trained = _call(path, "train", recipe, inputs)
     stems = (each(trained.arrays, f"batches/{stem}") for stem in ("ids", "lengths"))
     after = trained.group("adapter")
     if not after.keys() >= start.keys():
@@ -175,11 +176,20 @@ def _gradient(
     path: TrainingPath, recipe: Recipe, start: Mapping[str, Array], ids: Array, lengths: Array
 ) -> tuple[dict[str, Array], int]:
     once = recipe.override({"train.accumulation": 1})
-    trace = path.emit(
-        "gradient", once, Trace({"ids": ids, "lengths": lengths}).with_group("adapter", start)
-    )
+    inputs = Trace({"ids": ids, "lengths": lengths}).with_group("adapter", start)
+    trace = _call(path, "gradient", once, inputs)
     gradient = {name: v.astype(np.float64) for name, v in trace.group("gradient").items()}
     return gradient, int(trace.scalars["tokens"])
+
+
+def _call(path: TrainingPath, method: str, recipe: Recipe, inputs: Trace) -> Trace:
+    """One method of a path, as a worker calls it.
+
+    Raises:
+        Unsupported: There is no such method, or a factor would be ignored.
+    """
+    demands.check(type(path), method, recipe, inputs)
+    return path.emit(method, recipe, inputs)
 
 
 def combination(
@@ -197,8 +207,8 @@ def _flat(tensors: Mapping[str, Array], names: Iterable[str]) -> Array:
     return np.concatenate([tensors[name].ravel().astype(np.float64) for name in sorted(names)])
 
 
-def weighting_of(shares: Array, tokens: Iterable[int], slack: float) -> tuple[Any, str]:
-    """Micro-batches of a step, and what they are weighted by: `mean`, `token` or `sum`.
+def weighting_of(shares: Array, tokens: Iterable[int], slack: float) -> tuple[int | str, str]:
+    """Micro-batches of a step, and what they are weighted by: `mean`, `token` or `each in full`.
 
     Args:
         shares: Coefficient of each micro-batch's gradient in the update, (k,).
@@ -212,13 +222,14 @@ def weighting_of(shares: Array, tokens: Iterable[int], slack: float) -> tuple[An
     shares, seen = shares[used], np.array([*tokens], np.float64)[used]
     if count == 1:
         one = np.isclose(shares[0], 1, rtol=slack)
-        return 1, "one alone" if one else unknown(f"it is multiplied by {shares[0]:.3g}")
-    # What is beyond a factor common to all of them is the clip's.
+        return 1, "only one a step" if one else unknown(f"it is multiplied by {shares[0]:.3g}")
     relative = shares / shares.sum()
     if np.allclose(relative, seen / seen.sum(), rtol=slack):
         return count, "token"
-    if np.allclose(relative, 1 / count, rtol=slack):
-        return count, "sum" if np.isclose(shares[0], 1, rtol=slack) else "mean"
+    if np.allclose(shares, 1 / count, rtol=slack):
+        return count, "mean"
+    if np.allclose(shares, 1, rtol=slack):
+        return unknown("a step of their sum, or a step for each"), "each in full"
     return count, unknown(f"they count {', '.join(f'{share:.3g}' for share in shares[:4])}")
 
 

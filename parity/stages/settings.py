@@ -43,7 +43,7 @@ TITLES: dict[str, str] = {
     "clip.mode": "gradient clip",
     "clip.value": "clip at",
     "accumulation.steps": "micro-batches a step",
-    "accumulation.weighting": "micro-batches are weighted by",
+    "accumulation.weighting": "weighting of micro-batches",
     "train.gradient_checkpointing": "gradient checkpointing",
     "train.compile": "compiled step",
     "seed.value": "seed",
