@@ -223,7 +223,7 @@ def context_of(
         operations=_operations(cell, sides, answers),
         environments=environments,
         files=files,
-        has_referee=double != recipes["reference"],
+        has_referee=recipes["reference"].model.dtype != "float64",
         capture=capture,
         both=both,
     )
@@ -257,10 +257,18 @@ def _operations(
 
 
 def referee_of(recipe: Recipe) -> Recipe:
-    """The same in float64, with the weights that a half-precision run computes with."""
+    """The same in float64, with the weights that a half-precision run computes with.
+
+    Without gradient checkpointing, which changes no operation: what is computed again in a backward
+    pass would be computed in float32.
+    """
     half = recipe.model.dtype in ("bfloat16", "float16")
-    weights = recipe.model.dtype if half else recipe.model.weights
-    return recipe.override({"model.dtype": "float64", "model.weights": weights})
+    double = {
+        "model.dtype": "float64",
+        "model.weights": recipe.model.dtype if half else recipe.model.weights,
+        "train.gradient_checkpointing": False,
+    }
+    return recipe.override(double)
 
 
 class _Shipped(dict[str, Recipe]):
