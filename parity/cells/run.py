@@ -91,6 +91,8 @@ def _round(
             verdict, detail = Verdict.ERROR, traceback.format_exc()
     if aside := context.operations_aside:
         result.findings.append(f"bits are not expected to be equal: {aside}")
+    reasons = dict.fromkeys(m.why_floor for m in result.metrics if m.why_floor)
+    result.findings += [f"held to the noise floor and not to bits: {why}" for why in reasons]
     verdict, reason = (verdict, reason) if verdict else conclude(result.metrics)
     if verdict is Verdict.DIVERGE and repeat and result.metrics:
         verdict, reason = _repeated(cell, context, sources, result, reason)
@@ -211,6 +213,9 @@ def context_of(
     def capture(side: str, method: str, recipe: Recipe, inputs: Trace) -> Trace:
         return note(side, answers[side](method, recipe, inputs))
 
+    def again(side: str, method: str, recipe: Recipe, inputs: Trace) -> Trace:
+        return note(side, answers[side](method, recipe, inputs, "-repeat"))
+
     def both(method: str, recipes: Mapping[str, Recipe], inputs: Trace) -> tuple[Trace, Trace]:
         subject, reference = engine.both(answers, method, recipes, inputs)
         return note("subject", subject), note("reference", reference)
@@ -224,7 +229,9 @@ def context_of(
         environments=environments,
         files=files,
         has_referee=recipes["reference"].model.dtype != "float64",
+        rounded_is_reference=cell.names["reference"] == REFEREE,
         capture=capture,
+        again=again,
         both=both,
     )
 

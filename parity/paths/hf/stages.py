@@ -16,7 +16,7 @@ import numpy as np
 from parity.names import each
 from parity.paths.hf import live as _torch
 from parity.paths.hf import readback
-from parity.paths.hf.kv_cache import kv_cache_trace
+from parity.paths.hf.kv_cache import forward_dtype, kv_cache_trace
 from parity.paths.hf.live import IGNORED, Batch, Loss, to_numpy
 from parity.paths.hf.modules import WatchedGradients, module_outputs, watch
 from parity.paths.hf.observed import calls, seeding
@@ -236,8 +236,9 @@ class TorchStages(TrainingPath):
                 trace.arrays[f"margin.{index}"] = margins
                 texts.append(tokenizer.decode(ids))
                 losses.append(completion_loss(model, start, whole))
+            dtype = readback.dtype_name(forward_dtype(model, np.array(start)))
         trace.arrays["completion_loss"] = np.asarray(losses, _torch.loss_dtype(recipe))
-        trace.scalars["text"] = texts
+        trace.scalars |= {"text": texts, "dtype": dtype}
         return trace
 
     def config(self, recipe: Recipe, inputs: Trace) -> Trace:
