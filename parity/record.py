@@ -64,9 +64,16 @@ class Metric(BaseModel):
     tolerance: float
     """What was allowed at the place of `value`; 0 where bits must be equal."""
     minimum_required_tolerance: float
-    """The smallest tolerance under which this metric would be green."""
+    """The smallest tolerance at that place under which this metric would be green, those of its other
+    places in proportion; infinite where none would do."""
     floor: float = 0.0
     """What rounding alone explains there; the tolerance is a multiple of it."""
+    sources: dict[str, float | str] = Field(default_factory=dict)
+    """What the floor is the greatest of, each with its value, or with the reason why it is absent."""
+    accepted: str = ""
+    """Why the metric is green although `value` is above `tolerance`."""
+    why_floor: str = ""
+    """Why two paths of one framework are held to the floor here and not to equal bits."""
     relative: float | None = None
     """Greatest relative difference."""
     mismatched: int = 0
@@ -82,8 +89,6 @@ class Metric(BaseModel):
     """Which side is off, judged by the referee: subject, reference, both or neither."""
     gate: bool = True
     """Whether the verdict of the record depends on it."""
-    accepted: str = ""
-    """Why it is green though `value` is over `tolerance`; empty: the tolerance alone decides."""
     note: str = ""
 
     def contradiction(self) -> str:

@@ -21,7 +21,7 @@ from parity.capture.environments import (
 )
 from parity.cells.cell import Cell
 from parity.errors import UsageError
-from parity.judge.numerics import compare_exact
+from parity.judge.compare import compare_exact
 from parity.recipe import Recipe
 from parity.stages.context import Comparison
 from parity.trace import Trace

@@ -16,7 +16,12 @@ from parity.report.text import describe
 from parity.results.aggregate import aggregate
 from parity.results.expected import chosen, keep, kept, load, mark
 
-ENTRY = {"probe": "gradient", "reason": "sums in float32", "deterministic": True}
+ENTRY = {
+    "probe": "gradient",
+    "reason": "sums in float32",
+    "deterministic": True,
+    "at_most": 10,
+}
 
 
 def record(
@@ -120,6 +125,29 @@ def test_the_name_of_a_file_says_its_pair(tmp_path):
         assert bool(mark(record("a"), entries).expected) is covered, name
 
 
+def test_an_entry_does_not_cover_what_is_further_off(tmp_path):
+    entries = known(tmp_path, {"at_most": 50})
+    for value, covered in ((40e-6, True), (60e-6, False)):
+        near = record("a", value=value, floor=1e-6)  # 40 and 60 floors
+        assert bool(mark(near, entries).expected) is covered
+    # Without a floor, as of ids, the value itself counts.
+    assert mark(record("a", value=50), entries).expected
+    assert not mark(record("a", value=51), entries).expected
+    assert not mark(record("a", value=float("nan")), entries).expected
+    # Of several the one that is covered does not excuse the other.
+    both = known(tmp_path, {"metric": "a", "at_most": 2}, {"metric": "b", "at_most": 0.5})
+    assert not mark(record("a", "b"), both).expected
+
+
+def test_an_entry_that_need_not_show_is_stale_in_the_seeds_it_was_seen_with(tmp_path):
+    entries = known(tmp_path, {"deterministic": False, "seeds": [3]})
+    for model in ("tiny-gemma3", "smollm2-135m", "my-model"):
+        green = record(verdict="agree", seed=3).model_copy(update={"model": model})
+        assert "no longer diverges" in mark(green, entries).expected
+        assert put_together([green], entries).verdict == "stale"
+    assert not mark(record(verdict="agree", seed=4), entries).expected
+
+
 # What a run makes of it
 
 
@@ -175,7 +203,7 @@ def test_a_deterministic_entry_whose_cell_is_green_is_red_until_it_is_removed(tm
 
 
 def test_an_entry_that_need_not_show_may_be_green(tmp_path):
-    entries = known(tmp_path, {"deterministic": False})
+    entries = known(tmp_path, {"deterministic": False, "seeds": [9]})
     found = put_together([record("a"), record(verdict="agree", seed=1)], entries)
     assert (found.exit_code, found.problems) == (0, ())
 
@@ -183,7 +211,7 @@ def test_an_entry_that_need_not_show_may_be_green(tmp_path):
 def test_an_entry_that_matched_no_record_is_warned_about(tmp_path):
     entries = known(
         tmp_path,
-        {"deterministic": False},
+        {"deterministic": False, "seeds": [9]},
         {"versions": {"mlx-lm": "<0.30"}},
         {"model": "tiny-gema3"},  # a typing error
         {"probe": 6},  # not run
@@ -209,6 +237,8 @@ def test_an_entry_that_matched_no_record_is_warned_about(tmp_path):
         ({"versions": {"mlx-lm": "<<0.33"}}, "entry 1: versions: mlx-lm: Invalid specifier: '<<0.33'"),
         ({"reason": ""}, "entry 1: reason: String should have at least 1 character, got ''"),
         ({"deterministic": "yes"}, "entry 1: deterministic: Input should be a valid boolean, got 'yes'"),
+        ({"at_most": 0}, "entry 1: at_most: Input should be greater than 0, got 0"),
+        ({"deterministic": False}, "an entry that is not deterministic needs the seeds"),
         ({"metrik": "a"}, "entry 1: metrik: Extra inputs are not permitted, got 'a'"),
     ],
 )  # fmt: skip
@@ -251,7 +281,7 @@ def test_a_run_keeps_its_files(tmp_path):
 
 def test_the_command_marks_and_names(tmp_path, engine, capsys):
     file = tmp_path / "mine.toml"
-    entry = '[[entry]]\nprobe = "lora_init"\nmetric = "{}"\nreason = "why"\ndeterministic = true\n'
+    entry = '[[entry]]\nprobe = "lora_init"\nmetric = "{}"\nreason = "why"\nat_most = 10\ndeterministic = true\n'
     words = ["run", "--reference", "mlx-lm", "--seeds", "3407,", "--probes", "4"]
     fault = ["--set-subject", "lora.scale=4.0"]
 
@@ -279,7 +309,7 @@ def test_the_plugin_expects_strictly(tmp_path, engine):
     import sys
 
     file = tmp_path / "mine.toml"
-    file.write_text('[[entry]]\nprobe = 4\nreason = "why"\ndeterministic = true\n')
+    file.write_text('[[entry]]\nprobe = 4\nreason = "why"\nat_most = 10\ndeterministic = true\n')
     words = ["probes/probe_04_lora_init.py", "-q", "--reference", "mlx-lm", "--seeds", "3407,",
              "--parity-out", str(tmp_path / "out"), "-rxf"]  # fmt: skip
 

@@ -12,7 +12,8 @@ from click.testing import CliRunner
 
 from parity.commands.report import report
 from parity.errors import UsageError
-from parity.judge.numerics import Noise, compare, compare_series
+from parity.judge.compare import compare, compare_series
+from parity.judge.noise import Noise
 from parity.record import SCHEMA, DamagedRecord, Metric, Record, Side, Verdict, load, load_all
 
 
@@ -164,6 +165,6 @@ def test_what_compares_gives_no_metric_that_would_be_damaged(compared):
         for scale in (0.0, 1e-9, 1e-6, 1e-3, 1.0, math.nan):
             truth = rng.normal(size=7)
             subject, reference = (truth + scale * rng.normal(size=7) for _ in range(2))
-            noise = Noise(exact, {"loss": truth}, {"loss": truth + 1e-7})
+            noise = Noise(exact, {"loss": truth}, perturbed={"loss": truth + 1e-7})
             found = compared("loss", subject, reference, noise)
             assert found.contradiction() == "", found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from parity.bisect.place import Mark, Place, counted, differs, how_much
-from parity.judge.numerics import compare_group
+from parity.judge.compare import compare_group
 from parity.names import LOGITS, layer_of
 from parity.record import Metric
 from parity.stages.context import Context, Pair

@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 
 from parity.bisect.place import Mark, Place, counted, differs, how_much
-from parity.judge.numerics import compare_group, distance
+from parity.judge.compare import compare_group
+from parity.judge.noise import distance
 from parity.names import layer_of
 from parity.record import Metric
 from parity.stages.context import Context, Pair

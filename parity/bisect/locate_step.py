@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from parity.bisect.place import Place, differs
-from parity.judge.numerics import compare_group
+from parity.judge.compare import compare_group
 from parity.record import Record, Verdict
 from parity.stages.context import Context
 from parity.stages.loss_curve import aligned_training

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from parity.capture.bundle import Recorder
@@ -17,8 +16,9 @@ from parity.capture.engine import Engine, declared
 from parity.cells.cell import Cell
 from parity.cells.run import REFEREE, ROUNDS, context_of, run_cell, sources_of
 from parity.errors import CaptureError, MissingCapture, UnmatchedNames, Unsupported
+from parity.judge import noise
 from parity.recipe import Recipe
-from parity.stages.context import Context, Pair
+from parity.stages.context import ROUNDED, Context, Pair
 from parity.stages.logits import Logits
 from parity.trace import Trace
 
@@ -32,9 +32,12 @@ class Thorough(Context):
     def pair(self, method: str, inputs: Trace, changes: Mapping[str, Any] | None = None) -> Pair:
         """See `Context.pair`."""
         pair = super().pair(method, inputs, changes)
-        for name, value in vars(Pair).items():
-            if isinstance(value, cached_property):
-                getattr(pair, name)
+        for source in (
+            noise.REFEREE,
+            noise.PERTURBED,
+            *[ROUNDED] * (not pair.rounded_is_reference),
+        ):
+            pair.measured(source)
         return pair
 
 

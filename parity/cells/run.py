@@ -91,6 +91,8 @@ def _round(
             verdict, detail = Verdict.ERROR, traceback.format_exc()
     if aside := context.operations_aside:
         result.findings.append(f"bits are not expected to be equal: {aside}")
+    reasons = dict.fromkeys(m.why_floor for m in result.metrics if m.why_floor)
+    result.findings += [f"held to the noise floor and not to bits: {why}" for why in reasons]
     verdict, reason = (verdict, reason) if verdict else conclude(result.metrics)
     if verdict is Verdict.DIVERGE and repeat and result.metrics:
         verdict, reason = _repeated(cell, context, sources, result, reason)
@@ -211,6 +213,9 @@ def context_of(
     def capture(side: str, method: str, recipe: Recipe, inputs: Trace) -> Trace:
         return note(side, answers[side](method, recipe, inputs))
 
+    def again(side: str, method: str, recipe: Recipe, inputs: Trace) -> Trace:
+        return note(side, answers[side](method, recipe, inputs, "-repeat"))
+
     def both(method: str, recipes: Mapping[str, Recipe], inputs: Trace) -> tuple[Trace, Trace]:
         subject, reference = engine.both(answers, method, recipes, inputs)
         return note("subject", subject), note("reference", reference)
@@ -223,8 +228,10 @@ def context_of(
         operations=_operations(cell, sides, answers),
         environments=environments,
         files=files,
-        has_referee=double != recipes["reference"],
+        has_referee=recipes["reference"].model.dtype != "float64",
+        rounded_is_reference=cell.names["reference"] == REFEREE,
         capture=capture,
+        again=again,
         both=both,
     )
 
@@ -257,10 +264,18 @@ def _operations(
 
 
 def referee_of(recipe: Recipe) -> Recipe:
-    """The same in float64, with the weights that a half-precision run computes with."""
+    """The same in float64, with the weights that a half-precision run computes with.
+
+    Without gradient checkpointing, which changes no operation: what is computed again in a backward
+    pass would be computed in float32.
+    """
     half = recipe.model.dtype in ("bfloat16", "float16")
-    weights = recipe.model.dtype if half else recipe.model.weights
-    return recipe.override({"model.dtype": "float64", "model.weights": weights})
+    double = {
+        "model.dtype": "float64",
+        "model.weights": recipe.model.dtype if half else recipe.model.weights,
+        "train.gradient_checkpointing": False,
+    }
+    return recipe.override(double)
 
 
 class _Shipped(dict[str, Recipe]):

@@ -13,12 +13,19 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 from packaging.specifiers import SpecifierSet
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from parity import resources
 from parity.errors import UsageError
 from parity.files import write_atomically
-from parity.record import Record, Verdict
+from parity.record import Metric, Record, Verdict
 from parity.stages import find
 
 FOLDER = "expected"  # of the fixtures, and of a run, which keeps the files it ran with
@@ -39,8 +46,11 @@ def _specifier(value: str) -> str:
 class Entry(BaseModel, frozen=True, extra="forbid", strict=True):
     """One known divergence.
 
-    `probe` is a number or a name, `metric` may hold `*` and `?`, `versions` maps a distribution to a
-    PEP 440 specifier; `deterministic` is true where it shows in every cell.
+    `probe` is a number or a name, `metric` may hold `*` and `?`, `versions` maps a distribution
+    to a PEP 440 specifier. `at_most` bounds a metric's value in floors, or the value itself where a
+    metric has no floor: what is further off is another divergence. `deterministic` says that it shows
+    in every cell; where it does not, `seeds` are those in which it was seen. A cell in which it should
+    show and does not is stale.
     """
 
     probe: Annotated[int, BeforeValidator(_number)]
@@ -49,7 +59,24 @@ class Entry(BaseModel, frozen=True, extra="forbid", strict=True):
     versions: dict[str, Annotated[str, AfterValidator(_specifier)]] = {}
     reason: Annotated[str, Field(min_length=1)]
     link: str = ""
+    at_most: Annotated[float, Field(gt=0, strict=False)]
     deterministic: bool
+    seeds: Annotated[tuple[int, ...], Field(strict=False)] = ()
+
+    @model_validator(mode="after")
+    def _can_go_stale(self) -> Entry:
+        if not self.deterministic and not self.seeds:
+            raise ValueError("an entry that is not deterministic needs the seeds it was seen with")
+        return self
+
+    def covers(self, metric: Metric) -> bool:
+        """Whether it speaks of a metric and of a divergence of that size."""
+        size = metric.value / metric.floor if metric.floor > 0 else metric.value
+        return fnmatchcase(metric.name, self.metric) and size <= self.at_most
+
+    def shows(self, seed: int) -> bool:
+        """Whether it must show in a cell of that seed."""
+        return self.deterministic or seed in self.seeds
 
 
 class _File(BaseModel, extra="forbid"):
@@ -143,14 +170,15 @@ def _matching(record: Record, known: Sequence[KnownDivergence]) -> list[KnownDiv
     """Stale entries of what is green; of what diverges the entries that together cover it."""
     applying = [k for k in known if k.applies(record)]
     if record.verdict.green:
-        return [k for k in applying if k.entry.deterministic]
+        return [k for k in applying if k.entry.shows(record.seed)]
     bad = [m for m in record.metrics if m.gate and not m.verdict.green]
     # What was inconclusive beside a known divergence is not known.
     if {record.verdict, *(m.verdict for m in bad)} != {Verdict.DIVERGE}:
         return []
     # Names that do not match leave no metrics: then only an entry for every metric covers it.
-    names = [m.name for m in bad] or [""]
-    found = [[k for k in applying if fnmatchcase(name, k.entry.metric)] for name in names]
+    if not bad:
+        return [k for k in applying if fnmatchcase("", k.entry.metric)]
+    found = [[k for k in applying if k.entry.covers(metric)] for metric in bad]
     return [k for k in applying if any(k in group for group in found)] if all(found) else []
 
 

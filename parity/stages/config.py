@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from parity.errors import CaptureError, Unsupported
-from parity.judge.numerics import nothing
+from parity.judge.compare import nothing
 from parity.paths.measured import known
 from parity.record import Metric, Verdict
 from parity.stages.context import Comparison, Context

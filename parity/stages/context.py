@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
-from parity.errors import CaptureError, Unsupported
-from parity.judge.numerics import Noise, compare, perturb
+from parity.errors import CaptureError, MissingCapture, Unsupported
+from parity.judge import noise as sources
+from parity.judge.noise import REPEATS, Noise, Sources, perturb, running_sum_error
 from parity.recipe import Recipe
 from parity.record import Metric
-from parity.stages.inputs import OPTIMIZES, REDUCES, loss_inputs, nudged, sorted_logits
+from parity.stages.inputs import OPTIMIZES, REDUCES, loss_inputs, nudged
 from parity.trace import Array, Trace
+
+ROUNDED = "the referee's implementation in the recipe's dtype"
 
 
 @dataclass
@@ -37,34 +40,39 @@ class Capture(Protocol):
         """A trace of `subject`, `reference` or `referee`."""
 
 
+class Measured(NamedTuple):
+    """A trace that a floor is measured with, or why there is none."""
+
+    trace: Trace | None
+    reason: str = ""
+
+
 @dataclass(frozen=True)
 class Pair:
-    """Both sides' traces of one capture, and what is measured around the reference on demand."""
+    """Both sides' traces of one capture, and what is measured around the reference on demand.
+
+    `measure` gives, by source of noise: the float64 run, the same implementation in the recipe's
+    dtype (`ROUNDED`), the reference with its inputs moved, a repeat of either side.
+    """
 
     subject: Trace
     reference: Trace
     exact: bool
-    _referee: Callable[[], Trace | None]
-    _perturbed: Callable[[], Trace | None]
-    _own: Callable[[], Trace | None]
-    _reduction: Callable[[], float]
+    rounded_is_reference: bool
+    model_dtype: str
+    half: bool
+    main: str
+    measure: Callable[[str], Measured]
+    reduction: Callable[[], float]
+    _measured: dict[str, Measured] = field(default_factory=dict)
 
-    @cached_property
-    def referee(self) -> Trace | None:
-        """The float64 run of the same thing, or None where there is none."""
-        return self._referee()
+    def measured(self, source: str) -> Measured:
+        """What a source gives, measured when first asked for."""
+        if source not in self._measured:
+            self._measured[source] = self.measure(source)
+        return self._measured[source]
 
-    @cached_property
-    def perturbed(self) -> Trace | None:
-        """The reference with its input moved by one ulp, or None."""
-        return self._perturbed()
-
-    @cached_property
-    def own(self) -> Trace | None:
-        """The subject with its input moved likewise, in half precision, or None."""
-        return self._own()
-
-    @cached_property
+    @property
     def noise(self) -> Noise:
         """The noise around the reference, by array name."""
         return self.noise_of("")
@@ -72,32 +80,112 @@ class Pair:
     def noise_of(self, group: str) -> Noise:
         """The noise of one group of arrays, by name inside the group.
 
-        Within one framework nothing is measured unless bits differ: then the referee tells which
-        side is off.
+        Within one framework nothing is measured unless bits differ. Then each side is run once more:
+        if both repeat themselves bits decide, and the float64 run tells which side is off; if one
+        does not, the floor does.
         """
-
-        def arrays(trace: Trace | None) -> Mapping[str, Array]:
-            if trace is None:
-                return {}
-            return trace.group(group) if group else trace.arrays
-
-        if self.exact and self._equal(group):
-            return Noise(exact=True)
-        if self.exact:
-            return Noise(True, arrays(self.referee), arrays(self.perturbed))
-        ours, moved = arrays(self.subject), arrays(self.own)
-        own = {
-            name: np.abs(ours[name].astype(np.float64) - value)
-            for name, value in moved.items()
-            if name in ours and ours[name].shape == value.shape and value.dtype.kind == "f"
-        }
-        return Noise(False, arrays(self.referee), arrays(self.perturbed), own, self._reduction())
-
-    def _equal(self, group: str) -> bool:
-        a, b = (t.group(group) if group else t.arrays for t in (self.subject, self.reference))
-        return a.keys() == b.keys() and all(
-            np.array_equal(a[name], b[name], equal_nan=a[name].dtype.kind == "f") for name in a
+        if not self.exact:
+            return self._measured_noise(group)
+        if _equal(_arrays(self.subject, group), _arrays(self.reference, group)):
+            equal = dict.fromkeys(
+                (sources.REFEREE, sources.PERTURBED), "not measured: bits are equal"
+            )
+            return Noise(exact=True, absent=equal)
+        repeats, why, absent = self._repeats(group)
+        if repeats:
+            return replace(self._measured_noise(group, absent), repeats=repeats, why_floor=why)
+        referee = self._trace(sources.REFEREE, absent)
+        absent[sources.REFEREE] = absent.get(sources.REFEREE, "not asked for: bits decide")
+        return Noise(
+            exact=True,
+            referee=_arrays(referee, group),
+            rounded_is_reference=False,
+            perturbed=_arrays(self._trace(sources.PERTURBED, absent), group),
+            dtype=self.dtype,
+            absent=absent,
         )
+
+    def rounding(self, name: str) -> Sources:
+        """The sources of one array of the reference, also where bits are what counts.
+
+        Where the float64 run is another implementation than the reference it is not asked for.
+        """
+        value = self.reference.arrays[name]
+        if self.rounded_is_reference:
+            return self._measured_noise("").sources(name, value)
+        moved, reason = self.measured(sources.PERTURBED)
+        absent = {
+            sources.PERTURBED: reason,
+            sources.REFEREE: "not measured: it is another implementation than the reference",
+        }
+        return Noise(False, perturbed=_arrays(moved, ""), dtype=self.dtype, absent=absent).sources(
+            name, value
+        )
+
+    @property
+    def dtype(self) -> str:
+        """What the reference declares that its arrays were computed in, no coarser than the recipe's.
+
+        Empty: the arrays' own.
+        """
+        declared = str(self.reference.scalars.get("dtype", ""))
+        if sources.EPS.get(declared, 0.0) > sources.EPS[self.model_dtype]:
+            return self.model_dtype
+        return declared
+
+    def _measured_noise(self, group: str, absent: Mapping[str, str] | None = None) -> Noise:
+        reasons = dict(absent or {})
+        rounded = self.reference if self.rounded_is_reference else self._trace(ROUNDED, reasons)
+        return Noise(
+            exact=False,
+            referee=_arrays(self._trace(sources.REFEREE, reasons), group),
+            rounded=_arrays(rounded, group),
+            rounded_is_reference=self.rounded_is_reference,
+            perturbed=_arrays(self._trace(sources.PERTURBED, reasons), group),
+            reduction=self.reduction(),
+            dtype=self.dtype,
+            half=self.half,
+            absent=reasons,
+            main=self.main,
+        )
+
+    def _trace(self, source: str, absent: dict[str, str]) -> Trace | None:
+        trace, reason = self.measured(source)
+        if trace is None:
+            # Without it the distance to the float64 run is not known.
+            absent.setdefault(sources.REFEREE if source == ROUNDED else source, reason)
+        return trace
+
+    def _repeats(self, group: str) -> tuple[dict[str, Mapping[str, Array]], str, dict[str, str]]:
+        """How far each side is from itself, why the floor decides, and repeats that failed."""
+        moved: dict[str, Mapping[str, Array]] = {}
+        why: list[str] = []
+        absent: dict[str, str] = {}
+        for side, trace in (("reference", self.reference), ("subject", self.subject)):
+            source = REPEATS[side]
+            again = self._trace(source, absent)
+            ours, theirs = _arrays(trace, group), _arrays(again, group)
+            if again is None or _equal(ours, theirs):
+                continue
+            moved[side] = {
+                name: np.abs(value.astype(np.float64) - theirs[name])
+                for name, value in ours.items()
+                if name in theirs and theirs[name].shape == value.shape and value.dtype.kind == "f"
+            }
+            why.append(f"the {side} does not repeat itself bit for bit on this device")
+        return moved, " and ".join(why), absent
+
+
+def _arrays(trace: Trace | None, group: str) -> Mapping[str, Array]:
+    if trace is None:
+        return {}
+    return trace.group(group) if group else trace.arrays
+
+
+def _equal(a: Mapping[str, Array], b: Mapping[str, Array]) -> bool:
+    return a.keys() == b.keys() and all(
+        np.array_equal(a[name], b[name], equal_nan=a[name].dtype.kind == "f") for name in a
+    )
 
 
 @dataclass(frozen=True)
@@ -112,7 +200,10 @@ class Context:
         operations: What each side computes otherwise than usual in its framework at this stage.
         environments: Filled with the environment that each side's traces come from.
         files: Filled with the files of the traces, in the order of their use.
+        has_referee: Whether there is a float64 run beside the reference.
+        rounded_is_reference: Whether the reference is the implementation that runs in float64.
         capture: Runs one method of one side.
+        again: Runs it once more: what it gives is no copy of what it gave before.
         both: Runs one method on both sides at once.
     """
 
@@ -124,7 +215,9 @@ class Context:
     environments: dict[str, dict[str, Any]]
     files: dict[str, None]
     has_referee: bool
+    rounded_is_reference: bool
     capture: Capture
+    again: Capture
     both: Callable[..., tuple[Trace, Trace]]
 
     @property
@@ -165,84 +258,67 @@ class Context:
         recipes = {side: recipe.override(changes or {}) for side, recipe in self.recipes.items()}
         subject, reference = self.both(method, recipes, inputs)
 
-        def referee() -> Trace | None:
-            if not self.has_referee:
-                return None
-            return self._optional("referee", method, recipes["referee"], inputs)
-
-        def perturbed() -> Trace | None:
-            return self.moved("reference", method, recipes["reference"], inputs)
-
-        def own() -> Trace | None:
-            half = recipes["subject"].model.dtype in ("bfloat16", "float16")
-            return self.moved("subject", method, recipes["subject"], inputs) if half else None
+        def measure(source: str) -> Measured:
+            if source == sources.PERTURBED:
+                return self.moved("reference", method, recipes["reference"], inputs)
+            if source == sources.REFEREE and not self.has_referee:
+                return Measured(None, "the reference runs in float64 itself")
+            if source in REPEATS.values():
+                try:
+                    side = next(side for side, name in REPEATS.items() if name == source)
+                    return measured(self.again, side, method, recipes[side], inputs)
+                except MissingCapture:
+                    return Measured(None, "a bundle cannot be run again")
+            recipe = recipes["referee" if source == sources.REFEREE else "reference"]
+            return measured(self.capture, "referee", method, recipe, inputs)
 
         def reduction() -> float:
-            if method == "cross_entropy":
-                return self.order_noise()
-            return self.loss_noise() if method in REDUCES else 0.0
+            if method not in REDUCES:
+                return 0.0
+            # Later stages inherit it from stage 03, measured on its logits.
+            logits = inputs.arrays.get("logits")
+            logits = self.loss_inputs().arrays["logits"] if logits is None else logits
+            return running_sum_error(logits, recipes["reference"].model.dtype)
 
-        return Pair(subject, reference, self.exact, referee, perturbed, own, reduction)
+        main = sources.REFEREE if self.has_referee else ""
+        computed = recipes["reference"]
+        dtype = computed.model.dtype
+        return Pair(
+            subject,
+            reference,
+            exact=self.exact,
+            rounded_is_reference=self.rounded_is_reference,
+            model_dtype=dtype,
+            half=dtype in sources.HALF or computed.train.autocast in sources.HALF,
+            main=main,
+            measure=measure,
+            reduction=reduction,
+        )
 
     def loss_inputs(self) -> Trace:
         """Logits and targets of stage 03, seeded by the cell."""
         return loss_inputs(self.rng(3), self.vocabulary)
 
-    def loss_noise(self) -> float:
-        """How much of a loss, or relatively of a gradient, the rounding of the loss explains.
-
-        Later stages inherit it from stage 03, measured on its inputs: how much the cross-entropy
-        depends on the order of its sum, and, if 03 finds both sides in agreement, how far a token's
-        loss typically (root mean square) is apart.
-        """
-        noise = self.order_noise()
-        try:
-            pair = self.pair("cross_entropy", self.loss_inputs())
-            ours, theirs = (t.arrays["token_loss"] for t in (pair.subject, pair.reference))
-            if compare("token_loss", ours, theirs, pair.noise).verdict.green:
-                rms = np.sqrt(np.mean((ours - theirs).astype(np.float64) ** 2))
-                noise = max(noise, float(rms))
-        except (Unsupported, CaptureError, KeyError):
-            pass
-        return noise
-
-    def order_noise(self) -> float:
-        """How much the logarithm of a softmax's normaliser depends on the order of its sum.
-
-        The same logits are handed over with the vocabulary sorted: the same cross-entropy, summed in
-        another order. What differs is rounding. MLX on the CPU keeps one running sum: 5e-7 at 512
-        entries, 5e-5 at 49,152, where torch has 1e-6.
-        """
-        inputs = self.loss_inputs()
-        noise = 0.0
-        for side in ("subject", "reference"):
-            recipe = self.recipes[side]
-            try:
-                losses = [
-                    self.capture(side, "cross_entropy", recipe, given).arrays["token_loss"]
-                    for given in (inputs, sorted_logits(inputs))
-                ]
-            except (Unsupported, CaptureError, KeyError):
-                continue
-            noise = max(noise, float(np.abs(losses[0] - losses[1]).max()))
-        return noise
-
-    def moved(self, side: str, method: str, recipe: Recipe, inputs: Trace) -> Trace | None:
-        """One side with its inputs moved by one ulp, or None where nothing can be moved."""
+    def moved(self, side: str, method: str, recipe: Recipe, inputs: Trace) -> Measured:
+        """One side with its inputs moved by one ulp."""
         rng = np.random.default_rng(self.seed)
         # Optimizers work on float32 weights whatever the model computes in.
         dtype = "float32" if method == "optimizer_step" else recipe.model.dtype
         arrays = {name: perturb(v, rng, dtype) for name, v in inputs.arrays.items()}
         moved = nudged(recipe) if method in OPTIMIZES else recipe
         if moved is recipe and all(arrays[n] is v for n, v in inputs.arrays.items()):
-            return None
-        return self._optional(side, method, moved, Trace(arrays, inputs.scalars))
+            return Measured(None, "nothing that is handed over can be moved by one ulp")
+        return measured(self.capture, side, method, moved, Trace(arrays, inputs.scalars))
 
-    def _optional(self, side: str, method: str, recipe: Recipe, inputs: Trace) -> Trace | None:
-        try:
-            return self.capture(side, method, recipe, inputs)
-        except (Unsupported, CaptureError):
-            return None
+
+def measured(run: Capture, side: str, method: str, recipe: Recipe, inputs: Trace) -> Measured:
+    """A capture that a verdict can do without, or the reason why there is none."""
+    try:
+        return Measured(run(side, method, recipe, inputs))
+    except Unsupported as error:
+        return Measured(None, f"it cannot be run: {error}")
+    except CaptureError as error:
+        return Measured(None, f"it failed: {error}")
 
 
 class Stage(Protocol):

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from parity.judge.numerics import compare, compare_exact, nothing
+from parity.judge.compare import compare, compare_exact, nothing
 from parity.record import Metric, Verdict
 from parity.stages.context import Comparison, Context, Pair
 from parity.stages.inputs import LENGTHS, loss_cases

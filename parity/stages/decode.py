@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
 
-from parity.judge.numerics import HEADROOM, compare, compare_exact, distance
+from parity.judge.compare import compare, compare_exact, nothing
+from parity.judge.noise import HEADROOM, Noise, largest, listed
 from parity.record import Metric, Verdict
 from parity.stages.context import Comparison, Context, Pair
 from parity.stages.loss_curve import aligned_training, decode_inputs
-from parity.trace import Trace, first_difference
+from parity.trace import Array, Trace, first_difference
+
+MARGINS = "top-1/top-2 margins"
+LONG = 96
+"""Tokens that the long prompt has at least: beyond the sliding windows (64) of the tiny models."""
 
 
 class GreedyDecode:
@@ -21,18 +28,31 @@ class GreedyDecode:
     question: ClassVar[str] = "Does the trained model say the same?"
 
     def run(self, context: Context) -> Comparison:
-        """Gates on ids and on the teacher-forced loss of the completion, not on how text looks."""
+        """Gates on ids, margins and the teacher-forced loss, not on how text looks."""
         training = aligned_training(context)
         adapter = training.reference.group("adapter")
-        pair = context.pair("decode", decode_inputs(context, adapter))
+        inputs = decode_inputs(context, adapter)
+        prompts = [*inputs.scalars["prompts"], long_prompt(context)]
+        pair = context.pair("decode", Trace(inputs.arrays, {**inputs.scalars, "prompts": prompts}))
         result = Comparison()
-        for index, prompt in enumerate(context.recipe.decode.prompts):
-            result.metrics.append(_ids(index, prompt, pair))
+        margins, noise = _margins(pair, len(prompts))
+        for index, prompt in enumerate(prompts):
+            what = (
+                repr(prompt) if index < len(prompts) - 1 else f"a prompt of {LONG} tokens and more"
+            )
+            result.metrics.append(_ids(f"ids after {what}", index, pair, noise))
             texts = [t.scalars["text"][index] for t in (pair.subject, pair.reference)]
             same = "both say" if texts[0] == texts[1] else "the subject says"
-            result.findings.append(f"after {prompt!r} {same} {texts[0]!r}")
+            result.findings.append(f"after {what} {same} {texts[0]!r}")
             if texts[0] != texts[1]:
-                result.findings.append(f"after {prompt!r} the reference says {texts[1]!r}")
+                result.findings.append(f"after {what} the reference says {texts[1]!r}")
+        result.metrics.append(
+            compare(MARGINS, *margins, noise) if margins[0].size else nothing(MARGINS)
+        )
+        if len(pair.reference.arrays[f"ids.{len(prompts) - 1}"]) < 2:
+            result.findings.append(
+                "the long prompt is answered with one token: no cache was read beyond the window"
+            )
         key = "completion_loss"
         metric = compare(key, pair.subject.arrays[key], pair.reference.arrays[key], pair.noise)
         result.metrics.append(metric.model_copy(update={"name": "teacher-forced completion loss"}))
@@ -54,41 +74,105 @@ class GreedyDecode:
             result.passes[side] = passes
 
 
-def _ids(index: int, prompt: str, pair: Pair) -> Metric:
-    name = f"ids after {prompt!r}"
+def long_prompt(context: Context) -> str:
+    """As many repeats of the first prompt and its completion as make `LONG`, and the start of one more.
+
+    It ends inside the completion: after a bare prompt an untrained adapter ends at once.
+    """
+    decode = context.recipe.decode
+    unit = f"{decode.prompts[0]}{decode.expected} "
+    texts = Trace(scalars={"texts": [unit], "conversations": []})
+    tokens = max(1, len(context.given("tokenization", texts).arrays["text.0"]) - 2)  # BOS and EOS
+    first = decode.expected.split()[0]
+    start = decode.expected[: decode.expected.index(first) + len(first)]
+    return unit * -(-LONG // tokens) + decode.prompts[0] + start
+
+
+def _margins(pair: Pair, prompts: int) -> tuple[tuple[Array, Array], Noise]:
+    """Margins of both sides at the tokens on which they agree, and the noise of margins.
+
+    A margin of another run tells something of rounding only up to the first token in which that run
+    differs from the reference.
+    """
+    reference = pair.reference
+
+    def common(other: Trace) -> list[int]:
+        return [
+            first_difference(other.arrays[f"ids.{i}"], reference.arrays[f"ids.{i}"])
+            for i in range(prompts)
+        ]
+
+    def joined(trace: Trace, counts: list[int]) -> Array:
+        parts = [trace.arrays[f"margin.{i}"][:count] for i, count in enumerate(counts)]
+        return np.concatenate(parts).astype(np.float64)
+
+    shared = common(pair.subject)
+    values = joined(pair.subject, shared), joined(reference, shared)
+    noise = pair.noise
+    if noise.exact:
+        return values, noise
+    # Where another run takes another way the reference stands for it: no difference is known there.
+    floors = {f"margin.{i}": reference.arrays[f"margin.{i}"] for i in range(prompts)}
+
+    def cut(arrays: Mapping[str, Array]) -> dict[str, Array]:
+        kept = {}
+        for i in range(prompts):
+            key = f"margin.{i}"
+            if key not in arrays:
+                continue
+            count = first_difference(arrays[f"ids.{i}"], reference.arrays[f"ids.{i}"])
+            kept[key] = floors[key].astype(np.float64)
+            kept[key][:count] = arrays[key][:count]
+        return kept
+
+    measured = replace(
+        noise,
+        reduction=0.0,  # no margin depends on a sum over the vocabulary
+        referee=cut(noise.referee),
+        rounded=cut(noise.rounded),
+        perturbed=cut(noise.perturbed),
+    )
+    each = [measured.sources(key, value) for key, value in floors.items() if value.size]
+    whole: dict[str, Array | str] = {}
+    for source in dict.fromkeys(source for found in each for source in found):
+        there = [found[source] for found in each if source in found]
+        numbers = [np.max(value, initial=0.0) for value in there if not isinstance(value, str)]
+        whole[source] = np.full(values[0].shape, max(numbers)) if numbers else there[0]
+    return values, replace(noise, given={MARGINS: whole})
+
+
+def _ids(name: str, index: int, pair: Pair, noise: Noise) -> Metric:
+    """The tokens; where they first differ the reference's margin must be one that rounding turns."""
     ours, theirs = (t.arrays[f"ids.{index}"] for t in (pair.subject, pair.reference))
     metric = compare_exact(name, ours, theirs)
     if metric.verdict is not Verdict.DIVERGE:
         return metric
     at = first_difference(ours, theirs)
-    margin = _margin(pair.reference, index, at)
-    near = not pair.exact and margin <= HEADROOM * margin_noise(pair)
+    margins = pair.reference.arrays[f"margin.{index}"]
+    margin = float(margins[at]) if at < min(len(margins), len(ours)) else float("inf")
+    note = f"first difference at token {at + 1}; top-1/top-2 margin there {margin:.3g}"
+    update = {"step": at + 1, "note": note}
+    if noise.exact:
+        return metric.model_copy(update=update)
+    sources = noise.given[MARGINS]
+    floor = largest(sources)
+    near = margin <= HEADROOM * floor
+    verdict = Verdict.AGREE if near else Verdict.DIVERGE
+    if near:
+        note += ": a near tie, decided by rounding; the tokens after it are not compared"
+    elif reason := noise.lacking(sources):
+        verdict = Verdict.INCONCLUSIVE
+        note += f"; the floor lacks the {noise.main}: {reason}"
     return metric.model_copy(
         update={
-            "verdict": Verdict.AGREE if near else Verdict.DIVERGE,
-            "accepted": "a near tie, decided by rounding" if near else "",
             "step": at + 1,
-            "note": f"first difference at token {at + 1}; top-1/top-2 margin there {margin:.3g}"
-            + (": a near tie, decided by rounding" if near else ""),
+            "note": note,
+            "verdict": verdict,
+            "value": margin,
+            "tolerance": HEADROOM * floor,
+            "minimum_required_tolerance": margin,
+            "floor": floor,
+            "sources": listed(sources),
+            "why_floor": noise.why_floor,
         }
     )
-
-
-def _margin(trace: Trace, index: int, at: int) -> float:
-    margins = trace.arrays[f"margin.{index}"]
-    return float(margins[at]) if at < len(margins) else float(np.inf)
-
-
-def margin_noise(pair: Pair) -> float:
-    """How far the margins of two sides are apart at tokens on which they still agree."""
-    noise = 0.0
-    for other in (pair.subject, pair.referee):
-        if other is None:
-            continue
-        index = 0
-        while (name := f"ids.{index}") in pair.reference.arrays:
-            common = first_difference(other.arrays[name], pair.reference.arrays[name])
-            ours, theirs = (t.arrays[f"margin.{index}"][:common] for t in (other, pair.reference))
-            noise = max(noise, distance(ours, theirs))
-            index += 1
-    return noise

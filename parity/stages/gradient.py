@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from parity.judge.numerics import compare, compare_exact, compare_group
+from parity.judge.compare import compare, compare_exact, compare_group
 from parity.stages.context import Comparison, Context, Pair
 from parity.stages.inputs import common_rows
 from parity.trace import Array, Trace
@@ -38,6 +38,8 @@ class Gradient:
             result.metrics.append(compare_group(f"gradient, {what}", *tensors, noise))
             result.findings += proportional(*tensors, what)
             result.facts |= scale_facts(*tensors, what)
+        if any(recipe.lora.dropout for recipe in context.recipes.values()):
+            result.findings.append("without dropout: its masks are no part of this stage")
         return result
 
     def pairs(self, context: Context) -> Iterator[tuple[Pair, str]]:

@@ -69,18 +69,6 @@ def loss_cases(rng: np.random.Generator, vocabulary: int) -> dict[str, Trace]:
     }
 
 
-def sorted_logits(inputs: Trace) -> Trace:
-    """The same logits with the vocabulary sorted, smallest first, and the targets renamed alike."""
-    logits, ids = inputs.arrays["logits"], inputs.arrays["ids"]
-    # Stable: among equal logits another order is another input on another processor.
-    order = logits.argsort(axis=-1, kind="stable")
-    renamed = ids.copy()
-    # Where the target of each position went: the inverse permutation at that target.
-    renamed[:, 1:] = np.take_along_axis(order.argsort(axis=-1), ids[:, 1:, None], axis=-1)[..., 0]
-    moved = np.take_along_axis(logits, order, axis=-1)
-    return Trace(dict(inputs.arrays, logits=moved, ids=renamed))
-
-
 def common_rows(rng: np.random.Generator, vocabulary: int, lengths: list[int], width: int) -> Trace:
     """Seeded random ids in rows of unequal length, padded with 0.
 

@@ -6,7 +6,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from parity.judge.numerics import Noise, compare, compare_exact
+from parity.judge.compare import compare, compare_exact
+from parity.judge.noise import Noise
 from parity.record import Metric, Verdict
 from parity.stages.context import Comparison, Context, Pair
 from parity.stages.gradient import filled
@@ -35,13 +36,11 @@ class KvCache:
     )
 
     def run(self, context: Context) -> Comparison:
-        """On one path rounding decides, across paths the noise around the reference."""
-        inputs = conversation(context)
-        pair = context.pair("kv_cache", inputs)
+        """On one path and across them alike, what rounding explains is measured on the reference."""
+        pair = context.pair("kv_cache", conversation(context))
         result = Comparison()
         for side, trace in (("subject", pair.subject), ("reference", pair.reference)):
-            moved = context.moved(side, "kv_cache", context.recipes[side], inputs)
-            _within(side, trace, moved, result)
+            _within(side, trace, pair, result)
         _across(pair, result)
         return result
 
@@ -71,20 +70,23 @@ def turn_of(position: int) -> int:
     return int(np.searchsorted(ENDS, position, side="right")) + 1
 
 
-def _within(side: str, trace: Trace, moved: Trace | None, result: Comparison) -> None:
+def _within(side: str, trace: Trace, pair: Pair, result: Comparison) -> None:
     """One path against itself.
 
-    What rounding explains is measured on its logits without a cache: how far they move when the
-    adapter moves by one ulp, and when the forward goes on beyond the prefix.
+    What rounding explains is measured on the reference's logits without a cache, for either side.
     """
     uncached = trace.arrays["uncached"]
+    sources = pair.rounding("uncached")
+    name = f"logits when the forward goes on, {side}"
+    lengthened = trace.arrays["lengthened"]
+    noise = Noise(False, given={name: sources})
+    result.metrics.append(compare(name, lengthened, np.zeros_like(lengthened), noise))
     for mode, what in MODES.items():
         if mode not in trace.arrays:
             result.findings.append(f"{side}: {what}: {trace.scalars['untrimmed']}")
             continue
         at = positions(trace, mode)
-        rounding = {} if moved is None else {mode: moved.arrays["uncached"][at]}
-        noise = Noise(False, perturbed=rounding, own={mode: trace.arrays["lengthened"]})
+        noise = Noise(False, given={mode: sources})
         metric = compare(mode, trace.arrays[mode], uncached[at], noise)
         metric, first = _placed(metric, f"{what}, {side}", trace.arrays[mode], uncached[at], at)
         result.metrics.append(metric)
@@ -137,14 +139,13 @@ def _placed(
     over = ~(gaps <= metric.tolerance)  # not a number is over, too
     first = int(at[over.argmax()])
     turns = {turn_of(int(position)) for position in at[over]}
-    gap = float(gaps[over.argmax()])
+    gap = float(gaps[over.argmax()])  # the value stays the greatest of all
     where = f"turn {turn_of(first)}, position {first}"
     note = (
         f"first off at {where}, by {gap:.3g}, later by up to {np.nanmax(gaps):.3g}; "
         f"{int(over.sum())} of {len(at)} positions in {len(turns)} turns"
     )
-    # The value is that of the place; the minimum required tolerance stays the greatest of all.
-    update = {"name": name, "value": gap, "where": where, "note": note}
+    update = {"name": name, "where": where, "note": note}
     return metric.model_copy(update=update), first
 
 
@@ -156,17 +157,21 @@ def _greedy(name: str, trace: Trace, mode: str, at: Array, metric: Metric) -> Me
     if found.verdict is not Verdict.DIVERGE:
         return found
     top = np.sort(uncached[ours != theirs], axis=-1)
-    margins = top[:, -1] - top[:, -2]
-    # Both of two logits may move by the tolerance.
-    near = bool((margins <= 2 * metric.tolerance).all())
+    margin = float((top[:, -1] - top[:, -2]).max())
+    tolerance = 2 * metric.tolerance  # both of two logits may move
+    near = margin <= tolerance
     where = int(at[(ours != theirs).argmax()])
     place = f"turn {turn_of(where)}, position {where}"
     return found.model_copy(
         update={
             "verdict": Verdict.AGREE if near else Verdict.DIVERGE,
-            "accepted": "near ties, decided by rounding" if near else "",
+            "value": margin,
+            "tolerance": tolerance,
+            "minimum_required_tolerance": margin,
+            "floor": 2 * metric.floor,
+            "sources": metric.sources,
             "where": place,
             "note": f"{int((ours != theirs).sum())} tokens differ, first at {place}; greatest "
-            f"margin {margins.max():.3g}" + (": near ties, decided by rounding" if near else ""),
+            f"margin {margin:.3g}" + (": near ties, decided by rounding" if near else ""),
         }
     )

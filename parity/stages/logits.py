@@ -7,7 +7,8 @@ from typing import ClassVar
 import numpy as np
 
 from parity.errors import MissingCapture
-from parity.judge.numerics import HEADROOM, compare, compare_exact, compare_group, distance
+from parity.judge.compare import compare, compare_exact, compare_group
+from parity.judge.noise import HEADROOM, distance
 from parity.names import each
 from parity.record import Verdict
 from parity.stages.context import Comparison, Context, Pair

@@ -6,7 +6,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from parity.judge.numerics import EPS, compare_exact, compare_group, nothing
+from parity.judge.compare import compare_exact, compare_group, nothing
+from parity.judge.noise import EPS
 from parity.record import Metric, Verdict
 from parity.stages.context import Comparison, Context
 from parity.trace import Array, Trace

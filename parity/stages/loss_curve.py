@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
 
 from parity.errors import CaptureError, Unsupported
-from parity.judge.numerics import compare_exact, compare_group, compare_series, nothing
+from parity.judge import noise as noises
+from parity.judge.compare import compare_exact, compare_group, compare_series, nothing
+from parity.judge.noise import Noise, Sources
 from parity.names import each
 from parity.recipe import Recipe
 from parity.record import Metric, Verdict
@@ -40,10 +44,17 @@ class LossCurve:
             if len(ours) == len(theirs):
                 result.series[name] = (ours - theirs).tolist()
         adapters = a.group("adapter"), b.group("adapter")
-        metric = compare_group("final adapter", *adapters, pair.noise_of("adapter"))
+        noise = pair.noise_of("adapter")
+        metric = compare_group("final adapter", *adapters, noise)
         # Adam turns the sign of a vanishing gradient into a full step, so that across frameworks
-        # single elements of the adapter say little; the loss does not depend on them.
-        result.metrics.append(metric.model_copy(update={"gate": context.exact}))
+        # single elements of the adapter say little: there what it adds to each module counts.
+        result.metrics.append(metric.model_copy(update={"gate": noise.exact}))
+        if not noise.exact:
+            result.metrics.append(final_updates(*adapters, noise))
+        if across(context) and context.recipe.lora.dropout:
+            result.findings.append(
+                "trained without dropout: no two frameworks draw the same masks from a seed"
+            )
         result.metrics.append(self._completion(context, adapters))
         self._shipped(context, result)
         return result
@@ -63,8 +74,8 @@ class LossCurve:
             name="teacher-forced completion loss",
             verdict=Verdict.IDENTICAL if gap == 0 else Verdict.AGREE,
             value=gap,
-            tolerance=float("nan"),
-            minimum_required_tolerance=gap,
+            tolerance=float("inf"),
+            minimum_required_tolerance=gap,  # reported, not judged
             total=1,
             gate=False,
             note=f"subject {losses[0][0]:.4f}, reference {losses[1][0]:.4f}",
@@ -92,6 +103,63 @@ class LossCurve:
             )
 
 
+def final_updates(subject: dict[str, Array], reference: dict[str, Array], noise: Noise) -> Metric:
+    """What the final adapter adds to each module, A·B, compared by its norm in float64.
+
+    The floor is how far the reference's is from that of the float64 run and of the perturbed one, by
+    the same norm; relative to its size, of the module where this is greatest: a module's error is a
+    single draw of what the whole trajectory makes of rounding.
+    """
+    name = "what the final adapter adds to the weights"
+    if subject.keys() != reference.keys():
+        return compare_group(name, subject, reference, noise)
+    ours, theirs = products(subject), products(reference)
+    sizes = {module: float(np.linalg.norm(value)) for module, value in theirs.items()}
+    rounded = theirs if noise.rounded_is_reference else products(noise.rounded)
+    sides = {
+        source: (first, products(getattr(noise, field)))
+        for source, field, first in (
+            (noises.REFEREE, "referee", rounded),
+            (noises.PERTURBED, "perturbed", theirs),
+        )
+    }
+    shares: Sources = {}
+    for source, (first, other) in sides.items():
+        if theirs.keys() <= first.keys() & other.keys():
+            moved = [
+                float(np.linalg.norm(first[m] - other[m])) / sizes[m] for m in theirs if sizes[m]
+            ]
+            shares[source] = np.array(max(moved, default=0.0))
+        else:
+            shares[source] = noise.absent.get(source, "it holds no such adapter")
+    shares[noises.ULP] = np.array(noises.EPS["float32"])
+    given = {
+        m: {s: v if isinstance(v, str) else v * sizes[m] for s, v in shares.items()} for m in theirs
+    }
+    apart = {m: np.array([np.linalg.norm(ours[m] - theirs[m])]) for m in theirs}
+    none = {m: np.zeros(1) for m in theirs}
+    # Being nearer to float64 is no matter of the norm of a difference.
+    return compare_group(name, apart, none, replace(noise, given=given, referee={}))
+
+
+def products(adapter: Mapping[str, Array]) -> dict[str, Array]:
+    """Module → A·B in float64, (in, out); with experts (experts, in, out)."""
+    found = {}
+    for name, value in adapter.items():
+        module, _, side = name.rpartition(".")
+        if side == "lora_a" and f"{module}.lora_b" in adapter:
+            other = adapter[f"{module}.lora_b"].astype(np.float64)
+            found[module] = value.astype(np.float64) @ other
+        elif side not in ("lora_a", "lora_b"):
+            found[name] = value.astype(np.float64)
+    return found
+
+
+def across(context: Context) -> bool:
+    """Whether the two sides are of different frameworks."""
+    return context.frameworks["subject"] != context.frameworks["reference"]
+
+
 def decode_inputs(context: Context, adapter: dict[str, Array]) -> Trace:
     """Prompts and expectation with an adapter."""
     decode = context.recipe.decode
@@ -103,6 +171,7 @@ def aligned_training(context: Context) -> Pair:
     """Both loops from one adapter; on one order of batches where each would draw its own.
 
     Where the sizes of batches differ both are handed the larger ones, which a path cuts to its size.
+    Across frameworks without dropout: its masks come from generators that no two of them share.
     """
     inputs = Trace().with_group("adapter", context.given("lora_init").group("adapter"))
     sizes = {recipe.train.batch_size: recipe.train for recipe in context.recipes.values()}
@@ -118,7 +187,8 @@ def aligned_training(context: Context) -> Pair:
             ),
         )
         inputs = inputs.with_group("batches", batches.arrays)
-    return context.pair("train", inputs)
+    dropout = {"lora.dropout": 0.0} if across(context) else {}
+    return context.pair("train", inputs, dropout)
 
 
 def _shared_batches(context: Context, recipe: Recipe) -> Trace:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from parity.errors import Unsupported
-from parity.judge.numerics import compare_group
+from parity.judge.compare import compare_group
 from parity.record import Verdict
 from parity.stages.context import Comparison, Context
 from parity.trace import Array, Trace

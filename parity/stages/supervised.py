@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from parity.errors import Unsupported
-from parity.judge.numerics import nothing
+from parity.judge.compare import nothing
 from parity.names import each
 from parity.record import Metric, Verdict
 from parity.stages.context import Comparison, Context

@@ -9,6 +9,7 @@ import numpy as np
 
 from parity.names import each
 from parity.paths.hf.live import ids_tensor, to_numpy
+from parity.paths.hf.readback import dtype_name
 from parity.trace import Array, Trace
 
 
@@ -45,11 +46,17 @@ def kv_cache_trace(model: Any, make: Callable[[Any], Any], inputs: Trace) -> Tra
         trace.arrays["positions"], trace.arrays["steps"] = generated(model, make(model), turns)
         layers = list(getattr(cache, "layers", ()))
         trace.scalars = {
+            "dtype": dtype_name(forward_dtype(model, whole)),
             "window": getattr(model.config.get_text_config(), "sliding_window", None),
             "caches": sorted({type(part).__name__ for part in layers or [cache]}),
             "untrimmed": trimmed(trace, model, make(model), turns[: inputs.scalars["trim"] + 1]),
         }
     return trace
+
+
+def forward_dtype(model: Any, ids: Array) -> Any:
+    """The dtype of the model's own logits."""
+    return model(input_ids=ids_tensor(ids[None, :1]), use_cache=False).logits.dtype
 
 
 def _logits(values: Any) -> Array:

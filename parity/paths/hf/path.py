@@ -88,7 +88,9 @@ class HfPath(TorchStages):
         return AutoTokenizer.from_pretrained(resources.model_dir(recipe.model.source))
 
     def load(self, recipe: Recipe) -> Any:
-        """The base model with eager attention: sdpa dropped Gemma 2's soft-capping in 4.57.
+        """The base model with eager attention and experts.
+
+        sdpa dropped Gemma 2's soft-capping in 4.57; grouped products of experts have no float64.
 
         Raises:
             Unsupported: float64 on a device without it.
@@ -104,6 +106,7 @@ class HfPath(TorchStages):
             resources.model_dir(recipe.model.source),
             dtype=dtype,
             attn_implementation="eager",
+            experts_implementation="eager",
             output_loading_info=True,
         )
         # transformers fills them with random numbers and goes on

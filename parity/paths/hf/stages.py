@@ -16,11 +16,11 @@ import numpy as np
 from parity.names import each
 from parity.paths.hf import live as _torch
 from parity.paths.hf import readback
-from parity.paths.hf.kv_cache import kv_cache_trace
+from parity.paths.hf.kv_cache import forward_dtype, kv_cache_trace
 from parity.paths.hf.live import IGNORED, Batch, Loss, to_numpy
 from parity.paths.hf.modules import WatchedGradients, module_outputs, watch
 from parity.paths.hf.observed import calls, seeding
-from parity.paths.hf.work import accumulate, completion_loss, greedy, margins, supervised_positions
+from parity.paths.hf.work import accumulate, completion_loss, greedy, supervised_positions
 from parity.paths.measured import Calls, loop_facts, probing, seed_facts
 from parity.paths.protocol import TrainingPath
 from parity.recipe import Recipe
@@ -230,13 +230,15 @@ class TorchStages(TrainingPath):
             for index, prompt in enumerate(inputs.scalars["prompts"]):
                 start = tokenizer(prompt)["input_ids"]
                 whole = tokenizer(prompt + inputs.scalars["expected"])["input_ids"]
-                ids = greedy(recipe, model, start, tokenizer)
+                cache = self.prompt_cache(model)
+                ids, margins = greedy(recipe, model, start, tokenizer, cache)
                 trace.arrays[f"ids.{index}"] = np.asarray(ids, np.int32)
-                trace.arrays[f"margin.{index}"] = margins(model, start, ids)
+                trace.arrays[f"margin.{index}"] = margins
                 texts.append(tokenizer.decode(ids))
                 losses.append(completion_loss(model, start, whole))
+            dtype = readback.dtype_name(forward_dtype(model, np.array(start)))
         trace.arrays["completion_loss"] = np.asarray(losses, _torch.loss_dtype(recipe))
-        trace.scalars["text"] = texts
+        trace.scalars |= {"text": texts, "dtype": dtype}
         return trace
 
     def config(self, recipe: Recipe, inputs: Trace) -> Trace:

@@ -54,8 +54,14 @@ def supervised_positions(loss_function: Loss, targets: Array) -> Array:
     return np.column_stack([where, arrays["targets"][tuple(where.T)]]).astype(np.int64)
 
 
-def greedy(recipe: Recipe, model: Any, prompt: list[int], tokenizer: Any) -> list[int]:
-    """Ids that `generate` appends to a prompt, an end-of-sequence id included."""
+def greedy(
+    recipe: Recipe, model: Any, prompt: list[int], tokenizer: Any, cache: Any = None
+) -> tuple[list[int], Array]:
+    """Ids that `generate` appends to a prompt, an end-of-sequence id included, and their margins.
+
+    A margin (top-1 minus top-2 logit) is that of the logits which `generate` chose from, so that
+    it has come through the cache.
+    """
     from transformers import GenerationConfig
 
     ids, own = _torch.ids_tensor(np.array([prompt])), model.generation_config.eos_token_id
@@ -67,19 +73,18 @@ def greedy(recipe: Recipe, model: Any, prompt: list[int], tokenizer: Any) -> lis
         max_new_tokens=recipe.decode.max_tokens,
         eos_token_id=tokenizer.eos_token_id if own is None else own,
         pad_token_id=_torch.padding_id(tokenizer),
+        return_dict_in_generate=True,
+        output_logits=True,
     )
-    whole = model.generate(
-        input_ids=ids, attention_mask=ids.new_ones(ids.shape), generation_config=config
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=ids.new_ones(ids.shape),
+        generation_config=config,
+        **({} if cache is None else {"past_key_values": cache}),
     )
-    return [int(token) for token in whole[0, len(prompt) :]]
-
-
-def margins(model: Any, prompt: list[int], ids: list[int]) -> Array:
-    """Top-1 minus top-2 logit at each generated id, from one forward pass."""
-    whole = _torch.ids_tensor(np.array([prompt + ids]))
-    logits = model(input_ids=whole, use_cache=False).logits[0, len(prompt) - 1 : -1]
-    top = logits.float().topk(2).values
-    return to_numpy(top[:, 0] - top[:, 1])
+    top = [to_numpy(logits[0].float().topk(2).values) for logits in output.logits]
+    margins = np.array([first - second for first, second in top], top[0].dtype)
+    return [int(token) for token in output.sequences[0, len(prompt) :]], margins
 
 
 def completion_loss(model: Any, prompt: list[int], whole: list[int]) -> float:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from parity.names import each
-from parity.paths.mlx.live import to_numpy
+from parity.paths.describe import single
+from parity.paths.mlx.live import dtype_name, to_numpy
 from parity.trace import Array, Trace
 
 
@@ -26,8 +27,11 @@ def kv_cache_trace(model: Any, make: Callable[[Any], list[Any]], inputs: Trace) 
     whole = np.concatenate(turns)
     ends = np.cumsum([len(turn) for turn in turns])
 
+    dtypes: set[str] = set()
+
     def forward(ids: Array, cache: list[Any] | None = None) -> Array:
         logits = model(mx.array(ids)[None], **({} if cache is None else {"cache": cache}))
+        dtypes.add(dtype_name(logits.dtype))
         return to_numpy(logits[0].astype(mx.float32))
 
     prefixes = [
@@ -44,6 +48,7 @@ def kv_cache_trace(model: Any, make: Callable[[Any], list[Any]], inputs: Trace) 
     )
     trace.arrays["positions"], trace.arrays["steps"] = generated(model, make(model), turns)
     trace.scalars = {
+        "dtype": single(dtypes),
         "window": getattr(getattr(model, "args", None), "sliding_window", None),
         "caches": sorted({type(entry).__name__ for entry in cache}),
         "untrimmed": trimmed(trace, forward, make(model), turns[: inputs.scalars["trim"] + 1]),

@@ -43,6 +43,11 @@ def to_numpy(array: Any) -> Array:
     return np.array(array)
 
 
+def dtype_name(dtype: Any) -> str:
+    """`bfloat16` of mlx.core.bfloat16."""
+    return str(dtype).removeprefix("mlx.core.")
+
+
 def load_arrays(file: Any) -> dict[str, Any]:
     """The tensors of a safetensors file as mx.arrays."""
     import mlx.core as mx
@@ -183,7 +188,7 @@ def dtype_census(parameters: Any) -> dict[str, int]:
     """Number of elements by dtype."""
     census: dict[str, int] = {}
     for value in flat(parameters).values():
-        name = str(value.dtype).removeprefix("mlx.core.")
+        name = dtype_name(value.dtype)
         census[name] = census.get(name, 0) + int(value.size)
     return census
 
@@ -192,7 +197,7 @@ def activation_census(outputs: list[tuple[str, Any]]) -> dict[str, int]:
     """Number of modules by the dtype of their output, from `module_outputs`."""
     census: dict[str, int] = {}
     for _, value in outputs:
-        name = str(value.dtype).removeprefix("mlx.core.")
+        name = dtype_name(value.dtype)
         census[name] = census.get(name, 0) + 1
     return census
 

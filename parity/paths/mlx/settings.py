@@ -45,13 +45,18 @@ def optimizer_config(recipe: Recipe) -> dict[str, Any]:
 
 
 def one_step(recipe: Recipe) -> Recipe:
-    """A recipe for a single gradient, on which no schedule has any bearing."""
+    """A recipe for a single gradient: before any clip, without a schedule and without dropout.
+
+    The masks of dropout are drawn from generators that no two frameworks share.
+    """
     return recipe.override(
         {
             "train.steps": 1,
             "train.accumulation": 1,
             "optim.schedule": "constant",
             "optim.warmup_steps": 0,
+            "optim.clip": "none",
+            "lora.dropout": 0.0,
         }
     )
 

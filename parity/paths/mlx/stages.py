@@ -6,6 +6,7 @@ import contextlib
 import itertools
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from parity.paths.mlx import modules as _mlx_modules
 from parity.paths.mlx.kv_cache import kv_cache_trace
 from parity.paths.mlx.live import Batch, Setup, to_numpy
 from parity.paths.mlx.observed import calls, seeding
+from parity.paths.mlx.settings import one_step
 from parity.paths.mlx.traces import (
     config_trace,
     cross_entropy_trace,
@@ -131,24 +133,37 @@ class MlxStages(TrainingPath):
         return lora_init_trace(self.setup(recipe).model)
 
     def gradient(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `parity contract gradient`."""
-        import mlx.core as mx
-        import mlx.nn as nn
+        """What one step of the path's own loop hands to its optimizer; without dropout.
 
-        setup = self.setup(recipe, inputs.group("adapter"))
-        model, loss = setup.model.train(), setup.loss
+        Taken outside of the compiled step the same gradient would be made of other kernels. At
+        modules it is taken outside, of the live model and loss: they cannot be seen inside.
+        """
+        import mlx.core as mx
+
+        once = one_step(recipe)
+        setup = replace(self.setup(once, inputs.group("adapter")), clip=None)
         batch = mx.array(inputs.arrays["ids"]), mx.array(inputs.arrays["lengths"])
-        replace, trace = inputs.group("replace"), Trace()
-        if inputs.scalars.get("modules", False) or replace:
-            found = _mlx_modules.gradients(model, loss, batch, replace)
-            value, tokens, gradient = found.loss, found.tokens, found.parameters
+        if inputs.scalars.get("modules", False) or inputs.group("replace"):
+            found = _mlx_modules.gradients(
+                setup.model.train(), setup.loss, batch, inputs.group("replace")
+            )
             trace = watched_trace(found.outputs, found.inputs)
-        else:
-            (value, tokens), gradient = nn.value_and_grad(model, loss)(model, *batch)
-        named = {canonical(k): to_numpy(v) for k, v in _mlx.flat(gradient).items()}
-        trace.arrays |= {"loss": to_numpy(value), "norm": to_numpy(_mlx.gradient_norm(gradient))}
-        trace.scalars["tokens"] = tokens.item()
-        return trace.with_group("gradient", named)
+            norm = _mlx.gradient_norm(found.parameters)
+            trace.arrays |= {"loss": to_numpy(found.loss), "norm": to_numpy(norm)}
+            trace.scalars["tokens"] = found.tokens.item()
+            gradient = {canonical(k): to_numpy(v) for k, v in _mlx.flat(found.parameters).items()}
+            return trace.with_group("gradient", gradient)
+        observer = _mlx.Observer(setup.optimizer, gradients=True)
+        with _mlx.compiled(recipe.train.compile), _mlx.restored_layer_class(setup.model):
+            result = self.loop(once, setup, iter([batch]))
+        trace = Trace(
+            {
+                "loss": np.asarray(result["loss"][0], np.float32),
+                "norm": np.asarray(observer.norm(), np.float32),
+            },
+            {"tokens": result["tokens"][0]},
+        )
+        return trace.with_group("gradient", observer.gradient())
 
     def optimizer_step(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `parity contract optimizer_step`."""
@@ -187,7 +202,10 @@ class MlxStages(TrainingPath):
         def generate(prompt: str) -> Iterator[tuple[int, Any]]:
             ids = mx.array(setup.tokenizer.encode(prompt))
             for token, logprobs in generate_step(
-                ids, setup.model, max_tokens=recipe.decode.max_tokens
+                ids,
+                setup.model,
+                max_tokens=recipe.decode.max_tokens,
+                prompt_cache=self.prompt_cache(setup.model),
             ):
                 yield int(token), logprobs
                 if int(token) in setup.tokenizer.eos_token_ids:

@@ -157,11 +157,12 @@ def decode_trace(
     import mlx.core as mx
     import mlx.nn as nn
 
-    trace, texts, losses = Trace(), [], []
+    trace, texts, losses, dtypes = Trace(), [], [], set()
     for index, prompt in enumerate(inputs.scalars["prompts"]):
         ids, margins = [], []
         for token, logprobs in generate(prompt):
             top = mx.sort(logprobs.astype(mx.float32))[-2:]
+            dtypes.add(_mlx.dtype_name(logprobs.dtype))
             ids.append(token)
             margins.append(float(to_numpy(top[1] - top[0])))
         trace.arrays[f"ids.{index}"] = np.asarray(ids, np.int32)
@@ -174,7 +175,7 @@ def decode_trace(
         loss = nn.losses.cross_entropy(logits, mx.array(whole[common:]), reduction="mean")
         losses.append(loss.item())
     trace.arrays["completion_loss"] = np.asarray(losses, np.float32)
-    trace.scalars["text"] = texts
+    trace.scalars |= {"text": texts, "dtype": single(dtypes)}
     return trace
 
 

@@ -98,8 +98,8 @@ class MlxLmPath(MlxPath):
         losses, observer, _ = self._train(once, inputs.group("adapter"), iter([batch]), True)
         trace = Trace(
             {
-                "loss": np.asarray(losses[0]["train_loss"]),
-                "norm": np.asarray(observer.norm()),
+                "loss": np.asarray(losses[0]["train_loss"], np.float32),
+                "norm": np.asarray(observer.norm(), np.float32),
             },
             {"tokens": int(losses[0]["trained_tokens"])},
         )
@@ -107,7 +107,8 @@ class MlxLmPath(MlxPath):
         if inputs.scalars.get("modules", False):
             seen = super().gradient(recipe, inputs)
             for name, value in seen.group("gradient").items():
-                if not np.array_equal(value, gradient[name]):
+                # On a GPU the compiled step has other kernels, so that bits may differ.
+                if not np.allclose(value, gradient[name], rtol=0, atol=1e-2 * np.abs(value).max()):
                     raise RuntimeError(f"outside of `train` the gradient of {name} is another one")
             trace = Trace({**seen.arrays, **trace.arrays}, seen.scalars | trace.scalars)
         return trace.with_group("gradient", gradient)

@@ -1,16 +1,14 @@
 import numpy as np
 import pytest
 
-from parity.judge.numerics import (
-    HEADROOM,
-    Noise,
+from parity.judge.compare import (
     compare,
     compare_exact,
     compare_group,
     compare_series,
-    perturb,
     side_off,
 )
+from parity.judge.noise import HEADROOM, Noise, perturb
 from parity.record import Verdict, worst
 
 RNG = np.random.default_rng(0)

@@ -1,104 +1,17 @@
-"""Distances between arrays, and what rounding alone explains of them.
-
-The floor of a tensor is the greatest of four measured things: how far the reference itself is
-from the float64 referee, how far it moves when its input moves by one ulp, how much a sum over the
-vocabulary depends on its order (`stages/noise.py`), and one ulp of the
-tensor's own magnitude. The tolerance is `HEADROOM` times the floor.
-"""
+"""Distances between arrays, judged bit for bit or under a noise floor."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from parity.judge.noise import EPS, HEADROOM, Noise, Sources, distance, largest, listed
 from parity.record import Metric, Verdict
 from parity.trace import Array, first_difference
 
-HEADROOM = 8.0
-"""How many floors a clean cell may be off. The three sources are single draws of an error whose
-other draw is the subject's own rounding; `reports/calibration.md` shows the distribution."""
-
-EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
-"""Distance from 1 to the next number of a dtype."""
-
-
 NEARER = "the subject is nearer to float64 than the reference"
-
-LOGARITHMS = ("loss", "token_loss", "completion_loss")
-
-
-@dataclass(frozen=True)
-class Noise:
-    """What is known of the rounding around a reference.
-
-    Attributes:
-        exact: Bits must be equal; the rest then only explains.
-        referee: The same quantities in float64, by name; may be empty.
-        perturbed: The reference with its input moved by one ulp, by name; may be empty.
-        own: How far each element of the subject moves under the same perturbation, by name. Asked for
-            in half precision only, where the two sides round in different places.
-        reduction: How much a sum over the vocabulary depends on its order: absolute for what is a
-            logarithm of it (losses), relative for what is divided by it (gradients).
-    """
-
-    exact: bool
-    referee: Mapping[str, Array] = field(default_factory=dict)
-    perturbed: Mapping[str, Array] = field(default_factory=dict)
-    own: Mapping[str, Array] = field(default_factory=dict)
-    reduction: float = 0.0
-
-    def summed(self, name: str, reference: Array) -> Array:
-        """What the order of the sum over the vocabulary explains, elementwise."""
-        if name in LOGARITHMS:
-            return np.full(reference.shape, self.reduction)
-        return self.reduction * np.abs(reference)
-
-    def floor(self, name: str, reference: Array) -> float:
-        """The noise floor of one tensor."""
-        floor = precision(reference) * float(np.max(np.abs(reference), initial=0.0))
-        floor = max(floor, float(np.max(self.summed(name, reference), initial=0.0)))
-        for other in (self.referee.get(name), self.perturbed.get(name)):
-            if other is not None and other.shape == reference.shape:
-                floor = max(floor, distance(reference, other))
-        return max(floor, float(np.max(self.own.get(name, 0.0), initial=0.0)))
-
-
-def precision(array: Array) -> float:
-    """Distance from 1 to the next number of the dtype that the values were computed in.
-
-    Half precision travels as float32 (exact), so the values tell: if none uses a digit that bfloat16
-    or float16 lacks, one of these is where they come from.
-    """
-    if array.dtype == np.float16:
-        return EPS["float16"]
-    if array.dtype == np.float32 and array.size > 1:
-        if not (np.ascontiguousarray(array).view(np.uint32) & 0xFFFF).any():
-            return EPS["bfloat16"]
-        with np.errstate(over="ignore"):
-            if np.array_equal(array, array.astype(np.float16)):
-                return EPS["float16"]
-    return EPS["float32"]
-
-
-def distance(a: Array, b: Array) -> float:
-    """Greatest absolute difference, in float64."""
-    if a.size == 0:
-        return 0.0
-    with np.errstate(invalid="ignore"):  # infinities on both sides
-        return float(np.max(np.abs(a.astype(np.float64) - b.astype(np.float64))))
-
-
-def perturb(array: Array, rng: np.random.Generator, dtype: str = "float32") -> Array:
-    """Every element moved by one ulp of `dtype`, up or down at random; integers and bools stay."""
-    if not np.issubdtype(array.dtype, np.floating):
-        return array
-    values = array.astype(np.float64)
-    # The exponent is read, not computed: a logarithm rounds otherwise in another library.
-    binade = np.where(values == 0, 0.0, np.ldexp(1.0, np.frexp(values)[1] - 1))
-    signs = np.where(rng.random(array.shape) < 0.5, -1.0, 1.0)
-    return np.asarray(values + signs * binade * EPS[dtype], array.dtype)
 
 
 def compare_exact(name: str, subject: Array, reference: Array, note: str = "") -> Metric:
@@ -114,7 +27,7 @@ def compare_exact(name: str, subject: Array, reference: Array, note: str = "") -
             verdict=Verdict.DIVERGE,
             value=float(total),
             tolerance=0.0,
-            minimum_required_tolerance=float(total),
+            minimum_required_tolerance=float("inf"),
             mismatched=total,
             total=total,
             where=f"{name} [{lead}]",
@@ -185,7 +98,6 @@ def compare_group(
             "name": name,
             "mismatched": sum(metric.mismatched for metric in metrics),
             "total": sum(metric.total for metric in metrics),
-            "minimum_required_tolerance": max(m.minimum_required_tolerance for m in metrics),
         }
     )
 
@@ -207,24 +119,16 @@ def _tensor(name: str, subject: Array, reference: Array, noise: Noise) -> Metric
     difference = np.abs(subject.astype(np.float64) - reference.astype(np.float64))
     value = float(difference.max(initial=0.0))
     index = np.unravel_index(int(difference.argmax()), difference.shape) if value else ()
-    floor = noise.floor(name, reference)
+    sources = noise.sources(name, reference)
+    floor = largest(sources)
     tolerance = 0.0 if noise.exact else HEADROOM * floor
-    referee = noise.referee.get(name)
-    errors: tuple[float | None, float | None] = (None, None)
-    if referee is not None and referee.shape == reference.shape:
-        errors = distance(subject, referee), distance(reference, referee)
-    verdict, accepted = Verdict.DIVERGE, ""
-    if value == 0:
-        verdict = Verdict.IDENTICAL
-    elif value <= tolerance:
-        verdict = Verdict.AGREE
-    elif not noise.exact and None not in errors and errors[0] <= errors[1]:  # type: ignore[operator]
-        verdict, accepted = Verdict.AGREE, NEARER
+    errors = _errors(name, subject, reference, noise)
+    nearer = _may_be_nearer(noise, errors) and errors[0] <= errors[1]  # type: ignore[operator]
     scale = np.abs(reference.astype(np.float64))
     relative = float((difference / np.where(scale == 0, np.inf, scale)).max(initial=0.0))
+    judged = _judged(value, tolerance, value > tolerance and not nearer, noise, sources)
     return Metric(
         name=name,
-        verdict=verdict,
         value=value,
         tolerance=tolerance,
         minimum_required_tolerance=value,
@@ -235,10 +139,52 @@ def _tensor(name: str, subject: Array, reference: Array, noise: Noise) -> Metric
         where=f"{name} {_at(index)}".strip() if value else "",
         error_subject=errors[0],
         error_reference=errors[1],
-        off=side_off(*errors, floor) if verdict is Verdict.DIVERGE else "",
-        accepted=accepted,
-        note=accepted,
+        off=side_off(*errors, floor) if judged["verdict"] is Verdict.DIVERGE else "",
+        accepted=NEARER if judged["verdict"] is Verdict.AGREE and value > tolerance else "",
+        **judged,
     )
+
+
+def _errors(
+    name: str, subject: Array, reference: Array, noise: Noise
+) -> tuple[float | None, float | None]:
+    """How far either side is from the float64 referee."""
+    referee = noise.referee.get(name)
+    if referee is None or referee.shape != reference.shape:
+        return None, None
+    return distance(subject, referee), distance(reference, referee)
+
+
+def _may_be_nearer(noise: Noise, errors: tuple[float | None, float | None]) -> bool:
+    """Whether being nearer to float64 than the reference excuses a subject.
+
+    Only where the float64 run is the reference's own implementation: else the reference may be off
+    for another reason than rounding.
+    """
+    return not noise.exact and noise.rounded_is_reference and None not in errors
+
+
+def _judged(
+    value: float, tolerance: float, over: bool, noise: Noise, sources: Sources
+) -> dict[str, Any]:
+    """Verdict, note and the sources of a floor.
+
+    What would diverge while the floor lacks its main source is inconclusive: that source might
+    explain the difference.
+    """
+    verdict, note = Verdict.AGREE, ""
+    if value == 0 and not over:
+        verdict = Verdict.IDENTICAL
+    elif over and not noise.exact and (reason := noise.lacking(sources)):
+        verdict, note = Verdict.INCONCLUSIVE, f"the floor lacks the {noise.main}: {reason}"
+    elif over:
+        verdict = Verdict.DIVERGE
+    return {
+        "verdict": verdict,
+        "note": note,
+        "sources": listed(sources),
+        "why_floor": noise.why_floor,
+    }
 
 
 def side_off(subject: float | None, reference: float | None, floor: float) -> str:
@@ -294,33 +240,27 @@ def compare_series(name: str, subject: Array, reference: Array, noise: Noise) ->
                 }
             )
     difference = np.abs(subject.astype(np.float64) - reference.astype(np.float64))
-    floors = np.maximum(EPS["float32"] * np.abs(reference), noise.summed(name, reference))
-    for other in (noise.referee.get(name), noise.perturbed.get(name)):
-        if other is not None and len(other) == len(reference):
-            floors = np.maximum(floors, np.abs(other.astype(np.float64) - reference))
-    if len(own := noise.own.get(name, np.zeros(0))) == len(reference):
-        floors = np.maximum(floors, own)
-    floors = np.maximum.accumulate(floors)
+    sources = noise.sources(name, reference)
+    measured = [value for value in sources.values() if not isinstance(value, str)]
+    floors = np.maximum.accumulate(np.max(measured, axis=0))
     tolerances = np.zeros_like(floors) if noise.exact else HEADROOM * floors
     over = difference > tolerances
-    referee = noise.referee.get(name)
-    errors: tuple[float | None, float | None] = (None, None)
-    if referee is not None and len(referee) == len(reference):
-        errors = distance(subject, referee), distance(reference, referee)
-        if not noise.exact:  # a subject that is nearer to float64 than the reference is not off
-            over &= np.abs(subject - referee) > np.abs(reference - referee)
+    errors = _errors(name, subject, reference, noise)
+    if _may_be_nearer(noise, errors):
+        referee = noise.referee[name]
+        over &= np.abs(subject - referee) > np.abs(reference - referee)
     steps = np.flatnonzero(over)
-    ratio = difference / np.where(floors == 0, np.inf, floors)
-    place = int((difference if noise.exact else ratio).argmax())
-    verdict = Verdict.DIVERGE if steps.size else Verdict.AGREE
-    if not difference.any():
-        verdict = Verdict.IDENTICAL
+    # The step furthest over its tolerance, of those that count.
+    counted = np.where(over, difference, -1.0) if steps.size else difference
+    place = int((counted if noise.exact else counted / np.maximum(floors, 1e-300)).argmax())
+    value, tolerance = float(difference[place]), float(tolerances[place])
+    judged = _judged(float(difference.max()), tolerance, bool(steps.size), noise, sources)
+    diverges = judged["verdict"] is Verdict.DIVERGE
     return Metric(
         name=name,
-        verdict=verdict,
-        value=float(difference[place]),
-        tolerance=float(tolerances[place]),
-        minimum_required_tolerance=float(difference.max()),
+        value=value,
+        tolerance=tolerance,
+        minimum_required_tolerance=value,
         floor=float(floors[place]),
         relative=float((difference / np.maximum(np.abs(reference), 1e-30)).max()),
         mismatched=int(np.count_nonzero(difference)),
@@ -329,10 +269,9 @@ def compare_series(name: str, subject: Array, reference: Array, noise: Noise) ->
         step=int(steps[0]) + 1 if steps.size else None,
         error_subject=errors[0],
         error_reference=errors[1],
-        off=side_off(*errors, float(floors.max())) if steps.size else "",
-        accepted=NEARER
-        if verdict is Verdict.AGREE and difference[place] > tolerances[place]
-        else "",
+        off=side_off(*errors, float(floors.max())) if diverges else "",
+        accepted=NEARER if judged["verdict"] is Verdict.AGREE and value > tolerance else "",
+        **judged,
     )
 
 
