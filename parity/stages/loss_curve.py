@@ -168,10 +168,19 @@ def decode_inputs(context: Context, adapter: dict[str, Array]) -> Trace:
 
 
 def aligned_training(context: Context) -> Pair:
-    """Both loops from one adapter; on one order of batches where each would draw its own.
+    """Both loops from one adapter; on one order of batches where each would draw its own."""
+    return context.pair("train", aligned_inputs(context), aligned_changes(context))
+
+
+def aligned_changes(context: Context) -> dict[str, float]:
+    """No dropout across frameworks: its masks come from generators that no two of them share."""
+    return {"lora.dropout": 0.0} if across(context) else {}
+
+
+def aligned_inputs(context: Context) -> Trace:
+    """What both loops are handed: the adapter, and batches where each would draw its own.
 
     Where the sizes of batches differ both are handed the larger ones, which a path cuts to its size.
-    Across frameworks without dropout: its masks come from generators that no two of them share.
     """
     inputs = Trace().with_group("adapter", context.given("lora_init").group("adapter"))
     sizes = {recipe.train.batch_size: recipe.train for recipe in context.recipes.values()}
@@ -187,8 +196,7 @@ def aligned_training(context: Context) -> Pair:
             ),
         )
         inputs = inputs.with_group("batches", batches.arrays)
-    dropout = {"lora.dropout": 0.0} if across(context) else {}
-    return context.pair("train", inputs, dropout)
+    return inputs
 
 
 def _shared_batches(context: Context, recipe: Recipe) -> Trace:

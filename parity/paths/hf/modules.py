@@ -30,35 +30,77 @@ def watchable(model: Any) -> dict[str, Any]:
     }
 
 
+@dataclass
+class ModuleCalls:
+    """What was observed of one forward pass.
+
+    `events` are ("in" or "out", name) in their order: a module's first argument, its output. `present`
+    are the names of all modules that the model has, `called` of those that were called.
+    """
+
+    present: list[str] = field(default_factory=list)
+    called: list[str] = field(default_factory=list)
+    events: list[tuple[str, str]] = field(default_factory=list)
+    inputs: dict[str, Any] = field(default_factory=dict)
+    outputs: dict[str, Any] = field(default_factory=dict)
+
+
 @contextlib.contextmanager
 def module_outputs(
-    model: Any, wanted: bool, replace: Mapping[str, Array] | None = None
-) -> Iterator[dict[str, Any]]:
-    """Collects name → output of every module, if wanted, in the order of returns.
+    model: Any,
+    wanted: bool,
+    replace: Mapping[str, Array] | None = None,
+    replace_inputs: Mapping[str, Array] | None = None,
+) -> Iterator[ModuleCalls]:
+    """Collects copies of the first argument and the output of every module, if wanted.
 
-    Outputs of modules named in `replace` are replaced.
+    Outputs of modules named in `replace`, and arguments of those in `replace_inputs`, are replaced.
     """
     import torch
 
-    seen: dict[str, Any] = {}
+    seen = ModuleCalls(list(watchable(model)))
+    calls: Counter[str] = Counter()
 
-    def keep(name: str) -> Callable[..., Any]:
+    def kept(
+        event: str, name: str, tensor: Any, given: Mapping[str, Array], group: dict[str, Any]
+    ) -> Any:
+        if name in given and tensor.shape == given[name].shape:
+            tensor = torch.as_tensor(given[name]).to(tensor)
+        # A copy: a model may go on with `hidden_states *= scale`.
+        group[name] = tensor.detach().clone()
+        seen.events.append((event, name))
+        return tensor
+
+    def before(name: str) -> Callable[..., Any]:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            calls[name] += 1
+            seen.called.append(called(name, calls[name]))
+            first = args[0] if args else kwargs.get("hidden_states")
+            if not isinstance(first, torch.Tensor) or not first.is_floating_point():
+                return None
+            key = called(name, calls[name])
+            first = kept("in", key, first, replace_inputs or {}, seen.inputs)
+            return (
+                ((first, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": first})
+            )
+
+        return hook
+
+    def after(name: str) -> Callable[..., Any]:
         def hook(module: Any, arguments: Any, output: Any) -> Any:
             first = output[0] if isinstance(output, tuple) else output
             if not isinstance(first, torch.Tensor):
                 return None
-            if replace and name in replace and first.shape == replace[name].shape:
-                first = torch.as_tensor(replace[name]).to(first)
-                output = (first, *output[1:]) if isinstance(output, tuple) else first
-            seen[name] = first
-            return output
+            key = called(name, calls[name])
+            first = kept("out", key, first, replace or {}, seen.outputs)
+            return (first, *output[1:]) if isinstance(output, tuple) else first
 
         return hook
 
-    handles = [
-        module.register_forward_hook(keep(name))
-        for name, module in (watchable(model).items() if wanted or replace else ())
-    ]
+    handles = []
+    for name, module in watchable(model).items() if wanted or replace or replace_inputs else ():
+        handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+        handles.append(module.register_forward_hook(after(name)))
     try:
         yield seen
     finally:

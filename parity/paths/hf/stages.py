@@ -128,14 +128,25 @@ class TorchStages(TrainingPath):
         watched = inputs.scalars.get("modules", False)
         with self.pristine(recipe) as model, torch.no_grad():
             for index, ids in enumerate(each(inputs.arrays, "ids")):
-                with module_outputs(model, watched, inputs.group("replace")) as seen:
+                replace = inputs.group("replace"), inputs.group("replace_input")
+                with module_outputs(model, watched, *replace) as seen:
                     logits = model(input_ids=_torch.ids_tensor(ids), use_cache=False).logits
                 trace.scalars["dtype"] = readback.dtype_name(logits.dtype)
                 trace.arrays[f"logits.{index}"] = to_numpy(logits.float())
-                for name, value in seen.items() if watched else ():
-                    trace.arrays[f"module.{index}/{name}"] = to_numpy(value.float())
-                if watched:
-                    trace.scalars["order"] = list(seen)
+                if not watched:
+                    continue
+                groups = {"module": seen.outputs}
+                if inputs.scalars.get("inputs", False):
+                    groups["input"] = seen.inputs
+                for group, values in groups.items():
+                    for name, value in values.items():
+                        trace.arrays[f"{group}.{index}/{name}"] = to_numpy(value.float())
+                trace.scalars["order"] = list(seen.outputs)
+                trace.scalars |= {
+                    "events": seen.events,
+                    "called": seen.called,
+                    "present": seen.present,
+                }
         return trace
 
     def cross_entropy(self, recipe: Recipe, inputs: Trace) -> Trace:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -193,10 +193,10 @@ def dtype_census(parameters: Any) -> dict[str, int]:
     return census
 
 
-def activation_census(outputs: list[tuple[str, Any]]) -> dict[str, int]:
+def activation_census(outputs: Iterable[Any]) -> dict[str, int]:
     """Number of modules by the dtype of their output, from `module_outputs`."""
     census: dict[str, int] = {}
-    for _, value in outputs:
+    for value in outputs:
         name = dtype_name(value.dtype)
         census[name] = census.get(name, 0) + 1
     return census

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from parity.names import LOGITS, called, canonical
@@ -16,8 +16,18 @@ Tap = Callable[[str, Any], Any]
 """Is given a name and an array, and gives the array that takes its place."""
 
 
+def watchable(model: Any) -> dict[int, str]:
+    """Identity → canonical name of each module, without what stands inside a LoRA module."""
+    modules = dict(model.named_modules())
+    inside = tuple(f"{name}." for name, module in modules.items() if hasattr(module, "lora_a"))
+    names = {id(m): canonical(n) for n, m in modules.items() if n and not n.startswith(inside)}
+    return names | {id(model): LOGITS}
+
+
 @contextlib.contextmanager
-def tapped(model: Any, output: Tap, argument: Tap | None = None) -> Iterator[None]:
+def tapped(
+    model: Any, output: Tap, argument: Tap | None = None, called_names: list[str] | None = None
+) -> Iterator[None]:
     """Passes each module's output, and its first argument if wanted, through a function.
 
     Names are canonical, further calls of one module get `#2`, `#3`; what the whole model returns is
@@ -28,10 +38,7 @@ def tapped(model: Any, output: Tap, argument: Tap | None = None) -> Iterator[Non
     """
     import mlx.core as mx
 
-    modules = dict(model.named_modules())
-    inside = tuple(f"{name}." for name, module in modules.items() if hasattr(module, "lora_a"))
-    names = {id(m): canonical(n) for n, m in modules.items() if n and not n.startswith(inside)}
-    names[id(model)] = LOGITS
+    names = watchable(model)
     calls: Counter[str] = Counter()
     originals: dict[type, Any] = {}
 
@@ -45,6 +52,8 @@ def tapped(model: Any, output: Tap, argument: Tap | None = None) -> Iterator[Non
                 return original(self, *args, **kwargs)
             calls[name] += 1
             name = called(name, calls[name])
+            if called_names is not None:
+                called_names.append(name)
             if argument and args and floats(args[0]):
                 args = (argument(name, args[0]), *args[1:])
             result = original(self, *args, **kwargs)
@@ -54,7 +63,7 @@ def tapped(model: Any, output: Tap, argument: Tap | None = None) -> Iterator[Non
 
         return call
 
-    for module in modules.values():
+    for _, module in model.named_modules():
         kind = type(module)
         if kind not in originals and "__call__" in vars(kind):
             originals[kind] = kind.__call__
@@ -67,27 +76,50 @@ def tapped(model: Any, output: Tap, argument: Tap | None = None) -> Iterator[Non
             kind.__call__ = original
 
 
+@dataclass
+class ModuleCalls:
+    """What was observed of one forward pass.
+
+    `events` are ("in" or "out", name) in their order: a module's first argument, its output. `present`
+    are the names of all modules that the model has, `called` of those that were called.
+    """
+
+    present: list[str] = field(default_factory=list)
+    called: list[str] = field(default_factory=list)
+    events: list[tuple[str, str]] = field(default_factory=list)
+    inputs: dict[str, Any] = field(default_factory=dict)
+    outputs: dict[str, Any] = field(default_factory=dict)
+
+
 @contextlib.contextmanager
 def module_outputs(
-    model: Any, replace: Mapping[str, Array] | None = None
-) -> Iterator[list[tuple[str, Any]]]:
-    """Collects (name, output) of every module in the order of calls.
+    model: Any,
+    replace: Mapping[str, Array] | None = None,
+    replace_inputs: Mapping[str, Array] | None = None,
+) -> Iterator[ModuleCalls]:
+    """Collects copies of the first argument and the output of every module, in the order of calls.
 
-    Outputs of modules named in `replace` are replaced.
+    Outputs of modules named in `replace`, and arguments of those in `replace_inputs`, are replaced.
     """
     import mlx.core as mx
 
-    seen: list[tuple[str, Any]] = []
+    seen = ModuleCalls(present=[n for n in watchable(model).values() if n != LOGITS])
 
-    def keep(name: str, array: Any) -> Any:
-        if name == LOGITS:
+    def tap(event: str, kept: dict[str, Any], given: Mapping[str, Array]) -> Tap:
+        def keep(name: str, array: Any) -> Any:
+            if name == LOGITS:
+                return array
+            if name in given and array.shape == given[name].shape:
+                array = mx.array(given[name]).astype(array.dtype)
+            # Another array object: `h *= scale` in a model changes the one that it was handed.
+            kept[name] = mx.array(array)
+            seen.events.append((event, name))
             return array
-        if replace and name in replace and array.shape == replace[name].shape:
-            array = mx.array(replace[name]).astype(array.dtype)
-        seen.append((name, array))
-        return array
 
-    with tapped(model, keep):
+        return keep
+
+    output = tap("out", seen.outputs, replace or {})
+    with tapped(model, output, tap("in", seen.inputs, replace_inputs or {}), seen.called):
         yield seen
 
 

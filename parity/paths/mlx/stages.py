@@ -108,20 +108,26 @@ class MlxStages(TrainingPath):
 
         model, _ = self.base(recipe)
         trace = Trace(scalars={"dtype": recipe.model.dtype})
-        replace = inputs.group("replace")
+        replace = inputs.group("replace"), inputs.group("replace_input")
         watched = inputs.scalars.get("modules", False)
         for index, ids in enumerate(each(inputs.arrays, "ids")):
             with contextlib.ExitStack() as stack:
-                seen: list[tuple[str, Any]] = []
-                if watched or replace:
-                    seen = stack.enter_context(_mlx_modules.module_outputs(model, replace))
+                seen = None
+                if watched or any(replace):
+                    seen = stack.enter_context(_mlx_modules.module_outputs(model, *replace))
                 logits = model(mx.array(ids))
             trace.scalars["dtype"] = str(logits.dtype).removeprefix("mlx.core.")
             trace.arrays[f"logits.{index}"] = to_numpy(logits.astype(mx.float32))
-            if watched:
-                for name, value in seen:
-                    trace.arrays[f"module.{index}/{name}"] = to_numpy(value.astype(mx.float32))
-                trace.scalars["order"] = list(dict.fromkeys(name for name, _ in seen))
+            if not watched or seen is None:
+                continue
+            groups = {"module": seen.outputs}
+            if inputs.scalars.get("inputs", False):
+                groups["input"] = seen.inputs
+            for group, values in groups.items():
+                for name, value in values.items():
+                    trace.arrays[f"{group}.{index}/{name}"] = to_numpy(value.astype(mx.float32))
+            trace.scalars["order"] = list(seen.outputs)
+            trace.scalars |= {"events": seen.events, "called": seen.called, "present": seen.present}
         return trace
 
     def cross_entropy(self, recipe: Recipe, inputs: Trace) -> Trace:

@@ -234,7 +234,7 @@ def _activations(setup: Setup, ids: Array) -> dict[str, int]:
 
     with _mlx_modules.module_outputs(setup.model) as seen:
         setup.model(mx.array(ids[:1, :-1]))
-    return _mlx.activation_census(seen)
+    return _mlx.activation_census(seen.outputs.values())
 
 
 def supervised_positions(loss_function: Loss, ids: Array, lengths: Array) -> Array:

@@ -229,7 +229,7 @@ class UnslothPath(MlxPath):
         with _mlx_modules.module_outputs(setup.model) as seen:
             run = self._run(once, setup, list(itertools.islice(setup.iterate(), 1)))
         setup.facts |= {
-            "dtype.activations": _mlx.activation_census(seen),
+            "dtype.activations": _mlx.activation_census(seen.outputs.values()),
             "clip.mode": kind,
             "clip.value": limit,
             "seed.placement": placement,

@@ -1,0 +1,214 @@
+"""The `mlx` path with faults between modules, in the loop and in the seed, for the tests of the search."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+from parity.paths.mlx.path import MlxPath
+from tests.planted_paths import Planted
+
+
+class Reloaded(MlxPath):
+    """Its model is changed after loading, and loaded afresh each time."""
+
+    def base(self, recipe):
+        self._loaded = {}
+        return super().base(recipe)
+
+    def load(self, recipe):
+        model, tokenizer = super().load(recipe)
+        self.plant(model)
+        return model, tokenizer
+
+
+class EmbeddingScale(Reloaded):
+    """What comes out of the embedding is multiplied by 4 where 8 is right."""
+
+    name = "embedding-scale"
+
+    def plant(self, model):
+        model.model.args.hidden_size = 16
+
+
+class SkippedNorm(Reloaded):
+    """Layer 7 never calls the norm behind its attention."""
+
+    name = "skipped-norm"
+
+    def plant(self, model):
+        kind = type(model.layers[7])
+
+        class Skips(kind):
+            def __call__(self, x, mask=None, cache=None):
+                h = x + self.self_attn(self.input_layernorm(x), mask, cache)
+                r = self.mlp(self.pre_feedforward_layernorm(h))
+                return h + self.post_feedforward_layernorm(r)
+
+        model.layers[7].__class__ = Skips
+
+
+class AttentionProduct(Reloaded):
+    """Layer 5 scales its attention by 2 % too much; none of its modules is wrong."""
+
+    name = "attention-product"
+
+    def plant(self, model):
+        model.layers[5].self_attn.scale *= 1.02
+
+
+class OtherActivation(Reloaded):
+    """Every MLP uses silu where the configuration says gelu with tanh."""
+
+    name = "other-activation"
+
+    def plant(self, model):
+        import mlx.nn as nn
+
+        kind = type(model.layers[0].mlp)
+
+        class Silu(kind):
+            def __call__(self, x):
+                return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+        for layer in model.layers:
+            layer.mlp.__class__ = Silu
+
+
+class ShortWindow(Reloaded):
+    """Its sliding layers see 8 positions where the configuration says 64."""
+
+    name = "short-window"
+
+    def plant(self, model):
+        model.model.window_size = 8
+
+
+class Harmless(Reloaded):
+    """Layer 3 doubles what a norm undoes; only the row in layer 9 reaches the logits."""
+
+    name = "harmless"
+
+    def plant(self, model):
+        import mlx.core as mx
+
+        model.layers[3].mlp.up_proj.weight = 2 * model.layers[3].mlp.up_proj.weight
+        up = model.layers[9].mlp.up_proj
+        rows = mx.arange(up.weight.shape[0])[:, None]
+        up.weight = mx.where(rows == 3, 1.5 * up.weight, up.weight)
+
+
+class OtherBatches(MlxPath):
+    """The loop leaves out the third batch."""
+
+    name = "other-batches"
+
+    def loop(self, recipe, setup, batches):
+        kept = (batch for at, batch in enumerate(batches) if at != 2)
+        return super().loop(recipe, setup, kept)
+
+
+class LateLoss(MlxPath):
+    """Each step reports the loss of the step before; what is trained is right."""
+
+    name = "late-loss"
+
+    def loop(self, recipe, setup, batches):
+        result = super().loop(recipe, setup, batches)
+        result["loss"] = [result["loss"][0], *result["loss"][:-1]]
+        return result
+
+
+class LoopGradient(MlxPath):
+    """The loop's gradient is 2 % too large; the loss alone gives the right one."""
+
+    name = "loop-gradient"
+
+    def loop(self, recipe, setup, batches):
+        from dataclasses import replace
+
+        from tests.planted_paths import louder
+
+        inner, loud = setup.loss, louder(1.02)
+
+        def loss(model, ids, lengths):
+            value, tokens = inner(model, ids, lengths)
+            return loud(value), tokens
+
+        return super().loop(recipe, replace(setup, loss=loss), batches)
+
+
+class LoopDecay(MlxPath):
+    """After its second step the loop shrinks the adapter; the optimizer alone is right."""
+
+    name = "loop-decay"
+
+    def loop(self, recipe, setup, batches):
+        inner, calls = setup.optimizer.apply_gradients, itertools.count(1)
+
+        def apply_gradients(gradient, parameters):
+            from mlx.utils import tree_map
+
+            moved = inner(gradient, parameters)
+            return tree_map(lambda w: 0.99 * w, moved) if next(calls) == 2 else moved
+
+        setup.optimizer.apply_gradients = apply_gradients
+        with_compile = recipe.override({"train.compile": False})
+        import mlx.core as mx
+
+        mx.disable_compile()  # a compiled step would be traced once, and counted once
+        try:
+            return super().loop(with_compile, setup, batches)
+        finally:
+            mx.enable_compile()
+
+
+class NoSeed(MlxPath):
+    """Always the same seed, whatever is asked."""
+
+    name = "no-seed"
+
+    def seed(self, recipe):
+        super().seed(recipe.override({"seed.value": 11, "seed.data": None}))
+
+
+class Restless(MlxPath):
+    """Draws on from wherever the generators of its process stand."""
+
+    name = "restless"
+
+    def seed(self, recipe):
+        import time
+
+        super().seed(recipe.override({"seed.value": time.time_ns() % 2**31, "seed.data": None}))
+
+
+class NoLoss(MlxPath):
+    """Its loss is 1 % too large, and cannot be handed to any other loop."""
+
+    name = "no-loss"
+
+    def loss(self, recipe):
+        caller = sys._getframe(1).f_locals.get("self")
+        if type(caller).__name__ == "Hybrid" and caller.donors.get("loss") is self:
+            raise RuntimeError("this loss works at home only")
+        inner = super().loss(recipe)
+
+        def louder(model, batch, lengths):
+            loss, tokens = inner(model, batch, lengths)
+            return 1.01 * loss, tokens
+
+        return louder
+
+
+__all__ = ["Planted"]
+
+
+class DefaultTheta(Reloaded):
+    """All layers turn with theta 10000, as where the configuration's is not found."""
+
+    name = "default-theta"
+
+    def plant(self, model):
+        for layer in model.layers:
+            layer.self_attn.rope.base = 10_000.0
