@@ -22,7 +22,7 @@ def locate(engine: Engine, cell: Cell, record: Record) -> Place:
         if cell.stage.name == "gradient":
             return backward(context)
         if cell.stage.name == "loss_curve":
-            return step(context, record)
+            return step(context)
     except (Unsupported, CaptureError, UnmatchedNames, KeyError) as error:
         return Place(f"the place could not be named: {error}")
     return Place()

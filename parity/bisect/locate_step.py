@@ -1,44 +1,422 @@
-"""The first divergent training step, and which half of it."""
+"""The first divergent training step, and which part of it is the first to differ.
+
+Compared in this order: the batches, the loss reported against the loss of that step's weights, the
+gradient of every micro-batch, what the loop makes of it, the clip, the update, the adapter after the
+step. Only the first that differs is named; what could not be compared is said.
+"""
 
 from __future__ import annotations
 
-from parity.bisect.place import Place, differs
-from parity.judge.compare import compare_group
-from parity.record import Record, Verdict
-from parity.stages.context import Context
-from parity.stages.loss_curve import aligned_training
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from parity.bisect.pattern import tensors
+from parity.bisect.place import Place, differs, how_much
+from parity.errors import CaptureError, UnmatchedNames, Unsupported
+from parity.judge.numerics import EPS, HEADROOM, compare_group, compare_series
+from parity.record import Metric
+from parity.stages.context import Context, Pair
+from parity.stages.loss_curve import aligned_inputs
 from parity.trace import Array, Trace
 
+SIDES = ("subject", "reference")
+PLAIN = {
+    "optim.name": "sgd", "optim.lr": 1.0, "optim.weight_decay": 0.0, "optim.schedule": "constant",
+    "optim.warmup_steps": 0,
+}  # fmt: skip
+"""One step of it moves weights by exactly their gradient, once it is clipped."""
+FEW = 0.01
+"""Share of a tensor's elements that may be off by the sign of a vanishing gradient."""
+NORM = 1e-5
+"""Relative rounding of a norm that is summed in float32."""
 
-def step(context: Context, record: Record) -> Place:
-    """The first divergent step, and whether its gradient or its update differs at equal weights."""
-    first = next(
-        (m.step for m in record.metrics if m.step and m.gate and m.verdict is Verdict.DIVERGE), None
-    )
-    if first is None:
-        return Place()
-    said = f"first divergent step {first} of {context.recipe.train.steps}"
+
+class NotCompared(Exception):
+    """A comparison that could not be made; the message says why."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What differs in a step, in words."""
+
+    what: str
+    how: str
+
+
+@dataclass
+class TrainingSteps:
+    """Both sides' training, opened up step by step with runs of fewer steps."""
+
+    context: Context
+    inputs: Trace
+    pair: Pair
+    _adapters: dict[tuple[str, int], dict[str, Array]] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the recipe."""
+        return self.context.recipe.train.steps
+
+    def parts(self, side: str) -> int:
+        """Micro-batches a step."""
+        return self.context.recipes[side].train.accumulation
+
+    def adapter(self, side: str, steps: int) -> dict[str, Array]:
+        """A side's own adapter after some steps."""
+        if steps == 0:
+            return self.inputs.group("adapter")
+        if steps == self.steps:
+            return getattr(self.pair, side).group("adapter")  # type: ignore[no-any-return]
+        if (side, steps) not in self._adapters:
+            recipe = self.context.recipes[side]
+            if recipe.optim.schedule != "constant":
+                raise NotCompared("a shorter run follows another learning rate schedule")
+            shorter = recipe.override({"train.steps": steps})
+            trace = self.context.capture(side, "train", shorter, self.inputs)
+            self._adapters[side, steps] = trace.group("adapter")
+        return self._adapters[side, steps]
+
+    @cached_property
+    def drawn(self) -> dict[str, list[tuple[Array, Array]]]:
+        """Ids and lengths of the micro-batches that each side drew, in their order."""
+        found: dict[str, list[tuple[Array, Array]]] = {}
+        for side in SIDES:
+            batches, found[side] = getattr(self.pair, side).group("batches"), []
+            while (ids := batches.get(f"ids.{len(found[side])}")) is not None:
+                found[side].append((ids, batches[f"lengths.{len(found[side])}"]))
+        return found
+
+    def rows(self, side: str, step: int) -> list[Trace]:
+        """The micro-batches of a step, as `gradient` takes them."""
+        parts = self.parts(side)
+        batches = self.drawn[side][(step - 1) * parts : step * parts]
+        if len(batches) < parts:
+            raise NotCompared(f"the {side} drew no batch for step {step}")
+        return [Trace({"ids": ids, "lengths": lengths}) for ids, lengths in batches]
+
+    def gradients(self, side: str, rows: list[Trace], adapter: dict[str, Array]) -> list[Trace]:
+        """A side's gradients of micro-batches at given weights."""
+        recipe = self.context.recipes[side]
+        if recipe.lora.dropout:
+            raise NotCompared("dropout draws another mask in each run")
+        given = [row.with_group("adapter", adapter) for row in rows]
+        return [self.context.capture(side, "gradient", recipe, row) for row in given]
+
+    def whole(self, side: str, parts: list[Trace]) -> dict[str, Array]:
+        """The gradient of a step from those of its micro-batches, weighted as the recipe says."""
+        weights = np.ones(len(parts))
+        if self.context.recipes[side].train.accumulation_weighting == "token":
+            weights = np.array([part.scalars["tokens"] for part in parts], float)
+        groups = [part.group("gradient") for part in parts]
+        if len(groups) == 1:
+            return groups[0]
+        return {
+            name: np.average([g[name] for g in groups], axis=0, weights=weights).astype(np.float32)
+            for name in groups[0]
+        }
+
+
+def step(context: Context) -> Place:
+    """The first divergent step and the first part of it that differs."""
+    inputs = aligned_inputs(context)
+    run = TrainingSteps(context, inputs, context.pair("train", inputs))
+    first = _first(run)
+    equal: list[str] = []
+    missing: list[str] = []
     # The loss of a step shows the weights that the step before left behind.
-    batches = aligned_training(context).reference.group("batches")
-    adapter = context.given("lora_init").group("adapter")
     for at in range(max(1, first - 1), first + 1):
-        if at > 1:
-            adapter = _after(context, at - 1)
-        part = (at - 1) * context.recipe.train.accumulation
-        rows = {"ids": batches[f"ids.{part}"], "lengths": batches[f"lengths.{part}"]}
-        pair = context.pair("gradient", Trace(rows).with_group("adapter", adapter))
-        tensors = pair.subject.group("gradient"), pair.reference.group("gradient")
-        metric = compare_group("gradient", *tensors, pair.noise_of("gradient"))
+        equal, missing = [], []
+        for what, check in CHECKS:
+            try:
+                found = check(run, at)
+            except (NotCompared, Unsupported, CaptureError, UnmatchedNames, KeyError) as error:
+                missing.append(f"{what} ({error})")
+                continue
+            if found is not None:
+                return Place(_sentence(run, at, found, equal, missing), f"step {at}", "step")
+            equal.append(what)
+    said = f"the place in the loop could not be told: up to step {first} of {run.steps} no part differs"
+    return Place(_also(said, equal, missing), "", "step")
+
+
+def _sentence(
+    run: TrainingSteps, at: int, found: Difference, equal: list[str], missing: list[str]
+) -> str:
+    said = f"first divergent step {at} of {run.steps}: {found.what} {found.how}"
+    if missing and equal:
+        said += f"; what differs first is between {equal[-1]} and {found.what}"
+    return _also(said, equal, missing)
+
+
+def _also(said: str, equal: list[str], missing: list[str]) -> str:
+    if equal:
+        said += f"; equal in this step: {', '.join(equal)}"
+    return said + (f"; not compared: {', '.join(missing)}" if missing else "")
+
+
+def _first(run: TrainingSteps) -> int:
+    """The first step at which anything that both sides recorded differs."""
+    found = [run.steps]
+    for at in range(1, run.steps + 1):
+        try:
+            if _batches(run, at):
+                found.append(at)
+                break
+        except NotCompared:
+            break
+    for key in ("loss", "gradient_norm"):
+        ours, theirs = (getattr(run.pair, side).arrays[key] for side in SIDES)
+        found.append(compare_series(key, ours, theirs, run.pair.noise).step or run.steps)
+    return min(found)
+
+
+def _batches(run: TrainingSteps, at: int) -> Difference | None:
+    """Ids and lengths of the micro-batches of a step."""
+    counts = {side: len(run.drawn[side]) for side in SIDES}
+    if not all(counts.values()):
+        raise NotCompared("not recorded")
+    try:
+        ours, theirs = (run.rows(side, at) for side in SIDES)
+    except NotCompared as error:
+        told = ", ".join(f"{count} in the {side}" for side, count in counts.items())
+        return Difference("the batches", f"differ: {error} ({told} in all)")
+    if len(ours) != len(theirs):
+        ours, theirs = ([_joined(rows)] for rows in (ours, theirs))
+    for part, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        for name, what in (("ids", "rows"), ("lengths", "lengths of rows")):
+            x, y = a.arrays[name], b.arrays[name]
+            if np.array_equal(x, y):
+                continue
+            where = f" of micro-batch {part + 1}" if len(ours) > 1 else ""
+            return Difference("the batches", f"differ: {_rows(x, y, what)}{where}")
+    return None
+
+
+def _joined(rows: list[Trace]) -> Trace:
+    """Micro-batches of one width as one."""
+    if len({row.arrays["ids"].shape[1] for row in rows}) > 1:
+        raise NotCompared("micro-batches of several widths on one side")
+    names = ("ids", "lengths")
+    return Trace({name: np.concatenate([row.arrays[name] for row in rows]) for name in names})
+
+
+def _rows(ours: Array, theirs: Array, what: str) -> str:
+    if ours.shape != theirs.shape:
+        return f"{what} are {ours.shape} in the subject, {theirs.shape} in the reference"
+    off = np.flatnonzero((ours != theirs).any(axis=1))
+    same = sorted(map(bytes, ours)) == sorted(map(bytes, theirs))
+    order = ", which are the same in another order" if same else ""
+    return f"{len(off)} of {len(ours)} {what}{order}, the first at row {off[0]}"
+
+
+def _reported(run: TrainingSteps, at: int) -> Difference | None:
+    """The loss that each loop reports against the loss of its own weights before the step."""
+    gaps, values = {}, {}
+    for side in SIDES:
+        reported = float(getattr(run.pair, side).arrays["loss"][at - 1])
+        parts = run.gradients(side, run.rows(side, at), run.adapter(side, at - 1))
+        losses = [float(part.arrays["loss"]) for part in parts]
+        tokens = [part.scalars["tokens"] for part in parts]
+        # What a loop reports of several micro-batches is its own choice: either mean will do.
+        computed = min(
+            (float(np.average(losses, weights=w)) for w in (None, tokens)),
+            key=lambda value, reported=reported: abs(value - reported),  # type: ignore[misc]
+        )
+        gaps[side], values[side] = abs(reported - computed), (reported, computed)
+    scale = abs(values["reference"][0])
+    if gaps["reference"] > 1e-3 * scale:
+        raise NotCompared("the reference's own is not that of its weights")
+    floor = _loss_floor(run, at)
+    allowed = HEADROOM * max(gaps["reference"], EPS["float32"] * scale, floor)
+    if gaps["subject"] <= allowed:
+        return None
+    reported, computed = values["subject"]
+    how = (
+        f"differs: the subject reports {reported:.6g}, the loss of its weights and batch of this step is "
+        f"{computed:.6g}"
+    )
+    return Difference("the loss that is reported", how + _instead(run, at, reported, allowed))
+
+
+def _loss_floor(run: TrainingSteps, at: int) -> float:
+    rows = run.rows("reference", at)[0].with_group("adapter", run.adapter("reference", at - 1))
+    pair = run.context.pair("gradient", rows)
+    return 0.0 if pair.exact else pair.noise.floor("loss", pair.reference.arrays["loss"])
+
+
+def _instead(run: TrainingSteps, at: int, reported: float, allowed: float) -> str:
+    """Which other loss it is that the subject reports, and whether only the report is wrong."""
+    before, parts = run.adapter("subject", at - 1), run.parts("subject")
+
+    def loss(rows: list[Trace], adapter: dict[str, Array]) -> float:
+        found = run.gradients("subject", rows, adapter)
+        return float(np.mean([part.arrays["loss"] for part in found]))
+
+    if at > 1:
+        earlier = loss(run.rows("subject", at - 1), run.adapter("subject", at - 2))
+        if abs(earlier - reported) <= allowed:
+            return f"; it is the loss of step {at - 1}{_norm_agrees(run, at)}"
+    for other in range(1, len(run.drawn["subject"]) // parts + 1):
+        if other != at and abs(loss(run.rows("subject", other), before) - reported) <= allowed:
+            return f"; it is that of the batch drawn for step {other}: the loop trains on that one"
+    return _norm_agrees(run, at)
+
+
+def _norm_agrees(run: TrainingSteps, at: int) -> str:
+    try:
+        off = _norm(run, at)
+    except NotCompared:
+        return ""
+    if off is None:
+        return "; the gradient norm is that of its weights and batch: only the report differs"
+    return "; so does the gradient norm: what the loop trains on is not what it drew"
+
+
+def _gradient(run: TrainingSteps, at: int) -> Difference | None:
+    """Loss and gradient of every micro-batch at the reference's weights."""
+    rows, adapter = run.rows("reference", at), run.adapter("reference", at - 1)
+    if any(run.context.recipes[side].lora.dropout for side in SIDES):
+        raise NotCompared("dropout draws another mask in each run")
+    for part, row in enumerate(rows):
+        pair = run.context.pair("gradient", row.with_group("adapter", adapter))
+        where = f" of micro-batch {part + 1} of {len(rows)}" if len(rows) > 1 else ""
+        ours, theirs = pair.subject, pair.reference
+        if ours.scalars["tokens"] != theirs.scalars["tokens"]:
+            counts = f"{ours.scalars['tokens']} against {theirs.scalars['tokens']}"
+            return Difference(f"the number of supervised tokens{where}", f"differs: {counts}")
+        loss = {"loss": ours.arrays["loss"]}, {"loss": theirs.arrays["loss"]}
+        metric = compare_group("loss", *loss, pair.noise)
         if differs(metric):
-            said += f": at equal weights the gradient of step {at} differs, at {metric.where}"
-            return Place(said, f"step {at}", "step")
-    at = max(1, first - 1)
-    said += f": at equal weights the gradients agree, so the update of step {at} differs"
-    return Place(said, f"step {at}", "step")
+            return Difference(f"the loss{where}", f"differs at equal weights: {how_much(metric)}")
+        groups = ours.group("gradient"), theirs.group("gradient")
+        if told := _tensors(pair, groups, "gradient"):
+            return Difference(f"the gradient{where}", f"differs at equal weights: {told}")
+    return None
 
 
-def _after(context: Context, steps: int) -> dict[str, Array]:
-    """The reference's adapter after some steps."""
-    recipe = context.recipe.override({"train.steps": steps})
-    inputs = Trace().with_group("adapter", context.given("lora_init").group("adapter"))
-    return context.capture("reference", "train", recipe, inputs).group("adapter")
+def _norm(run: TrainingSteps, at: int) -> Difference | None:
+    """The norm that each loop reports against that of its gradient at its own weights."""
+    ratios = {}
+    for side in SIDES:
+        parts = run.gradients(side, run.rows(side, at), run.adapter(side, at - 1))
+        whole = run.whole(side, parts)
+        squares = sum(float((v.astype(np.float64) ** 2).sum()) for v in whole.values())
+        reported = float(getattr(run.pair, side).arrays["gradient_norm"][at - 1])
+        if not squares or not np.isfinite(reported):
+            raise NotCompared(f"the {side} reports no gradient norm")
+        ratios[side] = reported / float(np.sqrt(squares))
+    gaps = {side: abs(ratio - 1) for side, ratio in ratios.items()}
+    if gaps["reference"] > 1e-3:
+        raise NotCompared("the reference's own norm is not that of its weights")
+    if gaps["subject"] <= max(HEADROOM * gaps["reference"], NORM):
+        return None
+    how = (
+        f"differs from that of the same weights and batch by itself: its norm is "
+        f"{ratios['subject']:.6g} times as large"
+    )
+    return Difference("the gradient that the loop makes", how)
+
+
+def _loop_gradient(run: TrainingSteps, at: int) -> Difference | None:
+    """The gradient inside the loop: by its norm, then by one step of plain descent at rate 1."""
+    if found := _norm(run, at):
+        return found
+    rows = run.rows("reference", at)
+    batches = {f"{key}.{i}": row.arrays[key] for i, row in enumerate(rows) for key in row.arrays}
+    inputs = Trace().with_group("adapter", run.adapter("reference", at - 1))
+    changes = {**PLAIN, "optim.clip": "none", "train.steps": 1}
+    pair = run.context.pair("train", inputs.with_group("batches", batches), changes)
+    groups = pair.subject.group("adapter"), pair.reference.group("adapter")
+    if told := _tensors(pair, groups, "adapter"):
+        how = f"differs at equal weights, by one step of plain descent at rate 1: {told}"
+        return Difference("the gradient that the loop makes", how)
+    return None
+
+
+def _fed(run: TrainingSteps, at: int, side: str = "reference") -> Trace:
+    """The adapter at the start and a side's gradients of all steps up to one, at its own weights."""
+    inputs = Trace().with_group("weight", run.adapter(side, 0))
+    for index in range(1, at + 1):
+        before = run.adapter(side, index - 1)
+        parts = run.gradients(side, run.rows(side, index), before)
+        inputs = inputs.with_group(f"gradient.{index - 1}", run.whole(side, parts))
+    return inputs
+
+
+def _clip(run: TrainingSteps, at: int) -> Difference | None:
+    """The gradient of the step once it is clipped: plain descent moves weights by it."""
+    fed = _fed(run, at)
+    last = Trace().with_group("weight", fed.group("weight"))
+    last = last.with_group("gradient.0", fed.group(f"gradient.{at - 1}"))
+    pair = run.context.pair("optimizer_step", last, PLAIN)
+    groups = pair.subject.group("weight.0"), pair.reference.group("weight.0")
+    told = _tensors(pair, groups, "weight.0")
+    return Difference("the clip", f"differs on an equal gradient: {told}") if told else None
+
+
+def _update(run: TrainingSteps, at: int) -> Difference | None:
+    """What clip and optimizer make of equal gradients of all steps up to this one."""
+    pair = run.context.pair("optimizer_step", _fed(run, at))
+    group = f"weight.{at - 1}"
+    told = _tensors(pair, (pair.subject.group(group), pair.reference.group(group)), group)
+    return Difference("the update", f"differs on equal gradients: {told}") if told else None
+
+
+def _after(run: TrainingSteps, at: int) -> Difference | None:
+    """The adapter that each loop leaves against what its own optimizer makes of its own gradients."""
+    gaps = {}
+    for side in SIDES:
+        recipe = run.context.recipes[side]
+        trace = run.context.capture(side, "optimizer_step", recipe, _fed(run, at, side))
+        made, left = trace.group(f"weight.{at - 1}"), run.adapter(side, at)
+        gaps[side] = {n: np.abs(left[n].astype(np.float64) - made[n]) for n in made}
+    scale = max(float(np.abs(v).max(initial=0.0)) for v in run.adapter("reference", at).values())
+    floor = max(
+        EPS["float32"] * scale, *(float(v.max(initial=0.0)) for v in gaps["reference"].values())
+    )
+    # Adam makes a whole step of the rounding of a vanishing gradient: single elements say nothing.
+    off = [n for n, v in gaps["subject"].items() if (v > HEADROOM * floor).mean() > FEW]
+    if not off:
+        return None
+    worst = max(off, key=lambda n: float(gaps["subject"][n].max()))
+    how = (
+        f"is not what the subject's own clip and optimizer make of its own gradients: {tensors(off, gaps['subject'])}, "
+        f"most {worst}: greatest |Δ| {gaps['subject'][worst].max():.3g}; the reference's is, to {floor:.2g}"
+    )
+    return Difference("the adapter after it", how)
+
+
+def _tensors(pair: Pair, groups: tuple[dict[str, Array], dict[str, Array]], group: str) -> str:
+    """Which tensors differ and how far; empty if none does."""
+    ours, theirs = groups
+    if ours.keys() != theirs.keys():
+        return f"{len(ours.keys() ^ theirs.keys())} tensors have no like on the other side"
+    noise = pair.noise_of(group)
+    found: dict[str, Metric] = {
+        name: compare_group(name, {name: ours[name]}, {name: theirs[name]}, noise)
+        for name in theirs
+    }
+    # What cancels keeps the rounding of what it was summed from: an ulp of the greatest entry.
+    scale = max((float(np.abs(v).max(initial=0.0)) for v in theirs.values()), default=0.0)
+    least = 0.0 if pair.exact else HEADROOM * EPS["float32"] * scale
+    off = [name for name, metric in found.items() if differs(metric) and not metric.value <= least]
+    if not off:
+        return ""
+    worst = max(off, key=lambda n: found[n].value / (found[n].floor or 1e-300))
+    return f"{tensors(off, theirs)}, most {worst}: {how_much(found[worst])}"
+
+
+Check = Callable[[TrainingSteps, int], Difference | None]
+CHECKS: tuple[tuple[str, Check], ...] = (
+    ("the batches", _batches),
+    ("the loss that is reported", _reported),
+    ("the gradient", _gradient),
+    ("the gradient that the loop makes", _loop_gradient),
+    ("the clip", _clip),
+    ("the update", _update),
+    ("the adapter after it", _after),
+)
+"""In the order in which a step makes them."""

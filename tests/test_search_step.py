@@ -1,0 +1,91 @@
+"""The first part of a training step that differs is named, and only that."""
+
+from __future__ import annotations
+
+import pytest
+
+from parity.bisect.locate_step import step
+from parity.cells.cell import Cell
+from parity.cells.run import context_of
+from parity.stages import find
+
+FEW = {"train.steps": 4, "optim.lr": 3e-3}
+BATCHES, REPORTED, GRADIENT = "the batches", "the loss that is reported", "the gradient"
+LOOP, CLIP, UPDATE = "the gradient that the loop makes", "the clip", "the update"
+
+
+def place(engine, recipe, planted, reference, **changes):
+    recipe = recipe.override({**FEW, **changes})
+    return step(context_of(engine, Cell(find("07"), f"tests.{planted}", reference, recipe)))
+
+
+def equal(found):
+    said = found.sentence.partition("; equal in this step: ")[2]
+    return said.split(", ") if said else []
+
+
+@pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
+@pytest.mark.parametrize(
+    ("planted", "at", "says", "before"),
+    [
+        (
+            "search_faults:LateLoss", 2,
+            [f"{REPORTED} differs", "it is the loss of step 1", "only the report differs"],
+            [BATCHES],
+        ),
+        (
+            "search_faults:LoopGradient", 1,
+            [f"{LOOP} differs from that of the same weights", "its norm is 1.02 times as large"],
+            [BATCHES, REPORTED, GRADIENT],
+        ),
+        (
+            "search_faults:LoopDecay", 2,
+            ["the adapter after it is not what the subject's own clip and optimizer make", "252 of 252"],
+            [BATCHES, REPORTED, GRADIENT, LOOP, CLIP, UPDATE],
+        ),
+        (
+            "planted_paths:BadThirdStep", 3,
+            [f"{UPDATE} differs on equal gradients"],
+            [BATCHES, REPORTED, GRADIENT, LOOP, CLIP],
+        ),
+        ("planted_paths:LouderLoss", 1, ["the loss differs at equal weights"], [BATCHES, REPORTED]),
+    ],
+)  # fmt: skip
+def test_the_first_part_that_differs_is_named(planted, at, says, before, reference, engine, small):
+    found = place(engine, small, planted, reference)
+    assert found.name == f"step {at}", found.sentence
+    assert found.sentence.startswith(f"first divergent step {at} of 4: ")
+    for words in says:
+        assert words in found.sentence
+    assert equal(found) == before
+    assert "not compared" not in found.sentence
+
+
+def test_a_loop_that_trains_on_other_batches_than_it_draws(engine, small):
+    found = place(engine, small, "search_faults:OtherBatches", "mlx-lm", **{"data.source": "mixed"})
+    assert "it is that of the batch drawn for step 4: the loop trains on that one" in found.sentence
+    found = place(engine, small, "planted_paths:LazyLoop", "mlx-lm")
+    assert "step 2 of 4: the batches differ: the subject drew no batch for step 2" in found.sentence
+
+
+def test_every_micro_batch_is_compared(engine, small):
+    changes = {"train.accumulation": 2, "train.batch_size": 2, "data.source": "mixed"}
+    found = place(engine, small, "search_faults:LoopGradient", "hf", **changes)
+    assert f"{LOOP} differs" in found.sentence
+    found = place(engine, small, "planted_paths:LouderLoss", "hf", **changes)
+    assert "the loss of micro-batch 1 of 2 differs" in found.sentence
+
+
+def test_what_could_not_be_compared_is_said(engine, small):
+    """With dropout no gradient can be taken again, so that only the batches are known to agree."""
+    found = place(engine, small, "search_faults:LoopGradient", "mlx-lm", **{"lora.dropout": 0.1})
+    assert "not compared: " in found.sentence
+    assert "dropout draws another mask in each run" in found.sentence
+    assert f"{GRADIENT} differs" not in found.sentence
+
+
+@pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
+def test_no_part_of_an_equal_step_is_named(reference, engine, small):
+    found = place(engine, small, "search_faults:NoSeed", reference)
+    assert found.name == ""
+    assert "could not be told" in found.sentence
