@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from parity.bisect.answer import answer
 from parity.bisect.causes import CauseSearch
 from parity.bisect.locate_backward import BackwardComparison, by_adapters
 from parity.cells.cell import Cell
@@ -118,8 +119,8 @@ def test_a_fault_in_one_backward_pass_is_placed(planted, says, reference, engine
 def test_it_is_placed_on_the_other_models(planted, where, model, engine, small):
     recipe = small.override({"model.source": model})
     report = search(engine, f"tests.planted_paths:{planted}", "hf", recipe)
-    assert f"first bad module layers.9.{where or 'self_attn'}:" in report.answer()
-    assert "confirmed" in report.answer()
+    assert f"first bad module layers.9.{where or 'self_attn'}:" in answer(report)
+    assert "confirmed" in answer(report)
 
 
 def a_pair(subject, reference):
@@ -174,16 +175,16 @@ def smollm2(engine):
 
 def test_bad_modules_of_a_real_model_are_named_both_ways(engine, smollm2):
     forward = search(engine, "tests.planted_paths:BadModule", "hf", smollm2, find("02"))
-    assert "first bad module layers.7.mlp.up_proj" in forward.answer()
-    assert "mlp.up_proj in 1 of 30 layers (7)" in forward.answer()
+    assert "first bad module layers.7.mlp.up_proj" in answer(forward)
+    assert "mlp.up_proj in 1 of 30 layers (7)" in answer(forward)
     back = search(engine, "tests.planted_paths:BadBackward", "hf", smollm2)
-    assert "first bad module layers.9.mlp.down_proj" in back.answer()
-    assert "only mlp.down_proj in 1 of 30 layers (9) is off by itself" in back.answer()
+    assert "first bad module layers.9.mlp.down_proj" in answer(back)
+    assert "only mlp.down_proj in 1 of 30 layers (9) is off by itself" in answer(back)
 
 
 def test_rounding_of_a_real_model_is_no_bad_module(engine, smollm2):
     """MLX's sum over 49,152 entries may make the gradient diverge; then no module is blamed."""
     report = search(engine, "mlx", "hf", smollm2)
     if report.causes:
-        assert "no module is off by itself" in report.answer() or "the loss" in report.answer()
-        assert "first bad module" not in report.answer()
+        assert "no module is off by itself" in answer(report) or "the loss" in answer(report)
+        assert "first bad module" not in answer(report)

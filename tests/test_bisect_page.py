@@ -9,10 +9,10 @@ from html.parser import HTMLParser
 import pytest
 from click.testing import CliRunner
 
-from parity.bisect.causes import Cause, SearchReport, StageVisit
 from parity.bisect.check import report as check
 from parity.bisect.minimize import Answer, minimize
 from parity.bisect.place import Mark, Place
+from parity.bisect.result import Cause, SearchReport, StageVisit
 from parity.bisect.search import CheckResult as Said
 from parity.bisect.search import search
 from parity.bisect.versions import Change

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from parity.bisect.answer import answer
 from parity.bisect.causes import CauseSearch
 from parity.cells.cell import Cell
 from parity.cells.run import run_cell
@@ -99,8 +100,8 @@ def test_a_clip_can_stand_in_the_loop_that_has_none(engine, small):
 )
 def test_the_search_names_the_part(subject, part, stage, engine, small):
     report = CauseSearch(engine, subject, "mlx-lm", small, {}).search()
-    assert [(c.parts, c.stage) for c in report.causes] == [((part,), stage)], report.answer()
-    assert f"the {part} of {subject} makes {stage}" in report.answer()
+    assert [(c.parts, c.stage) for c in report.causes] == [((part,), stage)], answer(report)
+    assert f"the {part} of {subject} makes {stage}" in answer(report)
 
 
 def test_a_part_and_a_factor_are_both_named(engine, small):
@@ -118,4 +119,4 @@ def test_a_factor_that_a_part_never_honours_is_taken_with_the_part(engine, small
     """mlx-lm has no option for the mask: only another loss shows that the mask is the cause."""
     recipe = small.override({"mask.end_shift": 0})
     report = CauseSearch(engine, "mlx-lm", "mlx", recipe, {"mask.end_shift": 1}).search()
-    assert [list(c.factors) for c in report.causes] == [["mask.end_shift"]], report.answer()
+    assert [list(c.factors) for c in report.causes] == [["mask.end_shift"]], answer(report)

@@ -3,7 +3,7 @@ from math import ceil, log2
 
 import pytest
 
-from parity.bisect.minimize import Answer, Status, ddmin, minimize
+from parity.bisect.minimize import Answer, CouldNotAsk, Status, ddmin, minimize
 
 NAMES = [f"factor{i}" for i in range(35)]
 
@@ -33,8 +33,8 @@ def test_a_likely_cause_is_asked_first():
 def test_pairs_that_matter_only_together():
     result = minimize(NAMES, oracle_of({"factor3", "factor31"}))
     assert [set(cause) for cause in result.causes] == [{"factor3", "factor31"}]
-    retracted = [entry for entry in result.ledger if entry.status is Status.RETRACTED]
-    assert retracted, "the single suspect is kept in the ledger as retracted"
+    refuted = [entry for entry in result.ledger if entry.status is Status.REFUTED]
+    assert refuted, "the single suspect is kept in the ledger as refuted"
 
 
 def test_every_independent_cause_is_reported():
@@ -82,3 +82,68 @@ def test_a_random_oracle_never_gives_a_confident_wrong_answer():
     assert wrong == 0
     steady = minimize(NAMES[:12], oracle_of({"factor5"}), repeats=6)
     assert steady.causes == [("factor5",)], "the same search finds the cause of a steady oracle"
+
+
+def hindered(*causes, without):
+    """An oracle that has no answer where any of `without` is missing and something is left."""
+    truth = oracle_of(*causes)
+
+    def oracle(changes):
+        if changes and any(not names <= changes for names in without if names & changes):
+            raise CouldNotAsk("the hybrid ended in an error")
+        return truth(changes)
+
+    return oracle
+
+
+def test_what_could_not_be_asked_is_no_evidence():
+    """`b` cannot be run without `a`: that it is needed with it is not known, and not claimed."""
+    oracle = hindered({"a", "c"}, without=[frozenset("ab")])
+    found = minimize(["a", "b", "c", "d"], oracle)
+    assert found.verdict == "found"
+    [cause] = found.causes
+    assert {"a", "c"} <= set(cause)
+    assert "b" in cause
+    assert any("may not be minimal" in text for text in found.unproven)
+    assert any("the hybrid ended in an error" in text for text in found.unproven)
+    [entry] = [e for e in found.ledger if e.changes == cause]
+    assert not any("none of them can be left out" in text for text in entry.evidence)
+
+
+def test_a_half_that_could_not_be_asked_clears_nothing():
+    """The cause is in the half without an answer, and is found all the same."""
+    names = [f"factor{i}" for i in range(4)]
+
+    def oracle(changes):
+        if changes == frozenset(names[:2]):
+            raise CouldNotAsk("out of memory")
+        return Answer.DIVERGES if "factor1" in changes else Answer.AGREES
+
+    found = minimize(names, oracle)
+    assert found.causes == [("factor1",)]
+    assert not found.unproven
+
+
+def test_a_suspect_that_could_not_be_asked_is_not_refuted():
+    def oracle(changes):
+        if changes == {"a"}:
+            raise CouldNotAsk("it needs b")
+        return Answer.DIVERGES if "a" in changes else Answer.AGREES
+
+    found = minimize(["a", "b"], oracle)
+    assert found.causes == [("a", "b")] or found.causes == [("b", "a")]
+    assert [e.status for e in found.ledger if e.changes == ("a",)] in ([Status.UNASKED], [])
+    assert not any(e.status is Status.REFUTED and "a" in e.changes for e in found.ledger)
+    assert "it needs b" in found.unproven[0]
+
+
+@pytest.mark.parametrize("missing", [frozenset(NAMES), frozenset()])
+def test_an_end_without_an_answer_says_why(missing):
+    def oracle(changes):
+        if changes == missing:
+            raise CouldNotAsk("no such option")
+        return Answer.DIVERGES if changes else Answer.AGREES
+
+    found = minimize(NAMES, oracle)
+    assert found.verdict == "inconclusive"
+    assert "could not be asked: no such option" in found.reason

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+from parity.bisect.answer import against
 from parity.bisect.locate import locate
-from parity.bisect.minimize import Answer, Hypothesis, Question, Watch, minimize
-from parity.bisect.place import Place
+from parity.bisect.minimize import Answer, CouldNotAsk, Search, Watch, minimize
+from parity.bisect.repeats import repeats
+from parity.bisect.result import (
+    AGREE,
+    FOUND,
+    IN_PART,
+    INCONCLUSIVE,
+    NOT_COMPARED,
+    PART,
+    Cause,
+    SearchReport,
+    StageVisit,
+)
 from parity.capture.engine import Engine
 from parity.cells.cell import Cell, reproduce
 from parity.cells.run import run_cell
@@ -35,85 +46,9 @@ LIKELY: dict[str, tuple[str, ...]] = {
     "greedy_decode": ("decode.",),
 }
 LIKELIER = 16.0
-PART = "part "
-"""What the name of a part begins with among the names that are searched."""
-
 Names = Collection[str]
-
-
-@dataclass
-class Cause:
-    """A minimal set of factors, or a place, that makes subject and reference differ."""
-
-    stage: str
-    factors: dict[str, tuple[Any, Any]]
-    """Factor to (subject's value, reference's value); empty where the code differs."""
-    sentence: str
-    parts: tuple[str, ...] = ()
-    """Parts of the subject that differ by themselves."""
-    place: str = ""
-    hints: list[str] = field(default_factory=list)
-    reproduce: str = ""
-
-    def named_parts(self) -> list[str]:
-        """The parts as the search names them among factors."""
-        return [PART + part for part in self.parts]
-
-
-@dataclass
-class StageVisit:
-    """One stage on the path of a search: its verdict, and what was asked to explain it."""
-
-    probe: int
-    stage: str
-    verdict: str
-    reason: str
-    seconds: float = 0.0
-    """Of the verdict alone."""
-    factors: tuple[str, ...] = ()
-    questions: list[Question] = field(default_factory=list)
-    place: Place | None = None
-
-
-@dataclass
-class SearchReport:
-    """What a bisection found."""
-
-    subject: str
-    reference: str
-    verdict: str = "agree"
-    """`found`, `agree` or `inconclusive`."""
-    reason: str = ""
-    causes: list[Cause] = field(default_factory=list)
-    aligned: str = ""
-    """What training is like once every cause is taken from the reference."""
-    skipped: list[str] = field(default_factory=list)
-    """Stages that were not compared, and why."""
-    settings: list[str] = field(default_factory=list)
-    """What the effective configuration says differs, in words."""
-    ledger: list[Hypothesis] = field(default_factory=list)
-    path: list[StageVisit] = field(default_factory=list)
-    """Stages in the order in which they were asked."""
-    differing: int = 0
-    runs: int = 0
-    """Distinct recipes that the subject was run under."""
-    seconds: float = 0.0
-
-    def answer(self) -> str:
-        """The sentence a maintainer acts on, with what shows it."""
-        if self.verdict == "agree":
-            agree = f"{self.subject} and {self.reference} agree: {self.reason}"
-            return "\n".join([agree, *(f"  not compared: {text}" for text in self.skipped)])
-        lines = []
-        for cause in self.causes:
-            lines += [cause.sentence, *(f"  hint: {hint}" for hint in cause.hints)]
-            lines.append(f"  shown by: {cause.reproduce}")
-        if self.verdict == "inconclusive":
-            lines.append(f"inconclusive: {self.reason}")
-        if self.aligned:
-            lines.append(f"with all of these from the reference, {self.aligned}")
-        lines += [f"not compared: {text}" for text in self.skipped]
-        return "\n".join(lines)
+Settings = dict[str, str]
+"""Key of the effective configuration to what differs there, in words."""
 
 
 class CauseSearch:
@@ -150,6 +85,8 @@ class CauseSearch:
         self.engine, self.subject, self.reference = engine, subject, reference
         self.recipe, self.changes, self.origin = recipe, dict(changes), origin
         self.watch, self.repeats, self.stages = watch, repeats, stages
+        self.steady = True
+        """Whether the subject repeats itself, as far as is known."""
         self.notice, self.held = notice, dict(held or {})
         self._recipes: set[str] = set()
         self._own, self._theirs = names_of_parts.sources(subject), names_of_parts.sources(reference)
@@ -183,38 +120,75 @@ class CauseSearch:
         cell = self.cell(stage, names, parts)
         changed = cell.recipe.override(cell.changes.get("subject", {})).digest()
         self._recipes.add(f"{cell.subject} {changed}")
-        return run_cell(self.engine, cell)
+        return run_cell(self.engine, cell, repeat=not self.steady)
 
     def search(self) -> SearchReport:
         """Runs the whole search."""
         started = time.perf_counter()
         report = SearchReport(self.subject, self.reference, differing=len(self.changes))
+        mine = self.recipe.override(self.changes)
+        self.steady, report.repeats = repeats(self.engine, self.subject, mine)
+        for text in report.repeats:
+            self.notice(text)
         config = self._visit(self.stages[0], report)
-        report.settings = [
-            m.note for m in config.metrics if m.verdict is Verdict.DIVERGE and m.note
-        ]
+        report.settings = list(_settings(config).values())
+        if not config.metrics:
+            report.skipped.append(f"{config.stage}: {config.reason}")
+        self._stages(report)
+        if report.verdict == AGREE:
+            self._conclude(report)
+        report.runs, report.seconds = len(self._recipes), time.perf_counter() - started
+        return report
+
+    def _stages(self, report: SearchReport) -> None:
+        """Visits the stages in their order, and explains each that diverges."""
         for stage in self.stages[1:]:
             if self._same(self.cell(stage, self.rest)):
                 report.reason = "no factor and no part is left that differs"
-                break
+                return
             record = self._visit(stage, report)
-            self.notice(f"probe {stage.number:02d} {stage.name}: {record.verdict}")
+            if record.verdict is Verdict.DIVERGE and self.steady:
+                record = self._again(stage, report, record)
+            title = f"probe {stage.number:02d} {stage.name}"
+            self.notice(f"{title}: {record.verdict}")
             if record.verdict is Verdict.DIVERGE:
+                report.compared.append(stage.name)
                 if not self._explain(stage, report):
-                    break
+                    return
             elif record.verdict in (Verdict.ERROR, Verdict.INCONCLUSIVE):
-                report.verdict = "inconclusive"
-                report.reason = f"probe {stage.number:02d} {stage.name}: {record.reason}"
-                break
+                report.verdict = INCONCLUSIVE
+                report.reason = f"{title}: {record.reason}"
+                return
             elif record.verdict is Verdict.SKIP:
                 report.skipped.append(f"{stage.name}: {record.reason}")
-        if report.verdict == "agree":
-            if report.causes:
-                report.verdict, report.aligned = "found", self._aligned()
             else:
-                report.reason = report.reason or "no probe diverges at any stage"
-        report.runs, report.seconds = len(self._recipes), time.perf_counter() - started
-        return report
+                report.compared.append(stage.name)
+
+    def _again(self, stage: Stage, report: SearchReport, record: Record) -> Record:
+        """A divergence that the subject shows once more; what does not repeat itself is none."""
+        again = run_cell(self.engine, self.cell(stage, self.rest), repeat=True)
+        if again.verdict is not record.verdict:
+            report.path[-1].verdict, report.path[-1].reason = str(again.verdict), again.reason
+        return again
+
+    def _conclude(self, report: SearchReport) -> None:
+        """The verdict of a search that nothing ended before its last stage."""
+        report.left = list(self._differing(self.rest, self.parts).values())
+        if report.causes:
+            report.verdict, report.aligned = FOUND, self._aligned()
+        elif not report.compared:
+            report.verdict = NOT_COMPARED
+            report.reason = report.reason or "every stage was skipped"
+        elif report.skipped:
+            report.verdict = IN_PART
+        else:
+            report.reason = report.reason or "no probe diverges at any stage"
+
+    def _differing(self, names: Names, parts: Names) -> Settings:
+        """What the effective configuration says differs with these of the subject's own."""
+        if self._same(self.cell(self.stages[0], names, parts)):
+            return {}
+        return _settings(self.record(self.stages[0], names, parts))
 
     def _aligned(self) -> str:
         """Whether training is step for step the same once every cause is taken from the reference."""
@@ -238,28 +212,47 @@ class CauseSearch:
         return cell.subject == cell.reference and not cell.changes
 
     def _ask(self, stage: Stage, names: Names, parts: Names | None = None) -> Answer:
+        """Whether the cell diverges.
+
+        Raises:
+            CouldNotAsk: It was not compared, which is no evidence.
+        """
         if self._same(self.cell(stage, names, parts)):
             return Answer.AGREES
-        verdict = self.record(stage, names, parts).verdict
-        if verdict is Verdict.DIVERGE:
+        record = self.record(stage, names, parts)
+        if record.verdict is Verdict.DIVERGE:
             return Answer.DIVERGES
-        return Answer.AGREES if verdict.green else Answer.UNKNOWN
+        if record.verdict.green:
+            return Answer.AGREES
+        raise CouldNotAsk(f"{record.verdict}: {record.reason}")
+
+    def _known(self, stage: Stage, names: Names, parts: Names | None = None) -> Answer:
+        """The same, `UNKNOWN` where it could not be asked."""
+        try:
+            return self._ask(stage, names, parts)
+        except CouldNotAsk:
+            return Answer.UNKNOWN
 
     def _explain(self, stage: Stage, report: SearchReport) -> bool:
         """Adds the causes of a divergence at one stage; returns whether nothing of it is left."""
-        if self._ask(stage, ()) is Answer.DIVERGES and not self._parts(stage, report):
-            # No factor and no part explains it: the place inside the stage is named.
-            report.causes.append(self._place(stage, report))
-            report.verdict, report.reason = "found", ""
-            return False
-        if self._ask(stage, self.rest) is Answer.AGREES:
+        if self._known(stage, ()) is Answer.DIVERGES:
+            why_not = self._parts(stage, report)
+            if why_not is not None:
+                # No factor and no part explains it: the place inside the stage is named.
+                report.causes.append(self._place(stage, report, unproven=why_not))
+                report.verdict, report.reason = FOUND, ""
+                return False
+        if self._known(stage, self.rest) is Answer.AGREES:
             return True
         likely = LIKELY.get(stage.name, ())
         weights = {name: LIKELIER if name.startswith(likely) else 1.0 for name in self.rest}
-        causes = self._minimal(report, self.rest, lambda names: self._ask(stage, names), weights)
-        report.causes += [self._factors(stage, names) for names in causes]
-        found = {name for names in causes for name in names}
-        self.rest = tuple(name for name in self.rest if name not in found)
+        found = self._minimal(report, self.rest, lambda names: self._ask(stage, names), weights)
+        if found.verdict != FOUND:
+            report.verdict, report.reason = INCONCLUSIVE, found.reason
+            return False
+        report.causes += [self._factors(stage, names, found.unproven) for names in found.causes]
+        causes = {name for names in found.causes for name in names}
+        self.rest = tuple(name for name in self.rest if name not in causes)
         return bool(causes)
 
     def _minimal(
@@ -268,34 +261,43 @@ class CauseSearch:
         names: Sequence[str],
         oracle: Callable[[frozenset[str]], Answer],
         weights: Mapping[str, float] | None = None,
-    ) -> list[tuple[str, ...]]:
-        """Minimal sets of names; none where the search was inconclusive, which the report says."""
-        search = minimize(names, oracle, weights, self.repeats, self.watch)
-        report.ledger += search.ledger
-        report.path[-1].factors, report.path[-1].questions = tuple(names), search.questions
-        if search.verdict == "found":
-            return search.causes
-        report.verdict, report.reason = "inconclusive", search.reason
-        return []
+    ) -> Search:
+        """Minimal sets of names, with all that was asked kept in the report."""
+        found = minimize(names, oracle, weights, self.repeats, self.watch)
+        report.ledger += found.ledger
+        report.path[-1].factors, report.path[-1].questions = tuple(names), found.questions
+        return found
 
-    def _parts(self, stage: Stage, report: SearchReport) -> bool:
-        """Finds the parts that differ under equal recipes, and takes the reference's from there on."""
+    def _parts(self, stage: Stage, report: SearchReport) -> list[str] | None:
+        """Finds the parts that differ under equal recipes, and takes the reference's from there on.
+
+        Returns:
+            None where parts were found; else why no part is named, in words.
+        """
         if not self.parts:
-            return False
-        causes = self._minimal(
+            return []
+        found = self._minimal(
             report,
             [PART + part for part in self._own if part in self.parts],
             lambda names: self._ask(stage, (), {name.removeprefix(PART) for name in names}),
         )
-        for names in causes:
+        if found.verdict != FOUND:
+            return [f"which part it is could not be told: {found.reason}"]
+        for names in found.causes:
             parts = tuple(name.removeprefix(PART) for name in names)
-            report.causes.append(self._place(stage, report, parts))
+            report.causes.append(self._place(stage, report, parts, found.unproven))
             self.parts -= set(parts)
-        if causes and not self._same(self.cell(stage, self.rest)):
+        if not self._same(self.cell(stage, self.rest)):
             self._visit(stage, report)
-        return bool(causes)
+        return None
 
-    def _place(self, stage: Stage, report: SearchReport, parts: tuple[str, ...] = ()) -> Cause:
+    def _place(
+        self,
+        stage: Stage,
+        report: SearchReport,
+        parts: tuple[str, ...] = (),
+        unproven: Sequence[str] = (),
+    ) -> Cause:
         """The place inside a stage that diverges under equal recipes, in the parts named."""
         cell = self.cell(stage, (), parts or None)
         record = self.record(stage, (), parts or None)
@@ -305,31 +307,43 @@ class CauseSearch:
         if parts:
             whose = " with the ".join(f"{part} of {self._own[part]}" for part in parts)
             what = f"the {whose} makes {what}"
-        sentence = f"{what}: {place or record.reason}"
+        words = [f"{what}: {place or record.reason}"]
         if parts:
-            sentence += f"; with that of {self.reference} it agrees"
-        elif report.settings:
-            sentence += f"; the effective settings say: {'; '.join(report.settings)}"
+            words.append(f"with that of {self.reference} it agrees")
+            # Only what is gone together with the part belongs to it.
+            gone = self._differing(self.rest, self.parts - set(parts)).keys()
+            mine = self._differing(self.rest, self.parts).items()
+            if settings := [text for key, text in mine if key not in gone]:
+                words.append(f"with it these settings come and go: {'; '.join(settings)}")
+        elif settings := list(self._differing((), self.parts).values()):
+            said = "; ".join(settings)
+            words.append(
+                f"settings differ as well, whether they belong to it was not asked: {said}"
+            )
+        sentence = "; ".join([*words, *unproven])
         return Cause(stage.name, {}, sentence, parts, place, list(record.hints), reproduce(cell))
 
-    def _factors(self, stage: Stage, names: tuple[str, ...]) -> Cause:
+    def _factors(self, stage: Stage, names: tuple[str, ...], unproven: Sequence[str]) -> Cause:
         record = self.record(stage, names)
         theirs = self.recipe.factors()
         mine = self.recipe.override({n: self.changes[n] for n in names}).factors()
         # `lora.alpha` is another spelling of `lora.scale`
         values = {n: (mine.get(n, self.changes[n]), theirs.get(n)) for n in names}
-        sentence = (
-            f"{against(values)} makes {stage.name} (probe {stage.number:02d}) diverge: {record.reason}; "
-            "with the reference's value it agrees"
-        )
+        plural = "values" if len(names) > 1 else "value"
+        words = [
+            f"{against(values)} makes {stage.name} (probe {stage.number:02d}) diverge: {record.reason}",
+            f"with the reference's {plural} it agrees",
+            *unproven,
+        ]
         hints = list(record.hints)
         shown = reproduce(self.cell(stage, names))
-        return Cause(stage.name, values, sentence, hints=hints, reproduce=shown)
+        return Cause(stage.name, values, "; ".join(words), hints=hints, reproduce=shown)
 
 
-def against(values: Mapping[str, tuple[Any, Any]]) -> str:
-    """Factors with the subject's and the reference's value, in words."""
-    return " together with ".join(f"{n} = {a!r} against {b!r}" for n, (a, b) in values.items())
+def _settings(config: Record) -> Settings:
+    """What differs in the effective configuration, by its key."""
+    bad = (m for m in config.metrics if m.verdict is Verdict.DIVERGE and m.note)
+    return {metric.name: metric.note for metric in bad}
 
 
 def shipped(

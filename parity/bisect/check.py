@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from parity.bisect.causes import Cause, SearchReport, StageVisit, against
+from parity.bisect.answer import against
 from parity.bisect.minimize import Answer, Search, Watch, minimize
+from parity.bisect.result import Cause, SearchReport, StageVisit
 from parity.cells.cell import setting
 from parity.errors import UsageError
 from parity.recipe import Recipe

@@ -22,7 +22,11 @@ class Answer(StrEnum):
     DIVERGES = "diverges"
     AGREES = "agrees"
     UNKNOWN = "unknown"
-    """It could not be run; the search goes round it."""
+    """It could not be asked, which is evidence of nothing."""
+
+
+class CouldNotAsk(Exception):
+    """Raised by an oracle that has no answer; the message says why."""
 
 
 _STRIP = {Answer.DIVERGES: "✗", Answer.AGREES: "✓", Answer.UNKNOWN: "?"}
@@ -33,7 +37,8 @@ class Status(StrEnum):
 
     OPEN = "open"
     CONFIRMED = "confirmed"
-    RETRACTED = "retracted"
+    REFUTED = "refuted"
+    UNASKED = "could not be asked"
 
 
 @dataclass
@@ -47,12 +52,16 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Question:
-    """One question: which changes were made, what was said, how long it took (seconds)."""
+    """One question: which changes were made, what was said, how long it took (seconds).
+
+    `reason` says why there is no answer.
+    """
 
     changes: tuple[str, ...]
     answer: Answer
     why: str = ""
     seconds: float = 0.0
+    reason: str = ""
 
 
 @dataclass
@@ -61,7 +70,8 @@ class Search:
 
     Attributes:
         verdict: `found`, `agree` (nothing to find) or `inconclusive`.
-        causes: Minimal sets, each of which makes the runs differ by itself.
+        causes: Sets, each of which makes the runs differ by itself; minimal unless `unproven`.
+        unproven: What the causes lean on and could not be asked, in words.
         ledger: Every hypothesis with its evidence.
         runs: Questions that were asked; asking the same again costs nothing.
         questions: These, in their order.
@@ -70,6 +80,7 @@ class Search:
     verdict: str = "inconclusive"
     reason: str = ""
     causes: list[tuple[str, ...]] = field(default_factory=list)
+    unproven: list[str] = field(default_factory=list)
     ledger: list[Hypothesis] = field(default_factory=list)
     runs: int = 0
     questions: list[Question] = field(default_factory=list)
@@ -90,6 +101,7 @@ class CachedOracle:
     def __init__(self, oracle: Oracle, repeats: int, watch: Watch | None) -> None:
         self._oracle, self._repeats, self._watch = oracle, repeats, watch
         self.known: dict[frozenset[str], Answer] = {}
+        self.reasons: dict[frozenset[str], str] = {}
         self.questions: list[Question] = []
         self.left = 0
 
@@ -107,10 +119,11 @@ class CachedOracle:
                 strip = "".join(_STRIP[answer] for answer in self.known.values())
                 self._watch(f"{strip}… {what}{self._hint()}", self.runs, self.left)
             started = time.perf_counter()
-            answers = {self._oracle(key) for _ in range(self._repeats)}
+            answers = {self._once(key) for _ in range(self._repeats)}
             answer = answers.pop() if len(answers) == 1 else Answer.UNKNOWN
             seconds = time.perf_counter() - started
-            self.questions.append(Question(tuple(sorted(key)), answer, why, seconds))
+            reason = self.reasons.get(key, "")
+            self.questions.append(Question(tuple(sorted(key)), answer, why, seconds, reason))
             if answers:
                 raise Contradiction(
                     f"asked {self._repeats} times of {_named(key)}: {_named(answers)}"
@@ -118,6 +131,18 @@ class CachedOracle:
             self.known[key] = answer
             self.left = max(0, self.left - 1)
         return self.known[key]
+
+    def _once(self, key: frozenset[str]) -> Answer:
+        try:
+            return self._oracle(key)
+        except CouldNotAsk as error:
+            self.reasons[key] = str(error)
+            return Answer.UNKNOWN
+
+    def reason(self, changes: Iterable[str]) -> str:
+        """Why a set could not be asked, in words that follow a sentence."""
+        reason = self.reasons.get(frozenset(changes), "")
+        return f": {reason}" if reason else ""
 
     def _hint(self) -> str:
         """What is known so far: the smallest set that makes a difference."""
@@ -172,9 +197,16 @@ def _search(
     if ends[0] is Answer.AGREES:
         result.verdict, result.reason = "agree", "with everything from the subject they agree"
         return
-    if Answer.UNKNOWN in ends or ends[1] is Answer.DIVERGES:
-        what = "they differ even with everything from the reference: the cause is no change"
-        result.reason = what if ends[1] is Answer.DIVERGES else "an end could not be run"
+    for names, answer in ((changes, ends[0]), ((), ends[1])):
+        if answer is Answer.UNKNOWN:
+            side = "subject" if names else "reference"
+            why = ask.reason(names)
+            result.reason = f"with everything from the {side} it could not be asked{why}"
+            return
+    if ends[1] is Answer.DIVERGES:
+        result.reason = (
+            "they differ even with everything from the reference: the cause is no change"
+        )
         return
     rest = changes
     while ask.diverges(rest):
@@ -186,7 +218,10 @@ def _search(
         result.causes.append(cause)
         rest = [name for name in rest if name not in cause]
     if ask(rest) is Answer.UNKNOWN:
-        result.reason = f"without {_named(result.causes[-1])} it could not be run"
+        result.reason = (
+            f"{_named(result.causes[-1])} makes the runs differ, but without it they could not be "
+            f"asked{ask.reason(rest)}"
+        )
         result.causes = []
         return
     for entry in result.ledger:
@@ -201,25 +236,55 @@ def _one(
 ) -> tuple[str, ...] | None:
     """One minimal set within changes that are known to make a difference together."""
     suspect = _halve(changes, ask, weights)
-    alone = Hypothesis((suspect,))
-    result.ledger.append(alone)
-    if ask.diverges((suspect,)):
-        alone.evidence.append("by itself it makes the runs differ")
-        return alone.changes
-    alone.status = Status.RETRACTED
-    alone.evidence.append("by itself it makes no difference")
+    if suspect is not None:
+        alone = Hypothesis((suspect,))
+        result.ledger.append(alone)
+        answer = ask((suspect,))
+        if answer is Answer.DIVERGES:
+            alone.evidence.append("by itself it makes the runs differ")
+            return alone.changes
+        if answer is Answer.UNKNOWN:
+            alone.status = Status.UNASKED
+            alone.evidence.append(f"by itself it could not be asked{ask.reason((suspect,))}")
+        else:
+            alone.status = Status.REFUTED
+            alone.evidence.append("by itself it makes no difference")
     ask.left = 2 * len(changes)
     found = tuple(ddmin(changes, ask.diverges))
     together = Hypothesis(found)
     result.ledger.append(together)
     if not ask.diverges(found):
         return None
-    together.evidence.append("together they make the runs differ, and none of them can be left out")
+    _prove(together, ask, result)
     return found
 
 
-def _halve(changes: list[str], ask: CachedOracle, weights: Mapping[str, float]) -> str:
-    """The suspect if there is a single cause: a half that agrees clears itself."""
+def _prove(together: Hypothesis, ask: CachedOracle, result: Search) -> None:
+    """Says which members of a set are needed: only that of which the rest is known to agree."""
+    members = together.changes
+    rests = {name: [other for other in members if other != name] for name in members}
+    unasked = [name for name in members if len(members) > 1 and ask(rests[name]) is Answer.UNKNOWN]
+    if not unasked:
+        together.evidence.append(
+            "together they make the runs differ, and none of them can be left out"
+            if len(members) > 1
+            else "by itself it makes the runs differ"
+        )
+        return
+    why = "; ".join(dict.fromkeys(ask.reason(rests[name]).removeprefix(": ") for name in unasked))
+    said = (
+        f"whether {_named(unasked)} can be left out could not be asked"
+        f"{f': {why}' if why else ''}, so the set may not be minimal"
+    )
+    together.evidence += ["together they make the runs differ", said]
+    result.unproven.append(said)
+
+
+def _halve(changes: list[str], ask: CachedOracle, weights: Mapping[str, float]) -> str | None:
+    """The suspect if there is a single cause: a half that agrees clears itself.
+
+    A half that could not be asked clears nothing: then the other half has to differ by itself.
+    """
     ranked = sorted(changes, key=lambda name: -weights.get(name, 1.0))
     while len(ranked) > 1:
         total = sum(weights.get(name, 1.0) for name in ranked)
@@ -227,7 +292,10 @@ def _halve(changes: list[str], ask: CachedOracle, weights: Mapping[str, float]) 
         while half < len(ranked) - 1 and (half == 0 or weight < total / 2):
             weight += weights.get(ranked[half], 1.0)
             half += 1
-        ranked = ranked[:half] if ask.diverges(ranked[:half]) else ranked[half:]
+        answer = ask(ranked[:half])
+        if answer is Answer.UNKNOWN and not ask.diverges(ranked[half:]):
+            return None
+        ranked = ranked[:half] if answer is Answer.DIVERGES else ranked[half:]
     return ranked[0]
 
 

@@ -11,6 +11,7 @@ import click
 
 from parity.commands.options import (
     EXIT_GREEN,
+    EXIT_MISSING,
     EXIT_NOT_GREEN,
     device_option,
     out_option,
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
     from parity.cells.cell import Cell
     from parity.recipe import Recipe
     from parity.report.search_progress import Display
+
+
+EXIT_CODES = {"agree": EXIT_GREEN, "agree in part": EXIT_MISSING, "not compared": EXIT_MISSING}
+"""By verdict; `found` and `inconclusive` are not green."""
 
 
 @click.command()
@@ -92,6 +97,13 @@ def bisect(
     minimal set of factors that makes it diverge; where no factor does, the module, tensor or step.
 
     \b
+    Exit codes:
+      0  all that could differ was compared, and agrees
+      1  a cause was found, or the search is inconclusive
+      2  wrong use
+      3  what was compared agrees, but not everything was compared
+
+    \b
     Examples:
       parity bisect --reference hf --shipped
       parity bisect --set-subject lora.num_layers=16 --set-subject optim.weight_decay=0.01
@@ -115,7 +127,7 @@ def bisect(
     except KeyboardInterrupt:
         click.echo("stopped; run the same command again to continue", err=True)
         sys.exit(130)
-    sys.exit(EXIT_GREEN if verdict == "agree" else EXIT_NOT_GREEN)
+    sys.exit(EXIT_CODES.get(verdict, EXIT_NOT_GREEN))
 
 
 def _search(
@@ -125,6 +137,7 @@ def _search(
 ) -> str:  # fmt: skip
     """Runs the search, prints the answer, and returns the verdict."""
     from parity.bisect import check
+    from parity.bisect.answer import answer
     from parity.bisect.causes import CauseSearch, shipped
     from parity.capture.engine import Engine
     from parity.capture.engine import check as find_wrong_use
@@ -148,7 +161,7 @@ def _search(
                 engine, subject, reference, shared, changes, display.watch, repeats, origin,
                 notice=display.notice, held=held,
             ).search()  # fmt: skip
-    click.echo(report.answer())
+    click.echo(answer(report))
     click.echo("wrote " + ", ".join(map(str, save(out, report))), err=True)
     return report.verdict
 

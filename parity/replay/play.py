@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from parity.bisect.causes import CauseSearch, SearchReport
+from parity.bisect.answer import answer
+from parity.bisect.causes import CauseSearch
+from parity.bisect.result import SearchReport
 from parity.bisect.versions import VersionSearch
 from parity.capture.engine import Engine
 from parity.capture.engine import check as find_wrong_use
@@ -129,11 +131,11 @@ def _search_causes(scenario: Scenario, engine: Engine, notice: Notice) -> Iterat
             notice=notice,
             held=scenario.set_reference,
         ).search()
-        yield SearchOutcome(_found(report), report.answer(), report.runs)
+        yield SearchOutcome(_found(report), answer(report), report.runs)
 
 
 def _found(report: SearchReport) -> str:
-    if report.verdict == "agree" and not report.skipped:
+    if report.verdict == "agree":
         return "no cause"
     if report.verdict != "found":
         reasons = [report.reason, *(f"not compared: {text}" for text in report.skipped)]

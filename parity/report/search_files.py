@@ -7,7 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from parity.bisect.causes import SearchReport
+from parity.bisect.answer import answer
+from parity.bisect.result import SearchReport
 from parity.bisect.versions import Change
 from parity.files import to_json, write_atomically
 from parity.report.markdown import table
@@ -41,7 +42,7 @@ def save_versions(folder: Path, changes: Sequence[Change], command: str) -> list
 def markdown(report: SearchReport) -> str:
     """The report as Markdown."""
     lines = [f"# {report.subject} against {report.reference}: {report.verdict}", ""]
-    lines += [report.answer(), ""]
+    lines += [answer(report), ""]
     lines += [
         f"{report.differing} factors differ; {report.runs} recipes of the subject were run in "
         f"{report.seconds:.0f} s.",

@@ -8,17 +8,25 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from parity.bisect.answer import verdict_lines
 from parity.report.html import templates
 from parity.report.labels import SYMBOLS, number
 
 if TYPE_CHECKING:
-    from parity.bisect.causes import SearchReport, StageVisit
     from parity.bisect.minimize import Question
     from parity.bisect.place import Mark, Place
+    from parity.bisect.result import SearchReport, StageVisit
     from parity.bisect.versions import Change
 
 TEMPLATE = "search.html.j2"
-STATES = {"found": "diverge", "agree": "agree", "inconclusive": "inconclusive"}
+STATES = {
+    "found": "diverge",
+    "agree": "agree",
+    "agree in part": "inconclusive",
+    "not compared": "inconclusive",
+    "inconclusive": "inconclusive",
+}
+STATUSES = {"confirmed": "diverge", "refuted": "skip"}
 ANSWERS = {"diverges": "diverge", "agrees": "agree", "unknown": "inconclusive"}
 NOT_CHECKED = "unchecked"
 OUTCOMES = {"good": "agree", "bad": "diverge", "gap": "skip", "flaky": "inconclusive"}
@@ -155,5 +163,11 @@ def together(versions: Sequence[Version]) -> list[Version]:
 def _page(**values: object) -> str:
     environment = templates()
     environment.filters |= {"number": number, "key": id, "together": together}
-    environment.globals |= {"states": STATES, "answers": ANSWERS, "marks": MARKS}
+    environment.globals |= {
+        "states": STATES,
+        "statuses": STATUSES,
+        "answers": ANSWERS,
+        "marks": MARKS,
+        "verdict_lines": verdict_lines,
+    }
     return str(environment.get_template(TEMPLATE).render(**{"command": "", **values}))
