@@ -6,7 +6,8 @@ import itertools
 import sys
 
 from parity.paths.mlx.path import MlxPath
-from tests.planted_paths import Planted
+from parity.paths.protocol import TrainingPath
+from tests.third_party import NumpyAdamW
 
 
 class Reloaded(MlxPath):
@@ -201,9 +202,6 @@ class NoLoss(MlxPath):
         return louder
 
 
-__all__ = ["Planted"]
-
-
 class DefaultTheta(Reloaded):
     """All layers turn with theta 10000, as where the configuration's is not found."""
 
@@ -212,3 +210,36 @@ class DefaultTheta(Reloaded):
     def plant(self, model):
         for layer in model.layers:
             layer.self_attn.rope.base = 10_000.0
+
+
+class Silent(TrainingPath):
+    """Can do nothing at all, and says so."""
+
+    name = "silent"
+    framework = "numpy"
+
+
+class OtherRate(MlxPath):
+    """Its optimizer takes another learning rate and other betas than the recipe says."""
+
+    name = "other-rate"
+
+    def optimizer(self, recipe):
+        return super().optimizer(
+            recipe.override({"optim.lr": 3 * recipe.optim.lr, "optim.betas": [0.8, 0.95]})
+        )
+
+
+class WrongOnce(NumpyAdamW):
+    """The first optimizer step of a process is wrong, later ones are right."""
+
+    name = "wrong-once"
+    steps = 0
+
+    def optimizer_step(self, recipe, inputs):
+        trace = super().optimizer_step(recipe, inputs)
+        self.steps += 1
+        if self.steps == 1:
+            for value in trace.arrays.values():
+                value += 1.0
+        return trace
