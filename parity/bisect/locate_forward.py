@@ -43,7 +43,7 @@ class ForwardComparison:
         """What both sides have in one shape, in the order of the subject's calls."""
         reference, found = self.pair.reference, dict[Event, Metric]()
         noise = {event: self.pair.noise_of(group) for event, group in GROUPS.items()}
-        for event, name in self.subject.scalars["events"]:
+        for event, name in _events(self.subject):
             ours, theirs = (
                 t.arrays.get(f"{GROUPS[event]}/{name}") for t in (self.subject, reference)
             )
@@ -89,6 +89,8 @@ class ForwardComparison:
         none; but it is one where that side has the module, or calls its like in another layer.
         """
         traces = {"subject": self.subject, "reference": self.pair.reference}
+        if not all("called" in trace.scalars for trace in traces.values()):
+            return
         calls = {side: set(trace.scalars["called"]) for side, trace in traces.items()}
         for side, other in (("subject", "reference"), ("reference", "subject")):
             known = set(traces[side].scalars["present"])
@@ -164,6 +166,13 @@ def _firsts(alone: ForwardComparison) -> list[Event]:
         outside = layer_of(event[1]) is None and not _is_layer(event[1])
         firsts.setdefault(None if outside else _layer(event[1]), event)
     return sorted(firsts.values(), key=list(alone.metrics).index)
+
+
+def _events(trace: Trace) -> list[Event]:
+    """What was observed, in its order; outputs alone of a path that shows no arguments."""
+    if "events" not in trace.scalars:
+        return [("out", name) for name in trace.scalars["order"]]
+    return [(kind, name) for kind, name in trace.scalars["events"]]
 
 
 def _layer(name: str) -> int | None:

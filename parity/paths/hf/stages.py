@@ -143,7 +143,7 @@ class TorchStages(TrainingPath):
                         trace.arrays[f"{group}.{index}/{name}"] = to_numpy(value.float())
                 trace.scalars["order"] = list(seen.outputs)
                 trace.scalars |= {
-                    "events": seen.events,
+                    "events": [list(event) for event in seen.events],
                     "called": seen.called,
                     "present": seen.present,
                 }

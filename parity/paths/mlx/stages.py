@@ -127,7 +127,11 @@ class MlxStages(TrainingPath):
                 for name, value in values.items():
                     trace.arrays[f"{group}.{index}/{name}"] = to_numpy(value.astype(mx.float32))
             trace.scalars["order"] = list(seen.outputs)
-            trace.scalars |= {"events": seen.events, "called": seen.called, "present": seen.present}
+            trace.scalars |= {
+                "events": [list(event) for event in seen.events],
+                "called": seen.called,
+                "present": seen.present,
+            }
         return trace
 
     def cross_entropy(self, recipe: Recipe, inputs: Trace) -> Trace:
