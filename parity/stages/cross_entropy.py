@@ -78,7 +78,15 @@ def mask_facts(subject: np.ndarray, reference: np.ndarray, lengths: list[int]) -
         "positions per row at the start": set((more * (at < starts[:, None])).sum(axis=1).tolist()),
         "positions per row past the end": set((more * (at >= ends[:, None])).sum(axis=1).tolist()),
     }
-    return {what: counts.pop() for what, counts in parts.items() if len(counts) == 1}
+    found = {what: counts.pop() for what, counts in parts.items() if len(counts) == 1}
+    total, rows = int(np.abs(more).sum()), len(more)
+    # Whether that is all: positions that differ in another way.
+    left = {
+        f"left, {what.removeprefix('positions per row ')}": float(total - rows * abs(count))
+        for what, count in found.items()
+        if count
+    }
+    return found | left
 
 
 def describe_mask(subject: np.ndarray, reference: np.ndarray, lengths: list[int]) -> str:

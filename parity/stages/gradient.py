@@ -38,6 +38,7 @@ class Gradient:
             result.metrics.append(compare_group(f"gradient, {what}", *tensors, noise))
             result.findings += proportional(*tensors, what)
             result.facts |= scale_facts(*tensors, what)
+            result.facts |= reduction_facts(a, b, what)
         if any(recipe.lora.dropout for recipe in context.recipes.values()):
             result.findings.append("without dropout: its masks are no part of this stage")
         return result
@@ -54,6 +55,19 @@ class Gradient:
         rows = common_rows(rng, context.vocabulary, LENGTHS, WIDTH)
         for what, adapter in (("B = 0", init), ("B ≠ 0", filled(init, rng))):
             yield rows.with_group("adapter", adapter), what
+
+
+def reduction_facts(subject: Trace, reference: Trace, what: str) -> dict[str, float]:
+    """Norms on both sides, the ratio of the losses, the share of positions that is supervised."""
+    facts = {
+        f"norm {side}, {what}": float(trace.arrays["norm"])
+        for side, trace in (("subject", subject), ("reference", reference))
+    }
+    if loss := float(reference.arrays["loss"]):
+        facts[f"loss ratio, {what}"] = float(subject.arrays["loss"]) / loss
+    positions = len(LENGTHS) * (WIDTH - 1)
+    facts["share of positions supervised"] = float(reference.scalars["tokens"]) / positions
+    return facts
 
 
 def filled(init: dict[str, Array], rng: np.random.Generator) -> dict[str, Array]:

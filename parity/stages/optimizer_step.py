@@ -8,8 +8,9 @@ import numpy as np
 
 from parity.errors import Unsupported
 from parity.judge.compare import compare_group
+from parity.judge.optimizers import in_effect
 from parity.record import Verdict
-from parity.stages.context import Comparison, Context
+from parity.stages.context import Comparison, Context, Pair
 from parity.trace import Array, Trace
 
 STEPS = 5
@@ -73,6 +74,23 @@ class OptimizerStep:
         # Of the first decay that diverges: the recipe's own says more than the plain one.
         if agreed and not all(metric.verdict.green for metric in result.metrics):
             result.facts |= update_facts(inputs, pair.subject, pair.reference)
+            result.facts |= adam_facts(context, inputs, pair, changes, result.facts)
+
+
+def adam_facts(
+    context: Context, inputs: Trace, pair: Pair, changes: dict[str, float], facts: dict[str, float]
+) -> dict[str, float]:
+    """What Adam does on either side, found by computing it."""
+    recipes = {side: context.recipes[side].override(changes) for side in ("subject", "reference")}
+    gradients = [inputs.group(f"gradient.{step}") for step in (0, 1)]
+    sides = {
+        side: (getattr(pair, side).group("weight.1"), recipe.factors())
+        for side, recipe in recipes.items()
+    }
+    rate = recipes["reference"].optim.lr
+    slope = abs(facts.get("first gap / weight", 0.0)) / rate if rate else 0.0
+    least = min(recipe.optim.weight_decay for recipe in recipes.values())
+    return in_effect(inputs.group("weight"), gradients, sides, slope + least)
 
 
 def first_update(

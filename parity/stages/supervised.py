@@ -345,16 +345,20 @@ def place(row: TrainingRow, index: int) -> str:
 def patterns(differences: Iterable[Difference]) -> dict[str, float]:
     """Targets that the subject supervises more (+) or fewer (-), where all rows agree in it."""
     kinds: dict[str, list[int]] = defaultdict(list)
-    prompts = []
+    explained: Counter[str] = Counter()
+    prompts, total = [], 0
     for difference in differences:
         counts = Counter(_kinds(difference))
+        total += difference.count
         row = difference.row
         whole = 1 in {index for index, _ in difference.subject | difference.reference}
         if row.start > 1 and whole and counts["at the start"]:
+            explained["whose prompt is supervised"] += abs(counts["at the start"])
             prompts.append(int(np.sign(counts.pop("at the start"))))
         if difference.both:  # a row of nothing but prompt has no start and no end
             for kind in ("at the start", "at the last token", "past the end"):
                 kinds[kind].append(counts[kind])
+                explained[kind] += abs(counts[kind])
     facts = {
         f"positions per row {kind}": float(counts[0])
         for kind, counts in kinds.items()
@@ -362,7 +366,9 @@ def patterns(differences: Iterable[Difference]) -> dict[str, float]:
     }
     if prompts and len(set(prompts)) == 1:
         facts["rows whose prompt is supervised"] = float(sum(prompts))
-    return facts
+    # Whether that is all: targets that differ in another way.
+    left = {f"left, {kind}": float(total - count) for kind, count in explained.items() if count}
+    return facts | left
 
 
 def _kinds(difference: Difference) -> dict[str, int]:
