@@ -12,11 +12,14 @@ from parity import resources
 from parity.cells.cell import Cell
 from parity.cells.run import run_cell
 from parity.judge.hints import LARGE, RULES, hints
+from parity.judge.optimizers import adam, in_effect
+from parity.recipe import Recipe
 from parity.record import Metric, Record, Side, Verdict
 from parity.report.text import describe
 from parity.stages import STAGES, find
 from parity.stages.cross_entropy import mask_facts
 from parity.stages.gradient import scale_facts
+from parity.stages.supervised import Difference, TrainingRow, patterns
 
 ADAMW = {"optim.name": "adamw", "optim.betas": [0.9, 0.999], "optim.lr": 1e-3}
 MLX_CPU = {"versions": {"mlx": "0.32"}, "device": "Device(cpu, 0)"}
@@ -43,9 +46,9 @@ PLANTED = [
     ("betas-of-its-own", "06", {"optim.bias_correction": False, "optim.betas": [0.8, 0.99]}, ""),
     ("decay", "06", {"optim.weight_decay": 0.01}, "AdamW"),
     ("clip-by-value", "06", {"optim.clip": "value", "optim.clip_value": 1.0},
-     "a clip by value (https://github.com/unslothai/unsloth-zoo/issues/662)"),
+     "a clip by value at 1 in the subject"),
     ("clip-by-norm", "06", {"optim.clip": "norm", "optim.clip_value": 1.0},
-     "a clip by norm, or another beta (https://github.com/unslothai/unsloth-zoo/issues/662)"),
+     "a clip by norm at 1 in the subject: computed again with it"),
     ("end-of-row", "03", {"mask.end_shift": 0}, "mlx-lm/issues/1697"),
     ("start-of-row", "03", {"mask.start_shift": 1}, "mlx-lm/issues/584"),
     ("scale", "04", {"lora.scale": 4.0}, "mlx-examples/issues/1186"),
@@ -64,7 +67,7 @@ def test_one_changed_factor_gives_one_hint(probe, changes, link, reference, engi
     assert found.verdict is Verdict.DIVERGE, describe(found)
     said = found.hints
     if "optim.betas" in changes:  # the reference corrects, with betas of its own: no constant ratio
-        assert "2× the other's" in said[0]
+        assert "2× the other's" in said[0], said
         link = "mlx/issues/1640"
     assert len(said) == 1, describe(found)
     assert link in said[0]
@@ -131,13 +134,58 @@ def test_clean_cells_give_no_hint(reference, engine, small):
         ({"facts": {"gradient ratio, B = 0": 0.5, "gradient ratio, B ≠ 0": 0.5}}, "by norm"),
         ({"facts": {"gradient bound, B = 0": 1.0}}, "of the subject's gradient exceeds 1"),
         ({"facts": {"gradient bound, B = 0": -1.0}}, "of the reference's gradient exceeds 1"),
-        ({"facts": {"positions per row at the start": 2}}, "2 more at the start"),
+        (
+            {"facts": {"positions per row at the start": 2, "left, at the start": 0}},
+            "2 more at the start",
+        ),
         (
             {"facts": {"rows that fill their batch": -3}},
-            "the reference pads to a width without + 1",
+            "the reference supervises no position behind the longest row",
         ),
-        ({"facts": {"rows whose prompt is supervised": 3}}, "the subject learns the prompts"),
-        ({"facts": {"positions per row at the last token": 1}}, "the reference does not learn"),
+        (
+            {
+                "facts": {
+                    "rows whose prompt is supervised": 3,
+                    "left, whose prompt is supervised": 0,
+                }
+            },
+            "the subject learns the prompts",
+        ),
+        (
+            {"facts": {"positions per row at the last token": 1, "left, at the last token": 0}},
+            "the reference does not learn",
+        ),
+        (
+            {
+                "facts": {
+                    **{
+                        f"{what} ratio, B {b} 0": 0.578125
+                        for what in ("gradient", "loss")
+                        for b in "=≠"
+                    },
+                    "share of positions supervised": 0.578125,
+                }
+            },
+            "does its mean count padding as well?",
+        ),
+        (
+            {
+                "facts": {
+                    f"{what} ratio, B {b} 0": 0.5 for what in ("gradient", "loss") for b in "=≠"
+                }
+            },
+            "is its loss divided by another count?",
+        ),
+        (
+            {
+                "facts": {
+                    **{f"gradient ratio, B {b} 0": 0.5 for b in "=≠"},
+                    **{f"norm subject, B {b} 0": 1.0 for b in "=≠"},
+                    **{f"norm reference, B {b} 0": 2.0 for b in "=≠"},
+                }
+            },
+            "both gradients of the subject have norm 1: a clip by norm",
+        ),
         (
             {
                 "facts": {
@@ -182,6 +230,20 @@ def test_made_up_fingerprints(fields, says):
         {"facts": {"least gradient off": 1.0, "share below it": 0.5, "share off above it": 0.1}},
         {"facts": {"least gradient off": 1.0, "share below it": 0.0, "share off above it": 1.0}},
         {"facts": {"LoRA scale ratio": 1.0}},
+        {"facts": {"positions per row at the last token": -1, "left, at the last token": 6}},
+        {"facts": {"positions per row at the start": 1, "left, at the start": 2}},
+        {"facts": {"positions per row past the end": 1, "left, past the end": 1}},
+        {"facts": {"positions per row at the last token": -1}},
+        {"facts": {"rows whose prompt is supervised": 3, "left, whose prompt is supervised": 4}},
+        {"facts": {"first gap / update": 0.0, "second gap / update": 0.5}},
+        {"facts": {"left, subject": 0.5, "left, reference": 0.0, "subject corrects bias": 0.0,
+                   "reference corrects bias": 1.0}},
+        {"facts": {"left, reference": 0.0, "reference corrects bias": 1.0}},
+        {"facts": {"gradient ratio, B = 0": 8.0, "loss ratio, B = 0": 1.2}},
+        {
+            "findings": ["first bad module: layers.5.self_attn.o_proj, 1; the error grows with the position"],
+            "facts": {"first position off": 1},
+        },
         {"findings": ["first bad module: layers.0.mlp.gate_proj, 1; the error grows with the position"]},
         {
             "findings": ["first bad module: layers.0.self_attn.o_proj, 1; the error grows with the position"],
@@ -231,10 +293,95 @@ def test_positions_are_counted_where_all_rows_agree():
     subject[0, 4] = subject[1, 6] = True
     subject[:, 1] = False
     start, end = "positions per row at the start", "positions per row past the end"
-    assert mask_facts(subject, reference, [5, 7]) == {start: -1, end: 1}
+    assert mask_facts(subject, reference, [5, 7]) == {
+        start: -1,
+        end: 1,
+        "left, at the start": 2,
+        "left, past the end": 2,
+    }
     subject[0, 4] = False
-    assert mask_facts(subject, reference, [5, 7]) == {start: -1}
+    assert mask_facts(subject, reference, [5, 7]) == {start: -1, "left, at the start": 1}
     assert mask_facts(subject[:, :5], reference, [5, 7]) == {}
+
+
+ROWS = [
+    TrainingRow(tuple(range(10, 10 + n)), start, "row") for n, start in ((7, 1), (9, 3), (5, 2))
+]
+MASKS = {
+    "right": lambda row: {(i, row.ids[i]) for i in range(row.start, len(row.ids))},
+    "past the end": lambda row: MASKS["right"](row) | {(len(row.ids), 0)},
+    "last token": lambda row: {(i, t) for i, t in MASKS["right"](row) if i < len(row.ids) - 1},
+    "start": lambda row: {(i, t) for i, t in MASKS["right"](row) if i > row.start},
+    "shifted": lambda row: {(i, row.ids[i - 1]) for i in range(row.start, len(row.ids))},
+    "shifted on": lambda row: {(i + 1, t) for i, t in MASKS["right"](row)},
+    "one in the middle": lambda row: {(i, t) for i, t in MASKS["right"](row) if i != 4},
+    "every second": lambda row: {(i, t) for i, t in MASKS["right"](row) if i % 2},
+    "prompts": lambda row: {(i, row.ids[i]) for i in range(1, len(row.ids))},
+}
+MEANT = {
+    "past the end": "one position past the end", "last token": "does not learn the last token",
+    "start": "at the start of every row", "prompts": "learns the prompts",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", [name for name in MASKS if name != "right"])
+@pytest.mark.parametrize("side", ["subject", "reference"])
+def test_a_mask_hint_explains_all_of_a_difference(fault, side):
+    """What is only a part of another fault, as of shifted targets, sets no hint off."""
+    differences = []
+    for row in ROWS:
+        found = {"subject": MASKS["right"](row), "reference": MASKS["right"](row)}
+        found[side] = MASKS[fault](row)
+        ours, theirs = found["subject"], found["reference"]
+        differences.append(Difference(row, ours - theirs, theirs - ours, ours & theirs))
+    said = hints(record("any", facts=patterns(differences)))
+    assert len(said) == (fault in MEANT), said
+    assert all(MEANT[fault] in text for text in said)
+
+
+def test_hints_are_about_one_optimizer():
+    """Of formulas that give the weights of both sides only what differs between them is said."""
+    same = {"corrects bias": 1.0, "weight decay": 0.0, "clip by norm": 0.0, "clip by value": 0.0}
+    both = {
+        f"{side} {what}": value for side in ("subject", "reference") for what, value in same.items()
+    }
+    fits = {"left, subject": 1e-4, "left, reference": 1e-4}
+    assert hints(record("any", facts=both | fits)) == []
+    for what, value in (("corrects bias", 0.0), ("weight decay", 0.01), ("clip by norm", 1.0)):
+        facts = both | fits | {f"subject {what}": value}
+        assert len(hints(record("any", facts=facts))) == 1
+        assert hints(record("any", facts=facts | {"left, subject": 0.3})) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"optim.clip": "value", "optim.clip_value": 0.5}, {"subject clip by value": 0.5}),
+        ({"optim.clip": "norm"}, {"subject clip by norm": 1.0}),
+        ({"optim.bias_correction": False}, {"subject corrects bias": 0.0}),
+        ({"optim.weight_decay": 0.02}, {"subject weight decay": 0.02}),
+        ({"optim.betas": [0.5, 0.6]}, None),
+        ({"optim.eps": 0.1}, None),
+    ],
+)
+def test_a_formula_that_the_recipe_does_not_name_is_found(changes, expected):
+    """The recipe says one thing, the weights another: the formula is found from these alone."""
+    rng = np.random.default_rng(0)
+    weights = {"a": rng.normal(0, 0.1, (8, 64)), "b": rng.normal(0, 0.1, (64, 8))}
+    fed = [{n: rng.normal(0, 1, v.shape) * 10 ** rng.uniform(-2, 1) for n, v in weights.items()}
+           for _ in range(2)]  # fmt: skip
+    factors = Recipe().factors()
+    sides = {
+        "subject": (adam(weights, fed, {**factors, **changes}), factors),
+        "reference": (adam(weights, fed, factors), factors),
+    }
+    facts = in_effect(weights, fed, sides, 0.02)
+    assert facts["left, reference"] == 0
+    if expected is None:
+        assert "left, subject" not in facts
+    else:
+        assert facts["left, subject"] < 1e-6
+        assert expected.items() <= facts.items()
 
 
 def test_a_clipped_gradient_shows_its_bound():

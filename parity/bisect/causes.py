@@ -24,6 +24,7 @@ from parity.bisect.result import (
 from parity.capture.engine import Engine
 from parity.cells.cell import Cell, reproduce
 from parity.cells.run import run_cell
+from parity.judge.hints import hints, rope
 from parity.paths import parts as names_of_parts
 from parity.paths.demands import unmet
 from parity.paths.registry import resolve, swappable
@@ -321,7 +322,9 @@ class CauseSearch:
                 f"settings differ as well, whether they belong to it was not asked: {said}"
             )
         sentence = "; ".join([*words, *unproven])
-        return Cause(stage.name, {}, sentence, parts, place, list(record.hints), reproduce(cell))
+        # With the place named, other settings of the model have been computed as well.
+        told = hints(record, (rope,) if found.name else ())
+        return Cause(stage.name, {}, sentence, parts, place, told, reproduce(cell))
 
     def _factors(self, stage: Stage, names: tuple[str, ...], unproven: Sequence[str]) -> Cause:
         record = self.record(stage, names)

@@ -1,17 +1,20 @@
 """Known fingerprints of divergences, as sentences with a link.
 
-A hint names what has looked like this before. It is drawn from a finished record, captures nothing
-and never changes a verdict: whether it is the cause is for a search to confirm.
+A hint is drawn from a finished record, captures nothing and never changes a verdict. What it states
+was checked by numbers of the record: with the suspected formula the difference is gone (facts named
+`left, …`), or a live object was read. What was not checked is a question.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from math import isclose, sqrt
 
 from parity.record import Metric, Record, Side, Verdict
 
+GONE = 0.02
+"""Share of a difference that may be left where a formula explains it."""
 Rule = Callable[[Record], str | None]
 
 NEAR = 0.01  # how exactly a ratio must be met; medians in float32 are good to 1e-4
@@ -20,11 +23,16 @@ ADAMW = "https://ml-explore.github.io/mlx/build/html/python/optimizers/_autosumm
 LOGSUMEXP = "https://github.com/ml-explore/mlx/blob/main/mlx/backend/cpu/logsumexp.cpp"
 
 
-def hints(record: Record) -> list[str]:
-    """What a divergence resembles; nothing for any other verdict."""
+def hints(record: Record, known: Collection[Rule] = ()) -> list[str]:
+    """What a divergence resembles; nothing for any other verdict.
+
+    Args:
+        record: A finished record.
+        known: Rules whose question has been answered in another way.
+    """
     if record.verdict is not Verdict.DIVERGE:
         return []
-    return [said for rule in RULES if (said := rule(record))]
+    return [text for rule in RULES if rule not in known and (text := rule(record))]
 
 
 def _link(issue: str) -> str:
@@ -38,35 +46,45 @@ def _diverging(record: Record) -> list[Metric]:
     return [m for m in record.metrics if m.gate and m.verdict is Verdict.DIVERGE]
 
 
+def _all_of_it(record: Record, kind: str) -> bool:
+    """Whether no target differs in another way: else the pattern is a part of something else."""
+    return record.facts.get(f"left, {kind}") == 0
+
+
 def double_bos(record: Record) -> str | None:
     """Chat template and tokenizer each add one; where both sides do so it is no difference."""
-    said = [text for text in record.findings if "BOS" in text and "stands twice" in text]
-    if len(said) != 1:
+    found = [text for text in record.findings if "BOS" in text and "stands twice" in text]
+    if len(found) != 1:
         return None
-    side = said[0].partition(":")[0]
-    return f"the {side} puts BOS twice, as template and tokenizer do ({_link('mlx-examples#1095')})"
+    side = found[0].partition(":")[0]
+    link = _link("mlx-examples#1095")
+    return (
+        f"rows of the {side} begin with BOS twice: do template and tokenizer both add one? ({link})"
+    )
 
 
 def prompt_offset(record: Record) -> str | None:
     """The first supervised position of a row."""
-    shift = record.facts.get("positions per row at the start", 0)
-    if not shift and all(metric.name != "prompt offsets" for metric in _diverging(record)):
+    shift, link = record.facts.get("positions per row at the start", 0), _link("mlx-lm#584")
+    if any(metric.name == "prompt offsets" for metric in _diverging(record)):
+        return f"prompts end elsewhere: is the turn header counted on one side alone? ({link})"
+    if not shift or not _all_of_it(record, "at the start"):
         return None
-    more = f"{abs(shift):g} {'more' if shift > 0 else 'fewer'}" if shift else "other positions"
     return (
-        f"the subject supervises {more} at the start of every row: the offset of the prompt mask, "
-        f"as where the turn header was counted in ({_link('mlx-lm#584')})"
+        f"the subject supervises {abs(shift):g} {'more' if shift > 0 else 'fewer'} at the start of every "
+        f"row, and nothing else differs: is the offset of its prompt mask another? ({link})"
     )
 
 
 def padding_supervised(record: Record) -> str | None:
     """`steps <= lengths` where `steps < lengths` ends with the row."""
     extra = record.facts.get("positions per row past the end", 0)
-    if abs(extra) != 1:
+    if abs(extra) != 1 or not _all_of_it(record, "past the end"):
         return None
     return (
         f"the {'subject' if extra > 0 else 'reference'} supervises one position past the end of every "
-        f"row, whose target is padding: its mask says `steps <= lengths` ({_link('mlx-lm#1697')})"
+        f"row, whose target is padding, and nothing else differs: does its mask say `steps <= lengths`? "
+        f"({_link('mlx-lm#1697')})"
     )
 
 
@@ -76,28 +94,32 @@ def padding_absent(record: Record) -> str | None:
     if not rows:
         return None
     return (
-        f"the {'subject' if rows > 0 else 'reference'} pads to a width without + 1: the longest row "
-        f"of a batch has no position behind it ({_link('unsloth-zoo#672')})"
+        f"the {'subject' if rows > 0 else 'reference'} supervises no position behind the longest row of "
+        f"its own batches alone: does it pad to a width without + 1? ({_link('unsloth-zoo#672')})"
     )
 
 
 def prompt_supervised(record: Record) -> str | None:
     """Targets from the first token of a prompt on."""
     rows = record.facts.get("rows whose prompt is supervised", 0)
-    if not rows:
+    if not rows or not _all_of_it(record, "whose prompt is supervised"):
         return None
     side = "subject" if rows > 0 else "reference"
-    return f"the {side} learns the prompts as well: no prompt mask ({_link('mlx-lm#584')})"
+    return (
+        f"the {side} learns the prompts as well, and nothing else differs: has it no prompt mask? "
+        f"({_link('mlx-lm#584')})"
+    )
 
 
 def last_token(record: Record) -> str | None:
     """One target less at the end of every row, which is EOS."""
     missing = record.facts.get("positions per row at the last token", 0)
-    if not missing:
+    if not missing or not _all_of_it(record, "at the last token"):
         return None
     return (
-        f"the {'subject' if missing < 0 else 'reference'} does not learn the last token of a row: a "
-        f"mask of `steps < lengths` over lengths less one ({_link('unsloth-zoo#684')})"
+        f"the {'subject' if missing < 0 else 'reference'} does not learn the last token of a row, and "
+        f"nothing else differs: does its mask say `steps < lengths` over lengths less one? "
+        f"({_link('unsloth-zoo#684')})"
     )
 
 
@@ -111,13 +133,13 @@ def cache(record: Record) -> str | None:
         if window and window - 1 <= at <= window + 1:
             return (
                 f"the {side}'s cache is right up to position {at - 1:g} and its sliding window is "
-                f"{window:g}: what it keeps is not cut there, or one token early or late "
+                f"{window:g}: is what it keeps cut there, or one token early or late? "
                 f"({_link('mlx-lm#390')})"
             )
         if turn > 1 and at == start:
             return (
-                f"the {side}'s cache is off from the first token of turn {turn:g} on: positions that "
-                "do not go on where the turn before ended, or a turn that is not in the cache "
+                f"the {side}'s cache is off from the first token of turn {turn:g} on: do positions go on "
+                f"where the turn before ended, and is that turn in the cache? "
                 f"({_link('mlx-examples#1000')})"
             )
     return None
@@ -128,33 +150,35 @@ def silent_cast(record: Record) -> str | None:
     for metric in _diverging(record):
         if metric.name in ("logits dtype", "LoRA dtype", "dtype.parameters", "dtype.adapter"):
             link = _link("unsloth-zoo#670")
-            return f"{metric.name}, {metric.note}: weights cast in silence look like this ({link})"
+            return f"{metric.name}, {metric.note}: are weights cast on one side? ({link})"
     return None
 
 
 def rope(record: Record) -> str | None:
-    """Attention goes wrong from the second position on, more so the further right."""
-    pattern = r"first bad module: (layers\.\d+\.self_attn\S*), .*grows with the position"
+    """The very first attention goes wrong from the second position on, more so the further right."""
+    pattern = r"first bad module: (layers\.0\.self_attn\S*), .*grows with the position"
     match = re.search(pattern, "\n".join(record.findings))
-    # A sliding window of another width also spares early positions, but more than the first few.
-    if not match or record.facts.get("first position off", 1) > 4:
+    if not match or record.facts.get("first position off", 1) != 1:
         return None
     return (
-        f"{match[1]} is off more the further right the position, and hardly at the first: rope "
-        f"settings, which transformers 5 keeps in rope_parameters ({_link('mlx-lm#953')})"
+        f"{match[1]} is off more the further right the position, and not at the first: are its rope "
+        f"settings read, which transformers 5 keeps in rope_parameters? ({_link('mlx-lm#953')})"
     )
 
 
 def lora_scale(record: Record) -> str | None:
     """With B = 0 only B has a gradient, and it is proportional to the scale."""
-    ratio = record.facts.get("LoRA scale ratio", 1.0)
-    if "gradient ratio, B ≠ 0" not in record.facts:
-        ratio = record.facts.get("gradient ratio, B = 0", ratio)
-    if ratio == 1:
+    facts, link = record.facts, _link("mlx-examples#1186")
+    more = "PEFT multiplies by alpha / rank, mlx-lm by `scale`, 20 by default"
+    if (ratio := facts.get("LoRA scale ratio", 1.0)) != 1:
+        return f"the subject's LoRA scale is {ratio:.4g}× the reference's: {more} ({link})"
+    ratio = facts.get("gradient ratio, B = 0", 1.0)
+    # At B = 0 the loss does not depend on the scale.
+    same_loss = isclose(facts.get("loss ratio, B = 0", 1.0), 1, rel_tol=NEAR / 10)
+    if ratio == 1 or "gradient ratio, B ≠ 0" in facts or not same_loss:
         return None
     return (
-        f"the subject's LoRA scale looks {ratio:.4g}× the reference's: PEFT multiplies by "
-        f"alpha / rank, mlx-lm by `scale`, 20 unasked ({_link('mlx-examples#1186')})"
+        f"at B = 0 the gradient is {ratio:.4g}× the reference's: is its LoRA scale? {more} ({link})"
     )
 
 
@@ -164,7 +188,7 @@ def last_layers(record: Record) -> str | None:
     if not fewer:
         return None
     first = f"{'subject' if fewer > 0 else 'reference'} leaves the first {abs(fewer):g} layers"
-    return f"the {first} without LoRA: a last-N default ({_link('unsloth-zoo#669')})"
+    return f"the {first} without LoRA, as a last-N default does ({_link('unsloth-zoo#669')})"
 
 
 def seed_placement(record: Record) -> str | None:
@@ -173,60 +197,99 @@ def seed_placement(record: Record) -> str | None:
     if not uniform or [metric.name for metric in _diverging(record)] != ["adapter bits"]:
         return None
     return (
-        "A is drawn from the same distribution with other bits: the seed is set elsewhere, or "
-        f"something draws between it and the adapter ({_link('unsloth-zoo#674')})"
+        "A is drawn from the same distribution with other bits: is the seed set elsewhere, or does "
+        f"something draw between it and the adapter? ({_link('unsloth-zoo#674')})"
     )
 
 
+def divisor(record: Record) -> str | None:
+    """Loss and gradient are one multiple of the reference's, whatever the adapter."""
+    facts, names = (
+        record.facts,
+        [f"{what} ratio, B {b} 0" for what in ("gradient", "loss") for b in "=≠"],
+    )
+    ratios = [facts[name] for name in names if name in facts]
+    if len(ratios) < len(names) or not all(
+        isclose(r, ratios[0], rel_tol=NEAR / 10) for r in ratios
+    ):
+        return None
+    much = f"loss and gradient are {ratios[0]:.4g}× the reference's whatever B is"
+    if isclose(ratios[0], facts.get("share of positions supervised", 0.0), rel_tol=NEAR / 10):
+        return f"{much}, which is supervised tokens / all positions: does its mean count padding as well?"
+    return f"{much}: is its loss divided by another count?"
+
+
 def clip(record: Record) -> str | None:
-    """A gradient of another length or cut off at a bound, or updates that show either."""
+    """A gradient of another length or cut off at a bound, or weights that a clip gives."""
     facts = record.facts
     bounds = [value for name, value in facts.items() if name.startswith("gradient bound")]
-    first, second = (facts.get(f"{update} gap / update", 0) for update in ("first", "second"))
+    norms = [facts.get(f"norm subject, B {b} 0", 0.0) for b in "=≠"]
+    theirs = [facts.get(f"norm reference, B {b} 0", 0.0) for b in "=≠"]
     if bounds:
         side = "subject" if bounds[0] > 0 else "reference"
-        what = f"no element of the {side}'s gradient exceeds {abs(bounds[0]):.4g}: a clip by value"
+        what = f"no element of the {side}'s gradient exceeds {abs(bounds[0]):.4g}, and clipped there both "
+        what += "are alike: a clip by value"
     elif {"gradient ratio, B = 0", "gradient ratio, B ≠ 0"} <= facts.keys():
-        what = "the gradients differ by a factor whatever B is: a clip by norm, or a divisor"
-    elif facts.get("share below it", 0) > 0.05 and facts.get("share off above it", 0) > 0.5:
-        least = facts["least gradient off"]
-        what = f"only gradients from {least:.3g} on move weights differently: a clip by value"
-    elif second > max(1e-3, 10 * first):
-        # Adam's first update does not depend on the length of the gradient, but for eps.
-        what = "the first update agrees, the second does not: a clip by norm, or another beta"
+        if divisor(record):
+            return None
+        what = "the gradients differ by a factor whatever B is: is it a clip by norm, or a divisor?"
+        if norms[0] and isclose(norms[0], norms[1], rel_tol=1e-4) and min(theirs) > norms[0]:
+            what = f"both gradients of the subject have norm {norms[0]:.4g}: a clip by norm"
+    elif (first := _in_effect(record, "clip by norm")) and first[0] != first[1]:
+        what = _computed(record, "clip by norm", first)
+    elif (first := _in_effect(record, "clip by value")) and first[0] != first[1]:
+        what = _computed(record, "clip by value", first)
     else:
         return None
     return f"{what} ({_link('unsloth-zoo#662')})"
 
 
+def _in_effect(record: Record, what: str) -> tuple[float, float] | None:
+    """What Adam's formula has on both sides, where it gives the weights of both."""
+    facts = record.facts
+    if any(facts.get(f"left, {side}", 1.0) > GONE for side in ("subject", "reference")):
+        return None
+    return facts[f"subject {what}"], facts[f"reference {what}"]
+
+
+def _computed(record: Record, what: str, values: tuple[float, float]) -> str:
+    side, limit = ("subject", values[0]) if values[0] else ("reference", values[1])
+    left = max(record.facts[f"left, {name}"] for name in ("subject", "reference"))
+    return f"a {what} at {limit:g} in the {side}: computed again with it, {left:.1g} of the difference is left"
+
+
 def bias_correction(record: Record) -> str | None:
     """Adam's first update is lr · sign(g); without correction, (1 - b1) / sqrt(1 - b2) times that."""
+    found = _in_effect(record, "corrects bias")
+    if found is None or found[0] == found[1]:
+        return None
+    name = "reference" if found[0] else "subject"
     ratio = record.facts.get("first update ratio", 1.0)
-    for name, seen in (("subject", ratio), ("reference", 1 / ratio)):
-        factor = _uncorrected(getattr(record, name))
-        if abs(factor - 1) > 5 * NEAR and isclose(seen, factor, rel_tol=NEAR):
-            return (
-                f"the {name}'s first update is {seen:.3g}× the other's = (1 - b1) / sqrt(1 - b2): "
-                f"Adam without bias correction, as MLX's unasked ({_link('mlx#1640')})"
-            )
-    return None
+    much = ratio if name == "subject" else 1 / ratio
+    factor = _uncorrected(getattr(record, name))
+    which = " = (1 - b1) / sqrt(1 - b2)" if isclose(much, factor, rel_tol=NEAR) else ""
+    left = max(record.facts[f"left, {side}"] for side in ("subject", "reference"))
+    return (
+        f"the {name}'s first update is {much:.3g}× the other's{which}: Adam without bias correction, "
+        f"MLX's default; computed again so, {left:.1g} of the difference is left ({_link('mlx#1640')})"
+    )
 
 
 def _uncorrected(side: Side) -> float:
-    if side.recipe.get("optim.name") not in ("adam", "adamw"):
-        return 1.0
     first, second = side.recipe["optim.betas"]
     return float((1 - first) / sqrt(1 - second))
 
 
 def weight_decay(record: Record) -> str | None:
-    """What is left between the first updates points along the weights."""
-    slope, lr = record.facts.get("first gap / weight", 0.0), record.subject.recipe.get("optim.lr")
-    if not lr or abs(record.facts.get("first gap / weight, cosine", 0)) < 0.99:
+    """Decoupled decay moves weights along themselves."""
+    found = _in_effect(record, "weight decay")
+    if found is None or isclose(*found, rel_tol=NEAR, abs_tol=1e-9):
         return None
+    side = "subject" if found[0] > found[1] else "reference"
+    left = max(record.facts[f"left, {name}"] for name in ("subject", "reference"))
     return (
-        f"after one step the weights differ by lr × {abs(slope) / lr:.3g} × weight: weight decay, of "
-        f"which the {'subject' if slope < 0 else 'reference'} has more; AdamW's unasked is 0.01 ({ADAMW})"
+        f"the {side} has more weight decay, {max(found):.3g} against {min(found):.3g}: computed again so, "
+        f"{left:.1g} of the difference is left; AdamW's default is 0.01 ({ADAMW})"
     )
 
 
@@ -241,8 +304,8 @@ def logsumexp(record: Record) -> str | None:
         far = metric.relative if loss else facts.get(f"distance of {metric.name}")
         if far and far < 1e-3:
             return (
-                f"{metric.name} is {far:.1g} off, relatively, at {facts['vocabulary']:,.0f} entries: "
-                f"MLX's logsumexp on the CPU, numerical accuracy and not logic ({LOGSUMEXP})"
+                f"{metric.name} is {far:.1g} off, relatively, at {facts['vocabulary']:,.0f} entries: is it "
+                f"MLX's logsumexp on the CPU, numerical accuracy and not logic? ({LOGSUMEXP})"
             )
     return None
 
@@ -250,5 +313,5 @@ def logsumexp(record: Record) -> str | None:
 RULES: tuple[Rule, ...] = (
     double_bos, silent_cast, rope, prompt_offset, padding_supervised, padding_absent,
     prompt_supervised, last_token, cache, lora_scale, last_layers,
-    seed_placement, clip, bias_correction, weight_decay, logsumexp,
+    seed_placement, divisor, clip, bias_correction, weight_decay, logsumexp,
 )  # fmt: skip
