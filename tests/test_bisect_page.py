@@ -185,7 +185,7 @@ def a_change():
         at = names.index(name)
         if at == 6:
             return Said("gap", "no | wheel")
-        return Said("good" if at < 7 else "bad", f"{name} <said>")
+        return Said("like the low end" if at < 7 else "like the high end", f"{name} <said>")
 
     found = search(names, check)
     return Change("mlx-lm", "subject", found, ("agree: a", "diverge: b"), ("x 1 → 2",), 9, 4.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from parity.bisect.search import ChangePoint, SameEnds
@@ -28,43 +29,47 @@ from parity.trace import Trace
 
 PATHS = """
 import sys
-import numpy as np
 from parity.paths.protocol import TrainingPath
 from parity.trace import Trace
 
 class Fixed(TrainingPath):
     name, framework = "fixed", "numpy"
+    honours = ("model.", "data.", "seed.", "lora.", "mask.", "optim.", "train.", "decode.")
 
-    def lora_init(self, recipe, inputs):
-        return Trace({"legacy": np.array([0])})
+    def config(self, recipe, inputs):
+        return Trace(scalars={"legacy": [0]})
 
 class Packaging(Fixed):
     "Says whether a version that is none is taken, as before 22.0."
 
-    def lora_init(self, recipe, inputs):
+    def config(self, recipe, inputs):
         from packaging.version import InvalidVersion, parse
         assert not any(m.startswith(("torch", "mlx")) for m in sys.modules)
         try:
             parse("no version")
         except InvalidVersion:
-            return Trace({"legacy": np.array([0])})
-        return Trace({"legacy": np.array([1])})
+            return Trace(scalars={"legacy": [0]})
+        return Trace(scalars={"legacy": [1]})
 
 class Toy(Fixed):
-    def lora_init(self, recipe, inputs):
+    def config(self, recipe, inputs):
         import toy
-        return Trace({"legacy": np.array([toy.legacy])})
+        return Trace(scalars={"legacy": [toy.legacy]})
 """
+
+
+def legacy(context):
+    pair = context.pair("config", Trace())
+    return [np.array(trace.scalars["legacy"]) for trace in (pair.subject, pair.reference)]
 
 
 class Legacy:
     """A stage of one number."""
 
-    number, name, question = 4, "lora_init", "Are they equal?"
+    number, name, question = 0, "config", "Are they equal?"
 
     def run(self, context):
-        pair = context.pair("lora_init", Trace())
-        ours, theirs = (t.arrays["legacy"] for t in (pair.subject, pair.reference))
+        ours, theirs = legacy(context)
         return Comparison([compare_exact("legacy", ours, theirs)])
 
 
@@ -230,6 +235,87 @@ def test_the_commit_is_found_and_the_checkout_left_alone(here, repo, side):
     assert (repo / "src" / "toy.py").read_text() == "work in progress"
     assert git(repo, "status", "--short") == "M src/toy.py"
     assert "prunable" not in git(repo, "worktree", "list")
+
+
+class Two:
+    """A stage of two numbers, each of which diverges by itself."""
+
+    number, name, question = 0, "config", "Are they equal?"
+
+    def run(self, context):
+        ours, theirs = legacy(context)
+        return Comparison([
+            compare_exact("first", ours[:4], theirs[:4]), compare_exact("rest", ours[4:], theirs[4:])
+        ])  # fmt: skip
+
+
+def moving(tmp_path, values):
+    """A checkout with a commit for each value of `legacy`."""
+    repo = tmp_path / "toy"
+    (repo / "src").mkdir(parents=True)
+    git(repo, "init", "-q")
+    made = []
+    for number, value in enumerate(values):
+        (repo / "src" / "toy.py").write_text(f"legacy = {value!r}  # {number}")
+        git(repo, "add", ".")
+        git(repo, "commit", "-qm", str(number))
+        made.append(git(repo, "rev-parse", "HEAD"))
+    return repo, made
+
+
+WIDE = """
+from parity.paths.protocol import TrainingPath
+from parity.trace import Trace
+
+class Fixed(TrainingPath):
+    name, framework = "fixed", "numpy"
+    honours = ("model.", "data.", "seed.", "lora.", "mask.", "optim.", "train.", "decode.")
+
+    def config(self, recipe, inputs):
+        return Trace(scalars={"legacy": [0] * 12})
+
+class Toy(Fixed):
+    def config(self, recipe, inputs):
+        import toy
+        return Trace(scalars={"legacy": toy.legacy})
+"""
+BOTH, ONE, FEW = [1] * 12, [0] * 4 + [1] * 8, [0] * 4 + [1] + [0] * 7
+
+
+@pytest.mark.parametrize(
+    ("values", "at", "quantity"),
+    [
+        # One cause is fixed while another is left; then one that shrinks; then one that grows.
+        ([BOTH] * 3 + [ONE] * 4, 3, "first"),
+        ([ONE] * 2 + [FEW] * 5, 2, "rest"),
+        ([FEW] * 5 + [ONE] * 2, 5, "rest"),
+        # Colours alone: neither end is called good where the low one diverges.
+        ([BOTH] * 4 + [[0] * 12] * 3, 4, ""),
+    ],
+)
+def test_a_change_between_two_red_ends_is_found(here, tmp_path, values, at, quantity):
+    (tmp_path / "toy_paths.py").write_text(WIDE)
+    repo, made = moving(tmp_path, values)
+    told = []
+    cell = Cell(Two(), "toy_paths:Toy", "toy_paths:Fixed", Recipe())
+    search = VersionSearch(here, cell, progress=lambda name, answer, left: told.append(answer))
+    change = search.commit(repo, f"HEAD~{len(values) - 1}", "HEAD")
+    assert (change.found.last_good, change.found.first_bad) == (made[at - 1], made[at])
+    assert change.quantity == quantity
+    said = " ".join([change.sentence(), *(f"{a.outcome} {a.reason}" for a in told)])
+    assert "good" not in said and "bad" not in said
+    if quantity:
+        assert change.sentence().count(f"({quantity}: ") == 2
+        assert change.verdicts[0] != change.verdicts[1]
+
+
+def test_two_red_ends_where_nothing_moved_are_not_called_good(here, tmp_path):
+    (tmp_path / "toy_paths.py").write_text(WIDE)
+    repo, _ = moving(tmp_path, [BOTH] * 3)
+    cell = Cell(Two(), "toy_paths:Toy", "toy_paths:Fixed", Recipe())
+    with pytest.raises(SameEnds, match=r"are alike: widen the range \(diverge: ") as raised:
+        VersionSearch(here, cell).commit(repo, "HEAD~2", "HEAD")
+    assert "good" not in str(raised.value)
 
 
 def test_commits_that_do_not_follow_each_other_are_refused(repo, tmp_path):

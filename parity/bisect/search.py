@@ -1,4 +1,4 @@
-"""Where an outcome changes in an ordered list, as `git bisect` finds it, with gaps and random flips."""
+"""Where an outcome changes in an ordered list, as `git bisect` finds it, with gaps."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ from typing import Any, NamedTuple
 from parity.errors import UsageError
 from parity.files import write_atomically
 
-SCHEMA = 1
-RISK = 1e-4  # bound on the probability that a search names a wrong candidate
-PATIENCE = 3.0  # times the expected number of repeats before a candidate is given up
+SCHEMA = 2
 
 
 class Outcome(StrEnum):
-    """What a check says of a candidate."""
+    """Which end of the list a candidate is like; neither end need be the right one."""
 
-    GOOD = "good"
-    BAD = "bad"
+    LOW = "like the low end"
+    HIGH = "like the high end"
     GAP = "gap"  # it cannot be installed, imported or run
-    FLAKY = "flaky"  # the check disagreed with itself
+
+
+Quantities = dict[str, tuple[str, float]]
+"""Metric to its verdict and value."""
 
 
 class CheckResult(NamedTuple):
-    """The outcome of one check, and why in a sentence."""
+    """The outcome of one check, why in a sentence, and what was measured."""
 
     outcome: str
     reason: str = ""
+    quantities: Quantities = {}  # noqa: RUF012 - a default that nobody changes
 
 
 class FinishedCheck(NamedTuple):
@@ -80,7 +82,8 @@ class Ledger:
         def remembered(candidate: str, attempt: int) -> CheckResult:
             for done in self.checks:
                 if (done["candidate"], done["attempt"]) == (candidate, attempt):
-                    return CheckResult(done["outcome"], done["reason"])
+                    measured = {k: (v[0], v[1]) for k, v in done["quantities"].items()}
+                    return CheckResult(done["outcome"], done["reason"], measured)
             started = time.perf_counter()
             answer = check(candidate, attempt)
             entry = {"candidate": candidate, "attempt": attempt, **answer._asdict()}
@@ -112,40 +115,13 @@ class ChangePoint:
     told: tuple[FinishedCheck, ...] = ()
 
 
-def margin(candidates: int, flips: float, risk: float = RISK) -> int:
-    """How far one outcome must lead among the repeats of a candidate.
-
-    Each repeat shows the wrong outcome with probability `flips` at most, independently. Wald's
-    sequential test is then a random walk that stops d ahead, on the wrong side with probability
-    1 / (1 + ((1 - flips) / flips) ** d) (gambler's ruin, Feller I, XIV.2). d is the smallest that
-    keeps this below risk / candidates, so that a search names a wrong candidate with probability
-    `risk` at most (union bound); giving up early only lowers it.
-
-    Raises:
-        UsageError: `flips` or `risk` out of range.
-    """
-    if not (0 <= flips < 0.5 and 0 < risk < 1):
-        raise UsageError(f"flips must be in [0, 0.5) and risk in (0, 1), not {flips} and {risk}")
-    odds = math.log((1 - flips) / flips) if flips else math.inf
-    return max(1, math.ceil(math.log(max(candidates, 1) / risk) / odds))
-
-
 class _Unsettled(Exception):
     pass
 
 
 class _Search:
-    def __init__(
-        self,
-        candidates: Sequence[str],
-        check: VersionCheck,
-        flips: float,
-        risk: float,
-        watch: Progress,
-    ) -> None:
-        self.names, self.check, self.flips, self.watch = candidates, check, flips, watch
-        self.margin = margin(len(candidates), flips, risk)
-        self.repeats = self.margin / (1 - 2 * flips)  # expected: the walk's drift is 1 - 2 flips
+    def __init__(self, candidates: Sequence[str], check: VersionCheck, watch: Progress) -> None:
+        self.names, self.check, self.watch = candidates, check, watch
         self.votes: dict[str, list[str]] = {}
         self.gaps: dict[str, str] = {}
         self.told: list[FinishedCheck] = []
@@ -156,65 +132,61 @@ class _Search:
         high, last = self.end(range(len(self.names) - 1, low, -1))
         if first is last:
             ends = " and ".join((self.names[low], self.names[high]))
-            raise SameEnds(f"both ends, {ends}, are {first}: widen the range")
-        if first is Outcome.BAD:
-            raise UsageError(f"{self.names[low]} is bad, {self.names[high]} good: swap the ends")
+            raise SameEnds(f"both ends, {ends}, are alike: widen the range")
+        if first is Outcome.HIGH:
+            raise UsageError(f"{self.names[low]} is like the high end, {self.names[high]} is not")
         self.open = range(low + 1, high)
         while inside := [i for i in self.open if self.names[i] not in self.gaps]:
             middle = min(inside, key=lambda i: abs(2 * i - low - high))
             outcome = self.settle(middle)
-            low = middle if outcome is Outcome.GOOD else low
-            high = middle if outcome is Outcome.BAD else high
+            low = middle if outcome is Outcome.LOW else low
+            high = middle if outcome is Outcome.HIGH else high
             self.open = range(low + 1, high)
-        self.settle(low, more=1)
-        self.settle(high, more=1)
+        self.settle(low, times=2)
+        self.settle(high, times=2)
         return ChangePoint(self.names[low], self.names[high], tuple(self.names[low + 1 : high]))
 
     def end(self, indices: Iterable[int]) -> tuple[int, Outcome]:
         for index in indices:
-            if (outcome := self.settle(index, more=1)) is not Outcome.GAP:
+            if (outcome := self.settle(index, times=2)) is not Outcome.GAP:
                 return index, outcome
         why = "".join(f"; {name}: {reason}" for name, reason in self.gaps.items())
         raise UsageError(f"of {len(self.names)} candidates fewer than two can be checked{why}")
 
-    def settle(self, index: int, more: int = 0) -> Outcome:
-        """Repeats a check until one outcome leads by the margin and `more`."""
+    def settle(self, index: int, times: int = 1) -> Outcome:
+        """The outcome of a candidate, checked so many times."""
         votes = self.votes.setdefault(name := self.names[index], [])
-        while True:
-            good, bad = votes.count(Outcome.GOOD), votes.count(Outcome.BAD)
-            if abs(good - bad) >= self.margin + more:
-                return Outcome.GOOD if good > bad else Outcome.BAD
-            if len(votes) >= PATIENCE * (self.repeats + 1):
-                told = f"{good} good and {bad} bad of {len(votes)} runs"
-                raise _Unsettled(f"{name}: {told}, more doubt than flips={self.flips:g} explains")
+        while len(votes) < times:
             answer = self.check(name, len(votes))
             votes.append(Outcome(answer.outcome))
-            self.told.append(FinishedCheck(name, *answer))
-            steps = math.ceil(math.log2(len(self.open) + 1))
-            self.watch(name, answer, math.ceil(steps * self.repeats) + 2)
+            self.told.append(FinishedCheck(name, answer.outcome, answer.reason))
+            self.watch(name, answer, math.ceil(math.log2(len(self.open) + 1)) + 2)
             if votes == [Outcome.GAP]:
                 self.gaps[name] = answer.reason
                 return Outcome.GAP
-            if not self.flips and (len(set(votes)) > 1 or Outcome.FLAKY in votes):
+            if len(set(votes)) > 1:
                 raise _Unsettled(f"repeats of {name} disagree: {', '.join(votes)}")
+        return Outcome(votes[0])
 
 
 def search(
-    candidates: Sequence[str], check: VersionCheck, *, flips: float = 0.0, risk: float = RISK,
-    ledger: Ledger | None = None, progress: Progress | None = None,
-) -> ChangePoint:  # fmt: skip
-    """Finds the first bad of candidates that are good at the start and bad at the end.
+    candidates: Sequence[str],
+    check: VersionCheck,
+    *,
+    ledger: Ledger | None = None,
+    progress: Progress | None = None,
+) -> ChangePoint:
+    """Finds the first of candidates, like the low end at the start, that is like the high end.
 
-    The low end is checked before the high one; each end, and each neighbour of the change, once more
-    than needed. With flips 0 two repeats that disagree make the search inconclusive; otherwise they
-    are repeated until the probability of a wrong answer is below `risk` (see `margin`).
+    The low end is checked before the high one; each end, and each neighbour of the change, twice. Two
+    checks of one candidate that disagree make the search inconclusive.
 
     Raises:
-        SameEnds: Both ends are good, or both bad.
+        SameEnds: Both ends are alike.
         UsageError: Fewer than two candidates that can be checked.
     """
     remembered = (ledger or Ledger()).remember(check)
-    asked = _Search(candidates, remembered, flips, risk, progress or (lambda *_: None))
+    asked = _Search(candidates, remembered, progress or (lambda *_: None))
     try:
         found = asked.narrow()
     except _Unsettled as reason:

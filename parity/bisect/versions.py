@@ -5,6 +5,7 @@ One cell is run over and over, one side of it (or both) in an interpreter with a
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 import time
@@ -39,8 +40,11 @@ from parity.cells.cell import Cell
 from parity.cells.run import run_cell
 from parity.paths.registry import registered, resolve
 from parity.recipe import Recipe
+from parity.record import Verdict
 from parity.trace import Trace
 
+FACTOR = 2.0
+"""By how much a metric must move between two ends of one verdict."""
 SIDES = {"subject": ("subject",), "reference": ("reference",), "both": ("subject", "reference")}
 
 
@@ -48,8 +52,9 @@ SIDES = {"subject": ("subject",), "reference": ("reference",), "both": ("subject
 class Change:
     """Where the verdict of a cell changed: `side` ran other versions of `package`.
 
-    `verdicts` are "verdict: reason" of found.last_good and found.first_bad, `also` the packages that
-    the resolver changed between these two as well; `runs` counts the cells that were run.
+    `verdicts` are "verdict: reason" of found.last_good and found.first_bad, `quantity` the metric that
+    moved where both verdicts are the same, `also` the packages that the resolver changed between these
+    two as well; `runs` counts the cells that were run.
     """
 
     package: str
@@ -57,6 +62,7 @@ class Change:
     found: ChangePoint
     verdicts: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
+    quantity: str = ""
     runs: int = 0
     seconds: float = 0.0
 
@@ -172,7 +178,10 @@ class VersionSearch:
             )
             state = "agree" if record.verdict.green else str(record.verdict)
             # One error is not another.
-            return CheckResult(f"{state} ({kind[1]})" if kind else state, record.reason)
+            state = f"{state} ({kind[1]})" if kind else state
+            gates = (metric for metric in record.metrics if metric.gate)
+            measured = {metric.name: (str(metric.verdict), metric.value) for metric in gates}
+            return CheckResult(state, record.reason, measured)
 
         paths = map(content.of_path, (cell.subject, cell.reference))
         told = package, cell.stage.name, cell.changes, self.side, about
@@ -191,18 +200,22 @@ class VersionSearch:
             return next((a for a in answers if a.outcome != Outcome.GAP), CheckResult(Outcome.GAP))
 
         first, last = end(versions), end(reversed(versions))
-        labels = {last.outcome: Outcome.BAD, first.outcome: Outcome.GOOD, "gap": Outcome.GAP}
+        quantity = "" if first.outcome != last.outcome else moved(first, last)
 
         def check(version: str, attempt: int) -> CheckResult:
-            outcome, reason = verdict(version, attempt)
-            said = reason if outcome == Outcome.GAP else f"{outcome}: {reason}"
-            return CheckResult(labels.get(outcome, Outcome.GAP), said)
+            answer = verdict(version, attempt)
+            if answer.outcome == Outcome.GAP:
+                return answer
+            reason = f"{answer.outcome}: {answer.reason}"
+            if quantity in answer.quantities:
+                reason += f" ({quantity}: {answer.quantities[quantity][1]:.3g})"
+            return CheckResult(_like(answer, first, last, quantity), reason)
 
         try:
             found = search(versions, check, progress=self.progress)
         except SameEnds as error:
             raise SameEnds(f"{package}: {error} ({first.outcome}: {first.reason})") from None
-        change = Change(package, self.side, found)
+        change = Change(package, self.side, found, quantity=quantity)
         if not found.inconclusive:
             ends = found.last_good, found.first_bad
             old, new = (place(version).versions for version in ends)
@@ -214,6 +227,50 @@ class VersionSearch:
             said = tuple(check(version, 0).reason for version in ends)
             change = replace(change, verdicts=said, also=tuple(also))
         return replace(change, runs=book.computed, seconds=time.perf_counter() - started)
+
+
+def moved(low: CheckResult, high: CheckResult) -> str:
+    """The metric that moved between two ends of one verdict; empty if none did.
+
+    First one whose own verdict changed, as where one cause was fixed and another is left; else the one
+    whose value changed most, by a factor of `FACTOR` at least.
+    """
+    common = [name for name in low.quantities if name in high.quantities]
+    for name in common:
+        if _green(low.quantities[name][0]) != _green(high.quantities[name][0]):
+            return name
+    factors = {name: _apart(low.quantities[name][1], high.quantities[name][1]) for name in common}
+    largest = max(factors, key=lambda name: factors[name], default="")
+    return largest if largest and factors[largest] >= math.log(FACTOR) else ""
+
+
+def _like(answer: CheckResult, low: CheckResult, high: CheckResult, quantity: str) -> Outcome:
+    """Which end a version is like: by its verdict, or by the metric that moved between the ends."""
+    if not quantity:
+        known = {high.outcome: Outcome.HIGH, low.outcome: Outcome.LOW}
+        return known.get(answer.outcome, Outcome.GAP)
+    if quantity not in answer.quantities:
+        return Outcome.GAP
+    verdict, value = answer.quantities[quantity]
+    ends = low.quantities[quantity], high.quantities[quantity]
+    greens = [_green(end[0]) for end in ends]
+    if greens[0] != greens[1]:
+        return Outcome.LOW if _green(verdict) == greens[0] else Outcome.HIGH
+    nearer = _apart(value, ends[0][1]) <= _apart(value, ends[1][1])
+    return Outcome.LOW if nearer else Outcome.HIGH
+
+
+def _green(verdict: str) -> bool:
+    return Verdict(verdict).green
+
+
+def _apart(a: float, b: float) -> float:
+    """How far two magnitudes are apart, as the logarithm of their ratio."""
+    if a == b:
+        return 0.0
+    if not (a > 0 and b > 0 and math.isfinite(a) and math.isfinite(b)):
+        return math.inf
+    return abs(math.log(a / b))
 
 
 def _code() -> str:

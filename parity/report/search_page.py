@@ -29,7 +29,7 @@ STATES = {
 STATUSES = {"confirmed": "diverge", "refuted": "skip"}
 ANSWERS = {"diverges": "diverge", "agrees": "agree", "unknown": "inconclusive"}
 NOT_CHECKED = "unchecked"
-OUTCOMES = {"good": "agree", "bad": "diverge", "gap": "skip", "flaky": "inconclusive"}
+OUTCOMES = {"like the low end": "agree", "like the high end": "diverge", "gap": "skip"}
 MARKS = {**SYMBOLS, "agree": "✓", NOT_CHECKED: "·"}
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from parity.bisect.search import CheckResult
 
 STYLES = {"✗": "bold red", "✓": "green", "?": "yellow"}
-OUTCOMES = {"good": "✓", "bad": "✗"}
+OUTCOMES = {"like the low end": "✓", "like the high end": "✗"}
 
 
 class Display(Protocol):
@@ -41,7 +41,7 @@ class Lines:
 
     def progress(self, candidate: str, answer: CheckResult, left: int) -> None:
         """See `Display.progress`."""
-        click.echo(f"  {candidate}: {answer.outcome} {answer.reason}, about {left} left", err=True)
+        click.echo(f"  {candidate}: {answer.outcome}, {answer.reason}, about {left} left", err=True)
 
 
 class Screen:
