@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from parity.bisect.locate_backward import backward
+from parity.bisect.locate_cache import first_position
 from parity.bisect.locate_forward import forward
 from parity.bisect.locate_step import step
 from parity.bisect.place import Place
@@ -21,6 +22,8 @@ def locate(engine: Engine, cell: Cell, record: Record) -> Place:
             return forward(context)
         if cell.stage.name == "gradient":
             return backward(context)
+        if cell.stage.name == "kv_cache":
+            return first_position(record)
         if cell.stage.name == "loss_curve":
             return step(context)
     except (Unsupported, CaptureError, UnmatchedNames, KeyError) as error:

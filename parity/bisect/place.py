@@ -36,7 +36,7 @@ class Place:
     sentence: str = ""
     name: str = ""
     kind: str = ""
-    """`forward`, `backward` or `step`."""
+    """`forward`, `backward`, `step` or `cache`."""
     walk: list[Mark] = field(default_factory=list)
 
 

@@ -91,7 +91,8 @@ def _within(side: str, trace: Trace, pair: Pair, result: Comparison) -> None:
         metric, first = _placed(metric, f"{what}, {side}", trace.arrays[mode], uncached[at], at)
         result.metrics.append(metric)
         result.metrics.append(_greedy(f"greedy tokens, {what}, {side}", trace, mode, at, metric))
-        if first is not None and f"{side} cache: turn" not in result.facts:
+        # The earliest of all modes: a later mode may be off before the first one is.
+        if first is not None and first < result.facts.get(f"{side} cache: position", np.inf):
             result.facts |= {
                 f"{side} cache: turn": turn_of(first),
                 f"{side} cache: position": first,
