@@ -217,6 +217,7 @@ class Silent(TrainingPath):
 
     name = "silent"
     framework = "numpy"
+    honours = ("model.", "data.", "seed.", "lora.", "mask.", "optim.", "train.", "decode.")
 
 
 class OtherRate(MlxPath):
@@ -243,3 +244,35 @@ class WrongOnce(NumpyAdamW):
             for value in trace.arrays.values():
                 value += 1.0
         return trace
+
+
+class PaddedMean(MlxPath):
+    """Its loss is divided by all positions, padding included."""
+
+    name = "padded-mean"
+
+    def loss(self, recipe):
+        inner = super().loss(recipe)
+
+        def padded(model, batch, lengths):
+            loss, tokens = inner(model, batch, lengths)
+            return loss * tokens / (batch.shape[0] * (batch.shape[1] - 1)), tokens
+
+        return padded
+
+
+class ShiftedTargets(MlxPath):
+    """Each position learns the token before the one that it should."""
+
+    name = "shifted-targets"
+
+    def loss(self, recipe):
+        import mlx.core as mx
+
+        inner = super().loss(recipe)
+
+        def shifted(model, batch, lengths):
+            late = mx.concatenate([batch[:, :1], batch[:, :-1]], axis=1)
+            return inner(lambda _: model(batch[:, :-1]), late, lengths)
+
+        return shifted

@@ -7,8 +7,11 @@ from click.testing import CliRunner
 
 from parity.bisect.answer import answer
 from parity.bisect.causes import CauseSearch
+from parity.cells.cell import Cell
+from parity.cells.run import run_cell
 from parity.commands.bisect import bisect
 from parity.recipe import Recipe
+from parity.record import Verdict
 from parity.stages import find
 
 
@@ -108,3 +111,26 @@ def test_a_hybrid_that_fails_is_no_evidence(engine, few):
     assert not any("it makes no difference" in e for entry in report.ledger for e in entry.evidence
                    if "part loss" in entry.changes)  # fmt: skip
     assert "may not be minimal" in cause.sentence or "could not be told" in cause.sentence
+
+
+def test_an_attention_fault_is_not_blamed_on_rope(engine, few):
+    report = search(engine, few, "tests.search_faults:AttentionProduct", "hf", probes=["02"])
+    assert "the input of layers.5.self_attn.o_proj (differs)" in answer(report)
+    assert "rope" not in answer(report)
+
+
+@pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
+def test_a_mean_over_padding_is_no_clip(reference, engine, few):
+    cell = Cell(find("05"), "tests.search_faults:PaddedMean", reference, few)
+    [hint] = run_cell(engine, cell).hints
+    assert "does its mean count padding as well?" in hint
+    assert "clip" not in hint
+
+
+@pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
+@pytest.mark.parametrize("probe", ["03", "09"])
+def test_shifted_targets_are_no_missing_token(probe, reference, engine, few):
+    cell = Cell(find(probe), "tests.search_faults:ShiftedTargets", reference, few)
+    record = run_cell(engine, cell)
+    assert record.verdict is Verdict.DIVERGE
+    assert record.hints == []
