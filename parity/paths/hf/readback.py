@@ -52,11 +52,12 @@ def forward_facts(model: Any) -> dict[str, Any]:
 
     training = model.training
     with contextlib.ExitStack() as stack, torch.no_grad():
-        outputs = stack.enter_context(module_outputs(model, True))
+        seen = stack.enter_context(module_outputs(model, True))
         given = stack.enter_context(_rotary(model))
         model.eval()(input_ids=torch.tensor([[1, 2]], device=model.device), use_cache=False)
     model.train(training)
-    census = Counter(dtype_name(value.dtype) for value in outputs.values())
+    outputs = (value for name, value in seen.outputs.items() if "#" not in name)  # each once
+    census = Counter(dtype_name(value.dtype) for value in outputs)
     return {"dtype.activations": dict(census), **_rope_facts(model, given)}
 
 
