@@ -208,7 +208,7 @@ def test_versions_stand_on_an_axis_with_all_checks(tmp_path):
     page = files[2].read_text()
     assert "0.7 &lt;said&gt;" in page and "the subject moved with mlx-lm in 0.7" in page
     assert "no \\| wheel" in files[1].read_text()
-    assert json.loads(files[0].read_text())["changes"][0]["found"]["told"][0][0] == "0.0"
+    assert json.loads(files[0].read_text())["changes"][0]["found"]["finished"][0][0] == "0.0"
     parsed(page)
     unclear = Change("x", "subject", type(change.found)(inconclusive="flaky"))
     assert "inconclusive" in parsed(render_versions([unclear], "x", "c")).text

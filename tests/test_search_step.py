@@ -88,4 +88,4 @@ def test_what_could_not_be_compared_is_said(engine, small):
 def test_no_part_of_an_equal_step_is_named(reference, engine, small):
     found = place(engine, small, "search_faults:NoSeed", reference)
     assert found.name == ""
-    assert "could not be told" in found.sentence
+    assert "could not be found" in found.sentence

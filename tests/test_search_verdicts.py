@@ -110,7 +110,7 @@ def test_a_hybrid_that_fails_is_no_evidence(engine, few):
     assert "this loss works at home only" in answer(report)
     assert not any("it makes no difference" in e for entry in report.ledger for e in entry.evidence
                    if "part loss" in entry.changes)  # fmt: skip
-    assert "may not be minimal" in cause.sentence or "could not be told" in cause.sentence
+    assert "may not be minimal" in cause.sentence or "could not be found" in cause.sentence
 
 
 def test_an_attention_fault_is_not_blamed_on_rope(engine, few):

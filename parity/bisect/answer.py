@@ -25,17 +25,17 @@ def verdict_lines(report: SearchReport) -> list[str]:
     """The verdict in a sentence, where no cause says it."""
     who = f"{report.subject} and {report.reference}"
     if report.verdict == AGREE:
-        said = f"{who} agree: {report.reason}"
+        sentence = f"{who} agree: {report.reason}"
     elif report.verdict == IN_PART:
-        said = f"{who} agree in {', '.join(report.compared)}, and were not compared in all"
+        sentence = f"{who} agree in {', '.join(report.compared)}, and were not compared in all"
     elif report.verdict == NOT_COMPARED:
-        said = f"{who} were not compared: {report.reason}"
+        sentence = f"{who} were not compared: {report.reason}"
     elif report.verdict == INCONCLUSIVE:
         return [f"inconclusive: {report.reason}"]
     else:
         return []
     settings = [f"differs, with no effect on what was compared: {text}" for text in report.left]
-    return [said, *settings]
+    return [sentence, *settings]
 
 
 def against(values: Mapping[str, tuple[Any, Any]]) -> str:

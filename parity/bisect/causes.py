@@ -1,4 +1,4 @@
-"""The search for a cause, asked of real cells: stage first, then factors, then a place inside."""
+"""The search for a cause, over real cells: stage first, then factors, then a place inside."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ class CauseSearch:
         reference: Path it is held against.
         recipe: The reference's recipe.
         changes: Factors in which the subject's recipe differs from it.
-        watch: Told what is being asked.
-        repeats: How often each question is asked.
+        watch: Called with each question.
+        repeats: How often each question is put.
         origin: Name of the recipe, for command lines.
-        stages: What is asked, in this order.
+        stages: What is visited, in this order.
         notice: Told of each stage.
         held: Factors in which the reference always differs from `recipe`.
     """
@@ -283,7 +283,7 @@ class CauseSearch:
             lambda names: self._ask(stage, (), {name.removeprefix(PART) for name in names}),
         )
         if found.verdict != FOUND:
-            return [f"which part it is could not be told: {found.reason}"]
+            return [f"which part it is could not be found: {found.reason}"]
         for names in found.causes:
             parts = tuple(name.removeprefix(PART) for name in names)
             report.causes.append(self._place(stage, report, parts, found.unproven))
@@ -317,14 +317,14 @@ class CauseSearch:
             if settings := [text for key, text in mine if key not in gone]:
                 words.append(f"with it these settings come and go: {'; '.join(settings)}")
         elif settings := list(self._differing((), self.parts).values()):
-            said = "; ".join(settings)
+            listed = "; ".join(settings)
             words.append(
-                f"settings differ as well, whether they belong to it was not asked: {said}"
+                f"settings differ as well, whether they belong to it was not tested: {listed}"
             )
         sentence = "; ".join([*words, *unproven])
         # With the place named, other settings of the model have been computed as well.
-        told = hints(record, (rope,) if found.name else ())
-        return Cause(stage.name, {}, sentence, parts, place, told, reproduce(cell))
+        drawn = hints(record, (rope,) if found.name else ())
+        return Cause(stage.name, {}, sentence, parts, place, drawn, reproduce(cell))
 
     def _factors(self, stage: Stage, names: tuple[str, ...], unproven: Sequence[str]) -> Cause:
         record = self.record(stage, names)

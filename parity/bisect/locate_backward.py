@@ -130,12 +130,12 @@ def _place(context: Context, rows: Trace, seen: BackwardComparison, what: str) -
     recipe = context.recipes["subject"]
     replaced = BackwardComparison(seen.pair, context.capture("subject", "gradient", recipe, given))
     alone = replaced.alone()
-    name, said = _first(seen, replaced, alone)
+    name, words = _first(seen, replaced, alone)
     walk = [
         Mark(n, m.value, m.floor, differs(m), n in alone)
         for n, m in reversed(list(seen.outputs.items()))
     ]
-    sentence = f"backwards from the loss ({what}) {said}; {_extent(seen)}; {_confirmed(replaced, name, alone)}"
+    sentence = f"backwards from the loss ({what}) {words}; {_extent(seen)}; {_confirmed(replaced, name, alone)}"
     return Place(sentence, name, "backward", walk)
 
 
@@ -152,13 +152,13 @@ def _first(
     # Handed the reference's gradient a module has no errors of others, and its own stands out.
     if off and off[0] in alone:
         name = off[0]
-        said = f"the gradient at its output agrees, {_wrong(seen, name)}{_between(seen, name)}"
+        words = f"the gradient at its output agrees, {_wrong(seen, name)}{_between(seen, name)}"
     else:
         name = alone[0]
-        said = (
+        words = (
             f"handed the reference's gradient, {_wrong(replaced, name)}{_between(replaced, name)}"
         )
-    return name, f"first bad module {name}: {said}"
+    return name, f"first bad module {name}: {words}"
 
 
 def _wrong(seen: BackwardComparison, name: str) -> str:
@@ -185,8 +185,8 @@ def _between(seen: BackwardComparison, name: str) -> str:
     }
     if inner and not sides["differ"]:
         return " (inside it gradients agree at all modules: it is what goes past them)"
-    said = " and ".join(f"{word} at {names}" for word, names in sides.items() if names)
-    return f" (between its modules, where gradients {said})" if inner else ""
+    words = " and ".join(f"{word} at {names}" for word, names in sides.items() if names)
+    return f" (between its modules, where gradients {words})" if inner else ""
 
 
 def _extent(seen: BackwardComparison) -> str:
@@ -206,15 +206,15 @@ def _extent(seen: BackwardComparison) -> str:
 def _confirmed(replaced: BackwardComparison, name: str, alone: list[str]) -> str:
     layers = len({n for name in replaced.outputs if (n := layer_of(name)) is not None})
     left = [n for n in replaced.off_parameters if n.rpartition(".")[0] not in alone]
-    said = "handed the reference's gradient at every module, "
+    words = "handed the reference's gradient at every module, "
     if not alone:
-        return said + (
+        return words + (
             f"{len(left)} gradients of the adapter still differ" if left else "none does"
         )
     if alone == [name] and not left:
-        return f"confirmed: {said}only {counted(alone, layers)} is off by itself"
-    said += f"off by itself: {counted(alone, layers)}"
-    return said + (f"; {len(left)} other gradients of the adapter still differ" if left else "")
+        return f"confirmed: {words}only {counted(alone, layers)} is off by itself"
+    words += f"off by itself: {counted(alone, layers)}"
+    return words + (f"; {len(left)} other gradients of the adapter still differ" if left else "")
 
 
 def _calls(context: Context) -> list[str]:
@@ -236,8 +236,8 @@ def by_adapters(pair: Pair, order: list[str], what: str) -> Place | None:
             module, {n: ours[n] for n in names}, {n: theirs[n] for n in names}, noise
         )
         if differs(metric):
-            said = f"gradients of the adapters agree down to {fine} and differ from {module} on"
-            sentence = f"backwards from the loss ({what}) {said}: {how_much(metric)}"
+            words = f"gradients of the adapters agree down to {fine} and differ from {module} on"
+            sentence = f"backwards from the loss ({what}) {words}: {how_much(metric)}"
             return Place(sentence, module, "backward")
         fine = module
     return None

@@ -135,9 +135,9 @@ def _place(context: Context, rows: Trace, seen: ForwardComparison) -> Place:
     words = [_words(found, event), confirmed]
     # A setting is read by all layers: where one place alone is wrong it is none.
     if not confirmed.startswith("confirmed") and (
-        told := suspected_setting(context, rows, seen.pair, _first_position(found, event))
+        setting := suspected_setting(context, rows, seen.pair, _first_position(found, event))
     ):
-        words.append(told)
+        words.append(setting)
     if silent:
         words.append(f"{_silent(silent)}: not the place")
     layers = len({n for _, name in seen.metrics if (n := layer_of(name)) is not None})
@@ -204,15 +204,15 @@ def _confirmed(context: Context, rows: Trace, seen: ForwardComparison, event: Ev
         after = _subject(context, rows.with_group(group, given)).arrays["logits.0"]
         what = "output" if which == "out" else "input"
         left = distance(after, theirs)
-        told = (
+        effect = (
             f"with the reference's {what} of {where} in its place the error of the logits goes from "
             f"{error:.3g} to {left:.3g}"
         )
         floor = HEADROOM * seen.pair.noise.floor("logits.0", theirs)
         if left <= max(error / 10, floor):
-            return f"confirmed, {told}"
+            return f"confirmed, {effect}"
         if distance(after, before) > NOTHING * error:
-            words = words or f"not the only one, {told}"
+            words = words or f"not the only one, {effect}"
     return words
 
 

@@ -2,7 +2,7 @@
 
 Compared in this order: the batches, the loss reported against the loss of that step's weights, the
 gradient of every micro-batch, what the loop makes of it, the clip, the update, the adapter after the
-step. Only the first that differs is named; what could not be compared is said.
+step. Only the first that differs is named; what could not be compared is listed.
 """
 
 from __future__ import annotations
@@ -138,23 +138,23 @@ def step(context: Context) -> Place:
             if found is not None:
                 return Place(_sentence(run, at, found, equal, missing), f"step {at}", "step")
             equal.append(what)
-    said = f"the place in the loop could not be told: up to step {first} of {run.steps} no part differs"
-    return Place(_also(said, equal, missing), "", "step")
+    sentence = f"the place in the loop could not be found: up to step {first} of {run.steps} no part differs"
+    return Place(_also(sentence, equal, missing), "", "step")
 
 
 def _sentence(
     run: TrainingSteps, at: int, found: Difference, equal: list[str], missing: list[str]
 ) -> str:
-    said = f"first divergent step {at} of {run.steps}: {found.what} {found.how}"
+    sentence = f"first divergent step {at} of {run.steps}: {found.what} {found.how}"
     if missing and equal:
-        said += f"; what differs first is between {equal[-1]} and {found.what}"
-    return _also(said, equal, missing)
+        sentence += f"; what differs first is between {equal[-1]} and {found.what}"
+    return _also(sentence, equal, missing)
 
 
-def _also(said: str, equal: list[str], missing: list[str]) -> str:
+def _also(sentence: str, equal: list[str], missing: list[str]) -> str:
     if equal:
-        said += f"; equal in this step: {', '.join(equal)}"
-    return said + (f"; not compared: {', '.join(missing)}" if missing else "")
+        sentence += f"; equal in this step: {', '.join(equal)}"
+    return sentence + (f"; not compared: {', '.join(missing)}" if missing else "")
 
 
 def _first(run: TrainingSteps) -> int:
@@ -181,8 +181,8 @@ def _batches(run: TrainingSteps, at: int) -> Difference | None:
     try:
         ours, theirs = (run.rows(side, at) for side in SIDES)
     except NotCompared as error:
-        told = ", ".join(f"{count} in the {side}" for side, count in counts.items())
-        return Difference("the batches", f"differ: {error} ({told} in all)")
+        detail = ", ".join(f"{count} in the {side}" for side, count in counts.items())
+        return Difference("the batches", f"differ: {error} ({detail} in all)")
     if len(ours) != len(theirs):
         ours, theirs = ([_joined(rows)] for rows in (ours, theirs))
     for part, (a, b) in enumerate(zip(ours, theirs, strict=True)):
@@ -292,8 +292,8 @@ def _gradient(run: TrainingSteps, at: int) -> Difference | None:
         if differs(metric):
             return Difference(f"the loss{where}", f"differs at equal weights: {how_much(metric)}")
         groups = ours.group("gradient"), theirs.group("gradient")
-        if told := _tensors(pair, groups, "gradient"):
-            return Difference(f"the gradient{where}", f"differs at equal weights: {told}")
+        if detail := _tensors(pair, groups, "gradient"):
+            return Difference(f"the gradient{where}", f"differs at equal weights: {detail}")
     return None
 
 
@@ -330,8 +330,8 @@ def _loop_gradient(run: TrainingSteps, at: int) -> Difference | None:
     changes = {**PLAIN, "optim.clip": "none", "train.steps": 1}
     pair = run.context.pair("train", inputs.with_group("batches", batches), changes)
     groups = pair.subject.group("adapter"), pair.reference.group("adapter")
-    if told := _tensors(pair, groups, "adapter"):
-        how = f"differs at equal weights, by one step of plain descent at rate 1: {told}"
+    if detail := _tensors(pair, groups, "adapter"):
+        how = f"differs at equal weights, by one step of plain descent at rate 1: {detail}"
         return Difference("the gradient that the loop makes", how)
     return None
 
@@ -353,16 +353,16 @@ def _clip(run: TrainingSteps, at: int) -> Difference | None:
     last = last.with_group("gradient.0", fed.group(f"gradient.{at - 1}"))
     pair = run.context.pair("optimizer_step", last, PLAIN)
     groups = pair.subject.group("weight.0"), pair.reference.group("weight.0")
-    told = _tensors(pair, groups, "weight.0")
-    return Difference("the clip", f"differs on an equal gradient: {told}") if told else None
+    detail = _tensors(pair, groups, "weight.0")
+    return Difference("the clip", f"differs on an equal gradient: {detail}") if detail else None
 
 
 def _update(run: TrainingSteps, at: int) -> Difference | None:
     """What clip and optimizer make of equal gradients of all steps up to this one."""
     pair = run.context.pair("optimizer_step", _fed(run, at))
     group = f"weight.{at - 1}"
-    told = _tensors(pair, (pair.subject.group(group), pair.reference.group(group)), group)
-    return Difference("the update", f"differs on equal gradients: {told}") if told else None
+    detail = _tensors(pair, (pair.subject.group(group), pair.reference.group(group)), group)
+    return Difference("the update", f"differs on equal gradients: {detail}") if detail else None
 
 
 def _after(run: TrainingSteps, at: int) -> Difference | None:

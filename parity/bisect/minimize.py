@@ -52,7 +52,7 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Question:
-    """One question: which changes were made, what was said, how long it took (seconds).
+    """One question: which changes were made, the answer, how long it took (seconds).
 
     `reason` says why there is no answer.
     """
@@ -272,12 +272,12 @@ def _prove(together: Hypothesis, ask: CachedOracle, result: Search) -> None:
         )
         return
     why = "; ".join(dict.fromkeys(ask.reason(rests[name]).removeprefix(": ") for name in unasked))
-    said = (
+    doubt = (
         f"whether {_named(unasked)} can be left out could not be asked"
         f"{f': {why}' if why else ''}, so the set may not be minimal"
     )
-    together.evidence += ["together they make the runs differ", said]
-    result.unproven.append(said)
+    together.evidence += ["together they make the runs differ", doubt]
+    result.unproven.append(doubt)
 
 
 def _halve(changes: list[str], ask: CachedOracle, weights: Mapping[str, float]) -> str | None:

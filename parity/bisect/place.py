@@ -60,8 +60,8 @@ def counted(names: Iterable[str], layers: int) -> str:
         kind = (match[2] or "the layer itself") if match else name
         kinds[kind] += 1
         where.setdefault(kind, []).extend([match[1]] if match else [])
-    said = []
+    words = []
     for kind, count in kinds.most_common(3):
         only = f" ({', '.join(sorted(where[kind], key=int))})" if count <= 3 else ""
-        said.append(f"{kind} in {count} of {layers} layers{only}" if where[kind] else kind)
-    return ", ".join(said) + (f" and {len(kinds) - 3} other kinds" if len(kinds) > 3 else "")
+        words.append(f"{kind} in {count} of {layers} layers{only}" if where[kind] else kind)
+    return ", ".join(words) + (f" and {len(kinds) - 3} other kinds" if len(kinds) > 3 else "")

@@ -31,9 +31,9 @@ def repeats(engine: Engine, subject: str, recipe: Recipe) -> tuple[bool, list[st
         words = []
         try:
             again = engine.capture(subject, method, once, Trace(), "-again")
-            if told := _difference(first, again):
+            if difference := _difference(first, again):
                 words.append(
-                    f"{subject} does not repeat itself: two runs of {method} with seed {seed} differ in {told}"
+                    f"{subject} does not repeat itself: two runs of {method} with seed {seed} differ in {difference}"
                 )
             moved = engine.capture(subject, method, other, Trace())
             if not words and not _difference(first, moved):

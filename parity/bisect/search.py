@@ -102,7 +102,7 @@ class ChangePoint:
     """Where the outcome changes: from `last_good` to `first_bad`, both empty when inconclusive.
 
     `hidden` are the gaps between them, `gaps` all that were met, `checks` counts the answers used,
-    `told` are these in their order, `candidates` what was searched.
+    `finished` are these in their order, `candidates` what was searched.
     """
 
     last_good: str = ""
@@ -112,7 +112,7 @@ class ChangePoint:
     inconclusive: str = ""
     checks: int = 0
     candidates: tuple[str, ...] = ()
-    told: tuple[FinishedCheck, ...] = ()
+    finished: tuple[FinishedCheck, ...] = ()
 
 
 class _Unsettled(Exception):
@@ -124,7 +124,7 @@ class _Search:
         self.names, self.check, self.watch = candidates, check, watch
         self.votes: dict[str, list[str]] = {}
         self.gaps: dict[str, str] = {}
-        self.told: list[FinishedCheck] = []
+        self.finished: list[FinishedCheck] = []
         self.open = range(1, len(candidates) - 1)
 
     def narrow(self) -> ChangePoint:
@@ -159,7 +159,7 @@ class _Search:
         while len(votes) < times:
             answer = self.check(name, len(votes))
             votes.append(Outcome(answer.outcome))
-            self.told.append(FinishedCheck(name, answer.outcome, answer.reason))
+            self.finished.append(FinishedCheck(name, answer.outcome, answer.reason))
             self.watch(name, answer, math.ceil(math.log2(len(self.open) + 1)) + 2)
             if votes == [Outcome.GAP]:
                 self.gaps[name] = answer.reason
@@ -186,15 +186,15 @@ def search(
         UsageError: Fewer than two candidates that can be checked.
     """
     remembered = (ledger or Ledger()).remember(check)
-    asked = _Search(candidates, remembered, progress or (lambda *_: None))
+    run = _Search(candidates, remembered, progress or (lambda *_: None))
     try:
-        found = asked.narrow()
+        found = run.narrow()
     except _Unsettled as reason:
         found = ChangePoint(inconclusive=str(reason))
     return replace(
         found,
-        gaps=asked.gaps,
-        checks=len(asked.told),
+        gaps=run.gaps,
+        checks=len(run.finished),
         candidates=tuple(candidates),
-        told=tuple(asked.told),
+        finished=tuple(run.finished),
     )

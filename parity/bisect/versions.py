@@ -184,8 +184,8 @@ class VersionSearch:
             return CheckResult(state, record.reason, measured)
 
         paths = map(content.of_path, (cell.subject, cell.reference))
-        told = package, cell.stage.name, cell.changes, self.side, about
-        key = digest(*told, *paths, content.of_recipe(cell.recipe), _code())
+        identity = package, cell.stage.name, cell.changes, self.side, about
+        key = digest(*identity, *paths, content.of_recipe(cell.recipe), _code())
         book = Ledger(self.ledger or self.engine.cache / "bisect" / f"{key}.json", key)
         asked = book.remember(run)
 

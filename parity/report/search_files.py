@@ -27,7 +27,7 @@ def save_versions(folder: Path, changes: Sequence[Change], command: str) -> list
     for change in changes:
         checks = [
             [str(step), check.candidate, str(check.outcome), check.reason]
-            for step, check in enumerate(change.found.told, 1)
+            for step, check in enumerate(change.found.finished, 1)
         ]
         lines += [
             f"## {change.package}",

@@ -132,7 +132,7 @@ def axis(change: Change) -> list[Version]:
     """Every candidate in its order, checked or not."""
     found = change.found
     checks: dict[str, list[tuple[int, str, str]]] = {}
-    for step, (name, outcome, reason) in enumerate(found.told, 1):
+    for step, (name, outcome, reason) in enumerate(found.finished, 1):
         checks.setdefault(name, []).append((step, outcome, reason))
     versions = []
     for name in found.candidates:
