@@ -344,8 +344,8 @@ class CauseSearch:
 
 
 def _settings(config: Record) -> Settings:
-    """What differs in the effective configuration, by its key."""
-    bad = (m for m in config.metrics if m.verdict is Verdict.DIVERGE and m.note)
+    """What differs in the effective configuration, by its key; not what differs by nature."""
+    bad = (m for m in config.metrics if m.gate and m.verdict is Verdict.DIVERGE and m.note)
     return {metric.name: metric.note for metric in bad}
 
 
