@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from parity.bisect.pattern import tensors
 from parity.bisect.place import Mark, Place, counted, differs, how_much
 from parity.judge.compare import compare_group
 from parity.names import LOGITS, layer_of
@@ -194,13 +195,8 @@ def _extent(seen: BackwardComparison) -> str:
     off, every = seen.off_parameters, len(seen.parameters)
     if not off:
         return f"none of {every} gradients of the adapter differs beyond its floor"
-    layers = sorted({n for name in off if (n := layer_of(name)) is not None})
-    span = f"layers {layers[0]} to {layers[-1]}" if layers[1:] else f"layer {[*layers, 0][0]}"
     worst = max((seen.parameters[n] for n in off), key=lambda m: m.value / (m.floor or 1e-300))
-    return (
-        f"{len(off)} of {every} gradients of the adapter differ{f' ({span})' if layers else ''}, "
-        f"most {worst.name}: {how_much(worst)}"
-    )
+    return f"of the adapter's gradients {tensors(off, seen.parameters)} differ, most {worst.name}: {how_much(worst)}"
 
 
 def _confirmed(replaced: BackwardComparison, name: str, alone: list[str]) -> str:
