@@ -13,7 +13,8 @@ from parity.bisect.activation import formula
 from parity.bisect.pattern import AXES, shape_of
 from parity.bisect.place import Mark, Place, counted, differs, how_much
 from parity.bisect.settings import suspected_setting
-from parity.judge.numerics import HEADROOM, compare, compare_group, distance
+from parity.judge.compare import compare, compare_group
+from parity.judge.noise import HEADROOM, distance
 from parity.names import layer_of
 from parity.record import Metric
 from parity.stages.context import Context, Pair

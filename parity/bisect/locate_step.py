@@ -8,7 +8,7 @@ step. Only the first that differs is named; what could not be compared is listed
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -16,10 +16,11 @@ import numpy as np
 from parity.bisect.pattern import tensors
 from parity.bisect.place import Place, differs, how_much
 from parity.errors import CaptureError, UnmatchedNames, Unsupported
-from parity.judge.numerics import EPS, HEADROOM, compare_group, compare_series
+from parity.judge.compare import compare_group, compare_series
+from parity.judge.noise import EPS, HEADROOM
 from parity.record import Metric
 from parity.stages.context import Context, Pair
-from parity.stages.loss_curve import aligned_inputs
+from parity.stages.loss_curve import aligned_changes, aligned_inputs
 from parity.trace import Array, Trace
 
 SIDES = ("subject", "reference")
@@ -121,7 +122,9 @@ class TrainingSteps:
 
 def step(context: Context) -> Place:
     """The first divergent step and the first part of it that differs."""
-    inputs = aligned_inputs(context)
+    inputs, changes = aligned_inputs(context), aligned_changes(context)
+    recipes = {side: recipe.override(changes) for side, recipe in context.recipes.items()}
+    context = replace(context, recipes=recipes)
     run = TrainingSteps(context, inputs, context.pair("train", inputs))
     first = _first(run)
     equal: list[str] = []

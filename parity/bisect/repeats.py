@@ -6,7 +6,7 @@ import numpy as np
 
 from parity.capture.engine import Engine
 from parity.errors import CaptureError, UnmatchedNames, Unsupported
-from parity.judge.numerics import distance
+from parity.judge.noise import distance
 from parity.recipe import Recipe
 from parity.trace import Trace
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from parity import resources
 from parity.errors import CaptureError, Unsupported, UsageError
-from parity.judge.numerics import HEADROOM, distance
+from parity.judge.noise import HEADROOM, distance
 from parity.stages.context import Context, Pair
 from parity.trace import Trace
 
