@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from parity.bisect.answer import against
+from parity.bisect.likelihood import likelihood
 from parity.bisect.locate import locate
 from parity.bisect.minimize import Answer, CouldNotAsk, Search, Watch, minimize
 from parity.bisect.repeats import repeats
@@ -33,20 +34,6 @@ from parity.record import Record, Verdict
 from parity.stages import STAGES
 from parity.stages.context import Stage
 
-# Which factors are likely at which stage. This orders the search; it decides nothing.
-LIKELY: dict[str, tuple[str, ...]] = {
-    "tokenization": ("data.", "mask.prompt", "model.source"),
-    "supervised_positions": ("mask.", "data."),
-    "logits": ("model.",),
-    "cross_entropy": ("mask.", "model.dtype"),
-    "lora_init": ("lora.", "seed.value", "seed.placement"),
-    "gradient": ("lora.", "mask.", "model."),
-    "optimizer_step": ("optim.",),
-    "loss_curve": ("train.", "data.", "seed.data"),
-    "kv_cache": ("model.",),
-    "greedy_decode": ("decode.",),
-}
-LIKELIER = 16.0
 Names = Collection[str]
 Settings = dict[str, str]
 """Key of the effective configuration to what differs there, in words."""
@@ -245,8 +232,7 @@ class CauseSearch:
                 return False
         if self._known(stage, self.rest) is Answer.AGREES:
             return True
-        likely = LIKELY.get(stage.name, ())
-        weights = {name: LIKELIER if name.startswith(likely) else 1.0 for name in self.rest}
+        weights = likelihood(stage.name, self.rest)
         found = self._minimal(report, self.rest, lambda names: self._ask(stage, names), weights)
         if found.verdict != FOUND:
             report.verdict, report.reason = INCONCLUSIVE, found.reason
