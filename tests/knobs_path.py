@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from parity.recipe import Knobs
+from parity.factors import Knobs
 from tests.third_party import NumpyAdamW
 
 

@@ -19,7 +19,7 @@ from parity.report.text import describe
 from parity.stages import STAGES, find
 from parity.stages.cross_entropy import mask_facts
 from parity.stages.gradient import scale_facts
-from parity.stages.supervised import Difference, TrainingRow, patterns
+from parity.stages.targets import Difference, TrainingRow, patterns
 
 ADAMW = {"optim.name": "adamw", "optim.betas": [0.9, 0.999], "optim.lr": 1e-3}
 MLX_CPU = {"versions": {"mlx": "0.32"}, "device": "Device(cpu, 0)"}

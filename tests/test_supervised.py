@@ -10,15 +10,8 @@ from parity.cells.run import run_cell
 from parity.record import Verdict
 from parity.report.text import describe
 from parity.stages import find
-from parity.stages.supervised import (
-    Difference,
-    TrainingRow,
-    batches,
-    draws,
-    matched,
-    patterns,
-    place,
-)
+from parity.stages.supervised import batches, draws, matched
+from parity.stages.targets import Difference, TrainingRow, patterns, place
 from parity.trace import Trace
 
 PROBE = find("09")

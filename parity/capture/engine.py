@@ -24,9 +24,10 @@ from parity.capture.environments import UnavailableVersion, pinned
 from parity.capture.loaded import Check
 from parity.capture.worker import Worker
 from parity.errors import CaptureError, UsageError
+from parity.factors import Knobs
 from parity.paths import registry
 from parity.paths.registry import registered, resolve
-from parity.recipe import Knobs, Recipe, kind_of
+from parity.recipe import Recipe, kind_of
 from parity.trace import Trace
 
 TIMEOUT = 600.0  # seconds a capture may take

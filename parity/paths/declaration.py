@@ -9,9 +9,10 @@ from typing import Any
 
 from parity import recipe as recipes
 from parity.errors import UsageError
+from parity.factors import Knobs
 from parity.paths.contract import METHODS, STAGES
 from parity.paths.protocol import TrainingPath
-from parity.recipe import Knobs, Recipe
+from parity.recipe import Recipe
 
 CLOSE = 0.85
 """Similarity (Ratcliff and Obershelp, as difflib has it) from which on a name is a misspelling."""

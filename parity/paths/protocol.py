@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from parity.errors import Unsupported
+from parity.factors import Knobs
 from parity.paths.contract import METHODS
-from parity.recipe import Knobs, Recipe
+from parity.recipe import Recipe
 from parity.trace import Trace
 
 

@@ -10,10 +10,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from parity.errors import UsageError
+from parity.factors import Knobs
 from parity.paths import declaration, parts
 from parity.paths.hybrid import compose
 from parity.paths.protocol import TrainingPath
-from parity.recipe import Knobs
 
 GROUP = "parity.paths"
 

@@ -14,9 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from parity import recipe as recipes
 from parity import resources
 from parity.errors import UsageError
+from parity.factors import Knobs
 from parity.paths.parts import LOOP, PARTS
 from parity.paths.registry import knobs
-from parity.recipe import DEFAULT, Knobs, Recipe, factor_names
+from parity.recipe import DEFAULT, Recipe, factor_names
 from parity.stages import find
 from parity.stages.context import Stage
 

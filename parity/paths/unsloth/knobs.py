@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from parity.recipe import Knobs
+from parity.factors import Knobs
 
 
 class UnslothKnobs(Knobs):
