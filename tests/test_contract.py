@@ -189,7 +189,7 @@ class P(TrainingPath):
          "`optimiser_step` is no method of a path: did you mean `optimizer_step`?"),
         (GOOD + "    def fit(self, recipe, inputs): ...", "`fit` is no method of a path"),
         (GOOD + "    def train(self, recipe): ...", "`train` takes (self, recipe, inputs)"),
-        (GOOD + "    knobs = dict", "`knobs` is a subclass of parity.recipe.Knobs"),
+        (GOOD + "    knobs = dict", "`knobs` is a subclass of parity.factors.Knobs"),
         (GOOD + "raise RuntimeError('no GPU')", "RuntimeError: no GPU"),
         (GOOD + "import sys; sys.exit(1)", "SystemExit: 1"),
         (GOOD.replace("TrainingPath)", ")"), "is no subclass of"),

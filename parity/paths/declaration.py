@@ -52,7 +52,7 @@ def _wrong(kind: type[TrainingPath]) -> Iterator[str]:
         and issubclass(knobs, Knobs)
         and isinstance(getattr(knobs, "section", None), str)
     ):
-        yield "`knobs` is a subclass of parity.recipe.Knobs that names its `section`"
+        yield "`knobs` is a subclass of parity.factors.Knobs that names its `section`"
         return
     if knobs is not None and knobs.section in Recipe.model_fields:
         yield f"`knobs` cannot be called {knobs.section!r}: a section of every recipe is"
