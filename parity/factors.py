@@ -139,6 +139,7 @@ class Mask(FactorGroup):
 
 
 _ADAM_ONLY = Idle("optim.name", "sgd")
+_NOT_ADAM, _NOT_ADAMW = Idle("optim.name", "adam"), Idle("optim.name", "adamw")
 
 
 class Optim(FactorGroup):
@@ -150,6 +151,7 @@ class Optim(FactorGroup):
     eps: Annotated[PositiveFloat, _ADAM_ONLY] = 1e-8
     weight_decay: Annotated[NonNegativeFloat, Neutral(0.0)] = 0.0
     bias_correction: Annotated[bool, Neutral(True), _ADAM_ONLY] = True
+    momentum: Annotated[float, Field(ge=0, lt=1), Neutral(0.0), _NOT_ADAM, _NOT_ADAMW] = 0.0
     schedule: Annotated[Literal["constant", "linear", "cosine"], Neutral("constant")] = "constant"
     warmup_steps: Annotated[int, Field(ge=0), Neutral(0)] = 0
     clip: Annotated[Literal["none", "value", "norm"], Neutral("none")] = "none"

@@ -193,6 +193,7 @@ FLIPS = {
     "optim.eps": (0.1, "optimizer_step", {}),
     "optim.weight_decay": (0.5, "optimizer_step", {}),
     "optim.bias_correction": (False, "optimizer_step", {}),
+    "optim.momentum": (0.9, "optimizer_step", {"optim.name": "sgd"}),
     "optim.schedule": ("linear", "optimizer_step", {}),
     "optim.warmup_steps": (1, "optimizer_step", {}),
     "optim.clip": ("norm", "optimizer_step", {"optim.clip_value": 0.01, "optim.eps": 0.1}),

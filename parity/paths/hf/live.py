@@ -257,6 +257,7 @@ def make_optimizer(recipe: Recipe, parameters: Iterable[Any]) -> tuple[Any, Any]
     options: dict[str, Any] = {}
     if o.name == "sgd":
         kind: Any = torch.optim.SGD
+        options |= {"momentum": o.momentum}
     else:
         kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[o.name]
         options |= {"betas": o.betas, "eps": o.eps}

@@ -31,7 +31,7 @@ def optimizer_config(recipe: Recipe) -> dict[str, Any]:
     """Keyword arguments of the optimizer's class."""
     o = recipe.optim
     if o.name == "sgd":
-        return {"weight_decay": o.weight_decay}
+        return {"momentum": o.momentum, "weight_decay": o.weight_decay}
     config: dict[str, Any] = {
         "betas": list(o.betas),
         "eps": o.eps,

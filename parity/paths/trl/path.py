@@ -57,6 +57,7 @@ class TrlPath(HfPath):
     fixed: ClassVar[Mapping[str, Any]] = {
         **HfPath.fixed,
         "train.accumulation_weighting": "token",
+        "optim.momentum": 0.0,
     }
 
     @classmethod

@@ -56,6 +56,7 @@ class UnslothPath(MlxPath):
         "data.pad_extra": 1,
         "seed.placement": "before_lora",
         "optim.bias_correction": True,
+        "optim.momentum": 0.0,
         "train.accumulation_weighting": "token",
     }
     knobs: ClassVar[type[UnslothKnobs]] = UnslothKnobs
