@@ -290,10 +290,12 @@ class CauseSearch:
         record = self.record(stage, (), parts or None)
         report.path[-1].place = found = locate(self.engine, cell, record)
         place = found.sentence
-        what = f"{stage.name} (probe {stage.number:02d}) diverges under equal recipes"
+        what = f"{stage.name} (probe {stage.number:02d})"
         if parts:
             whose = " with the ".join(f"{part} of {self._own[part]}" for part in parts)
-            what = f"the {whose} makes {what}"
+            what = f"the {whose} makes {what} diverge under equal recipes"
+        else:
+            what += " diverges under equal recipes"
         words = [f"{what}: {place or record.reason}"]
         if parts:
             words.append(f"with that of {self.reference} it agrees")
