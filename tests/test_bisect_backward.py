@@ -124,8 +124,18 @@ def test_it_is_placed_on_the_other_models(planted, where, model, engine, small):
 
 
 def a_pair(subject, reference):
-    nothing = lambda: None  # noqa: E731
-    return Pair(subject, reference, False, nothing, nothing, nothing, lambda: 0.0)
+    """Two traces with one ulp as the only source of noise."""
+    return Pair(
+        subject,
+        reference,
+        exact=False,
+        rounded_is_reference=True,
+        model_dtype="float32",
+        half=False,
+        main="",
+        measure=lambda source: (None, "not measured here"),
+        reduction=lambda: 0.0,
+    )
 
 
 def test_a_path_without_gradients_at_modules_is_searched_by_its_adapters():
