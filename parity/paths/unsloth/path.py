@@ -171,6 +171,10 @@ class UnslothPath(MlxPath):
         library()
         return super().setup(recipe, adapter)
 
+    def saved(self, recipe: Recipe, adapter: Any, see: Callable[[Any], None]) -> Any:
+        """Not by mlx-lm's trainer, which is not its own."""
+        raise Unsupported("unsloth-zoo's saver is not called yet")
+
     def loop(
         self, recipe: Recipe, setup: Setup, batches: Iterator[Batch]
     ) -> dict[str, list[float]]:
