@@ -111,6 +111,8 @@ def _loaded_adapter(side: str, given: Updates, trace: Trace) -> list[Metric]:
         np.zeros_like(count),
         note=f"{len(given)} modules, loaded from {files}",
     )
+    total = len(loaded.keys() | given.keys())
+    modules = modules.model_copy(update={"total": total, "mismatched": len(lone)})
     if lone:
         note = _modules(given.keys(), loaded.keys())
         modules = modules.model_copy(update={"where": lone[0], "note": note})
