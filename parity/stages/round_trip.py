@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from parity.judge.compare import compare, compare_exact, compare_group, nothing
-from parity.judge.noise import EPS, REPEATS, Noise, Sources
+from parity.judge.noise import EPS, PERTURBED, REFEREE, REPEATS, Noise, Sources
 from parity.names import layer_of
 from parity.record import Metric, Verdict
 from parity.stages.context import Comparison, Context, Pair, measured
@@ -230,7 +230,8 @@ _ROUND = {"bfloat16": _bfloat16, "float16": _float16}
 def _loaded_logits(side: str, trace: Trace, pair: Pair) -> Metric:
     """The loaded model against the live one: bits, unless one of them cannot give the same bits."""
     live, loaded = trace.arrays["live"], trace.arrays["loaded"]
-    noise, why = Noise(exact=True), trace.scalars.get("operations", "")
+    absent = dict.fromkeys((REFEREE, PERTURBED), "not asked for: bits decide")
+    noise, why = Noise(exact=True, absent=absent), trace.scalars.get("operations", "")
     if not why and not np.array_equal(live, loaded):
         again = pair.measured(REPEATS[side]).trace
         if again is not None and not np.array_equal(live, again.arrays["live"]):
