@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -159,20 +158,13 @@ class MlxLmPath(MlxPath):
 
     def _reloaded(self, recipe: Recipe, adapter: Mapping[str, Array]) -> tuple[Any, Any]:
         """Model and tokenizer with an adapter that was saved and loaded with `mlx_lm.load`."""
-        import mlx.core as mx
         import mlx_lm
 
         if self.donors.keys() & {"loader", "wiring"}:  # `mlx_lm.load` would make its own model
             setup = self.setup(recipe, adapter)
             return setup.model.eval(), setup.tokenizer
-        setup = self.setup(recipe)
-        names = _mlx.renamed(setup.model, adapter)
-        with tempfile.TemporaryDirectory() as folder:
-            mx.save_safetensors(f"{folder}/adapters.safetensors", names)
-            Path(folder, "adapter_config.json").write_text(
-                json.dumps(self._arguments(recipe, folder)), encoding="utf-8"
-            )
-            return mlx_lm.load(checkpoint(recipe, self.cache), adapter_path=folder)[:2]  # type: ignore[no-any-return]
+        with self.saved(recipe, adapter, lambda _: None) as folder:
+            return mlx_lm.load(checkpoint(recipe, self.cache), adapter_path=str(folder))[:2]  # type: ignore[no-any-return]
 
     def decode(self, recipe: Recipe, inputs: Trace) -> Trace:
         """Saves the adapter, loads it back with `mlx_lm.load`, streams greedily."""
