@@ -165,10 +165,11 @@ def _differences(off: list[str], total: int, given: Updates, loaded: Updates) ->
     kinds: dict[str, list[str]] = {}
     for module in off:
         kinds.setdefault(_difference(module, given, loaded), []).append(module)
-    return "; ".join(
-        f"{len(modules)} of {total} modules ({_named(modules)}): {what}"
-        for what, modules in kinds.items()
-    )
+    parts = []
+    for what, modules in kinds.items():
+        some = f"{len(modules)} of {total} modules ({_named(modules)})"
+        parts.append(f"{f'all {total} modules' if len(modules) == total else some}: {what}")
+    return "; ".join(parts)
 
 
 def _difference(module: str, given: Updates, loaded: Updates) -> str:
@@ -195,10 +196,16 @@ def _difference(module: str, given: Updates, loaded: Updates) -> str:
         words.append(f"{' and '.join(changed)} differ{'s' * (len(changed) == 1)}")
     found, scale = loaded.scales[module], given.scales[module]
     if found != scale:
-        times = found / scale if scale else float("nan")
-        rank = "the rank" if times == ranks[1] else f"{times:.4g}"
-        words.append(f"scale {found:g} in the place of {scale:g}, times {rank}")
+        words.append(f"scale {found:g} in the place of {scale:g}, {_times(found, scale, ranks[1])}")
     return ", ".join(words)
+
+
+def _times(found: float, scale: float, rank: int) -> str:
+    if np.isclose(found, scale * rank, rtol=1e-9):
+        return f"times the rank, {rank}"
+    if np.isclose(found * rank, scale, rtol=1e-9):
+        return f"divided by the rank, {rank}"
+    return f"times {found / scale:.4g}" if scale else "which is 0"
 
 
 def _same(ours: tuple[Array, Array], theirs: tuple[Array, Array]) -> bool:
@@ -239,7 +246,10 @@ def _loaded_logits(side: str, trace: Trace, pair: Pair) -> Metric:
     if why:
         noise = Noise(False, given={"loaded": pair.rounding("loaded")}, why_floor=why)
     metric = compare("loaded", loaded, live, noise)
-    return metric.model_copy(update={"name": f"logits after loading, {side}"})
+    update = {"name": f"logits after loading, {side}"}
+    if metric.verdict is Verdict.DIVERGE and not metric.note:
+        update["note"] = f"{metric.value:.3g} off from the live model's"
+    return metric.model_copy(update=update)
 
 
 def _effect(context: Context, side: str, trace: Trace, inputs: Trace) -> Metric:
