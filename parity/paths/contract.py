@@ -18,11 +18,12 @@ from parity.paths.schema import ScalarSpec as scalar
 from parity.paths.schema import Spec
 
 
-def _adapter(group: str, meaning: str, together: str = "") -> tuple[Spec, ...]:
+def _adapter(group: str, meaning: str, together: str = "", rank: str = "r") -> tuple[Spec, ...]:
     """LoRA's tensors; those of mixtures of experts have one matrix an expert, stored (out, in)."""
+    a, b = (f"(in, {rank}) | (experts, {rank}, in)", f"({rank}, out) | (experts, out, {rank})")
     return (
-        array(f"{group}/<name>.lora_a", "(in, r) | (experts, r, in)", "float", meaning, together),
-        array(f"{group}/<name>.lora_b", "(r, out) | (experts, out, r)", "float", meaning, together),
+        array(f"{group}/<name>.lora_a", a, "float", meaning, together),
+        array(f"{group}/<name>.lora_b", b, "float", meaning, together),
     )
 
 
@@ -200,6 +201,28 @@ _ALL = (
         reads=(*_ADAPTED, "mask.", "optim.", "train.", "seed.value"),
         ignores=("mask.prompt",),
         without={"batches": _BATCHING, "adapter": ("seed.placement",)},
+    ),
+    Method(
+        "round_trip", "round_trip", "an adapter saved from the live model, loaded into a fresh one",
+        inputs=(
+            *_adapter("adapter", "what the live model is given"),
+            array("ids", "(B, T)", "int", "token ids"),
+        ),
+        outputs=(
+            array("live", "(B, T, V)", "float", "logits of the live model, in evaluation mode"),
+            array("loaded", "(B, T, V)", "float", "logits of the model with the adapter loaded back"),
+            # A rank of its own: a loader may get it wrong.
+            *_adapter("adapter", "the adapter that the loaded model has", "adapted", rank="s"),
+            scalar("scales", dict[str, float], "module to the scale that the loaded model has"),
+            scalar("files", _NAMES, "names of the files that were written"),
+            scalar("dtype", str | _NAMES, "dtype of the logits as they are computed"),
+            scalar(
+                "operations", str, "what the live model computes otherwise than the loaded one",
+                "operations",
+            ),
+        ),
+        reads=_ADAPTED,
+        ignores=("lora.dropout",),
     ),
     Method(
         "kv_cache", "kv_cache", "a conversation of T tokens with a KV cache and without one",

@@ -16,6 +16,7 @@ from parity.stages.logits import Logits
 from parity.stages.lora_init import LoraInit
 from parity.stages.loss_curve import LossCurve
 from parity.stages.optimizer_step import OptimizerStep
+from parity.stages.round_trip import RoundTrip
 from parity.stages.supervised import SupervisedPositions
 from parity.stages.tokenization import Tokenization
 
@@ -29,6 +30,7 @@ STAGES: tuple[Stage, ...] = (
     Gradient(),
     OptimizerStep(),
     LossCurve(),
+    RoundTrip(),
     KvCache(),
     GreedyDecode(),
 )

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -193,6 +194,22 @@ class HfPath(TorchStages):
             target_modules=list(lora.target_modules),
             layers_to_transform=None if lora.num_layers == -1 else last,
         )
+
+    @contextlib.contextmanager
+    def saved(
+        self, recipe: Recipe, adapter: Mapping[str, Array], see: Callable[[Any], None]
+    ) -> Iterator[Path]:
+        """By PEFT's `save_pretrained`."""
+        with self.adapted(recipe, adapter) as model, tempfile.TemporaryDirectory() as folder:
+            see(model)
+            model.save_pretrained(folder)
+            yield Path(folder)
+
+    def reloaded(self, recipe: Recipe, folder: Path) -> Any:
+        """By `PeftModel.from_pretrained`."""
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(self.load(recipe), folder)
 
     def iterate(self, recipe: Recipe, tokenizer: Any) -> Iterator[Batch]:
         """Endless batches: all rows shuffled anew each epoch, an incomplete batch dropped."""

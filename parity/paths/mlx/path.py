@@ -6,7 +6,9 @@ methods, so that a subclass can put in a part of another stack.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import tempfile
 import types
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -21,6 +23,7 @@ from parity.paths.describe import defaults as defaults_of
 from parity.paths.describe import describe_process, model_key
 from parity.paths.mlx import live as _mlx
 from parity.paths.mlx.live import Batch, Loss, Setup
+from parity.paths.mlx.round_trip import save_by_train
 from parity.paths.mlx.settings import lora_parameters, lr_schedule, optimizer_config, pad
 from parity.paths.mlx.stages import MlxStages
 from parity.recipe import Recipe
@@ -230,6 +233,28 @@ class MlxPath(MlxStages):
             self._loaded = {key: self.part("loader").load(recipe)}
         model, tokenizer = self._loaded[key]
         return remove_lora_layers(model).eval(), tokenizer
+
+    @contextlib.contextmanager
+    def saved(
+        self, recipe: Recipe, adapter: Mapping[str, Array], see: Callable[[Any], None]
+    ) -> Iterator[Path]:
+        """By mlx-lm's `train`, with the settings that its command line writes beside it."""
+        setup = self.setup(recipe, adapter)
+        see(setup.model)
+        settings = {
+            "fine_tune_type": "lora",
+            "num_layers": recipe.lora.num_layers,
+            "lora_parameters": lora_parameters(recipe, setup.model),
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            save_by_train(setup, settings, Path(folder))
+            yield Path(folder)
+
+    def reloaded(self, recipe: Recipe, folder: Path) -> Any:
+        """By mlx-lm's `load_adapters`, into what the path's loader gives."""
+        from mlx_lm.tuner.utils import load_adapters
+
+        return load_adapters(self.part("loader").load(recipe)[0], str(folder))
 
     def loop(
         self, recipe: Recipe, setup: Setup, batches: Iterator[Batch]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -128,6 +127,30 @@ class MlxLmPath(MlxPath):
         trace.arrays["tokens"] = tokens.reshape(-1, parts).sum(axis=1)
         return trace.with_group("adapter", adapter)
 
+    @contextlib.contextmanager
+    def saved(
+        self, recipe: Recipe, adapter: Mapping[str, Array], see: Callable[[Any], None]
+    ) -> Iterator[Path]:
+        """By a run of the CLI that resumes from the adapter and has no iterations left."""
+        from mlx_lm.tuner.trainer import train
+
+        def at_train(**handed: Any) -> None:
+            see(handed["model"])
+            handed["args"].iters = 0
+            with _mlx.restored_layer_class(handed["model"]):
+                train(**handed)
+
+        with self._main(recipe, adapter, at_train) as folder:
+            yield folder
+
+    def reloaded(self, recipe: Recipe, folder: Path) -> Any:
+        """By `mlx_lm.load`; with the loader of another path, by the second half of it."""
+        import mlx_lm
+
+        if "loader" in self.donors:
+            return super().reloaded(recipe, folder)
+        return mlx_lm.load(checkpoint(recipe, self.cache), adapter_path=str(folder))[0]
+
     def kv_cache(self, recipe: Recipe, inputs: Trace) -> Trace:
         """As `mlx_lm.chat` does: the adapter saved and loaded back, one prompt cache for all turns."""
         model, _ = self._reloaded(recipe, inputs.group("adapter"))
@@ -135,20 +158,13 @@ class MlxLmPath(MlxPath):
 
     def _reloaded(self, recipe: Recipe, adapter: Mapping[str, Array]) -> tuple[Any, Any]:
         """Model and tokenizer with an adapter that was saved and loaded with `mlx_lm.load`."""
-        import mlx.core as mx
         import mlx_lm
 
         if self.donors.keys() & {"loader", "wiring"}:  # `mlx_lm.load` would make its own model
             setup = self.setup(recipe, adapter)
             return setup.model.eval(), setup.tokenizer
-        setup = self.setup(recipe)
-        names = _mlx.renamed(setup.model, adapter)
-        with tempfile.TemporaryDirectory() as folder:
-            mx.save_safetensors(f"{folder}/adapters.safetensors", names)
-            Path(folder, "adapter_config.json").write_text(
-                json.dumps(self._arguments(recipe, folder)), encoding="utf-8"
-            )
-            return mlx_lm.load(checkpoint(recipe, self.cache), adapter_path=folder)[:2]  # type: ignore[no-any-return]
+        with self.saved(recipe, adapter, lambda _: None) as folder:
+            return mlx_lm.load(checkpoint(recipe, self.cache), adapter_path=str(folder))[:2]  # type: ignore[no-any-return]
 
     def decode(self, recipe: Recipe, inputs: Trace) -> Trace:
         """Saves the adapter, loads it back with `mlx_lm.load`, streams greedily."""
@@ -205,7 +221,7 @@ class MlxLmPath(MlxPath):
         adapter: Mapping[str, Array] | None,
         at_train: Callable[..., None],
     ) -> Iterator[Path]:
-        """Runs the CLI, `at_train` standing where it calls `train`; gives its output folder."""
+        """Runs the CLI, `at_train` standing where it calls `train`; gives the adapter's folder."""
         import mlx.core as mx
         import mlx_lm.lora
         import yaml
@@ -217,8 +233,9 @@ class MlxLmPath(MlxPath):
                 model, _ = self.base(recipe)
                 self.part("wiring").wire(model, recipe)
                 mx.save_safetensors(resume, _mlx.renamed(model, adapter))
-            file = Path(folder, "config.yaml")
-            file.write_text(yaml.safe_dump(self._arguments(recipe, folder, resume)), "utf-8")
+            file, output = Path(folder, "config.yaml"), Path(folder, "adapter")
+            settings = self._arguments(recipe, str(output), resume)
+            file.write_text(yaml.safe_dump(settings), "utf-8")
             call = mock.Mock(side_effect=at_train)
             swaps: dict[str, Any] = {"train": call}
             if loader := self.donors.get("loader"):
@@ -239,7 +256,7 @@ class MlxLmPath(MlxPath):
                 raise RuntimeError(
                     f"the mlx-lm CLI called `train` {call.call_count} times, not once"
                 )
-            yield Path(folder)
+            yield output
 
     def _train(
         self,

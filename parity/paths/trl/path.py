@@ -168,6 +168,16 @@ class TrlPath(HfPath):
                 yield ids, lengths
 
     @contextlib.contextmanager
+    def saved(
+        self, recipe: Recipe, adapter: Mapping[str, Array], see: Callable[[Any], None]
+    ) -> Iterator[Path]:
+        """By `SFTTrainer.save_model`."""
+        with self.trainer(recipe, adapter) as trainer, tempfile.TemporaryDirectory() as folder:
+            see(trainer.model)
+            trainer.save_model(folder)
+            yield Path(folder)
+
+    @contextlib.contextmanager
     def criterion(self, recipe: Recipe) -> Iterator[Loss]:
         """`SFTTrainer.compute_loss`, taking logits."""
         with self.trainer(recipe) as trainer:

@@ -6,6 +6,7 @@ optimizer's state. All that it computes with is its own, but for parts taken fro
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import tempfile
@@ -171,6 +172,27 @@ class UnslothPath(MlxPath):
         """See `MlxPath.setup`."""
         library()
         return super().setup(recipe, adapter)
+
+    @contextlib.contextmanager
+    def saved(
+        self, recipe: Recipe, adapter: Mapping[str, Array], see: Callable[[Any], None]
+    ) -> Iterator[Path]:
+        """By `MLXTrainer.save_model`."""
+        setup = self.setup(recipe, adapter)
+        see(setup.model)
+        with tempfile.TemporaryDirectory() as folder:
+            live = _unsloth_trainer.trainer(
+                library(), recipe, setup.model, setup.tokenizer, [], folder
+            )
+            live.save_model(folder)
+            yield Path(folder)
+
+    def reloaded(self, recipe: Recipe, folder: Path) -> Any:
+        """By `FastMLXModel.from_pretrained`, which reads from the adapter which base it needs."""
+        if "loader" in self.donors:
+            raise Unsupported(f"{PACKAGE} loads an adapter with its own loader of the base alone")
+        arguments = {**_unsloth_settings.loading(recipe), "model_name": str(folder)}
+        return library().loader.FastMLXModel.from_pretrained(**arguments)[0]
 
     def loop(
         self, recipe: Recipe, setup: Setup, batches: Iterator[Batch]
