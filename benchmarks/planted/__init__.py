@@ -1,0 +1,1 @@
+"""Faults, and harmless variants, planted in the real path `mlx`, each with what is true of it."""
