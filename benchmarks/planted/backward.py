@@ -25,7 +25,13 @@ def louder(factor: float) -> Callable[[Any], Any]:
     return on_way_back(lambda gradient: factor * gradient)
 
 
-@planted("backward", "gradient", {"1 %": 1.01, "1e-4": 1.0001, "1e-6": 1.000001}, parts="wiring", modules=r"layers\.9\.mlp\.down_proj.*")
+@planted(
+    "backward",
+    "gradient",
+    {"1 %": 1.01, "1e-4": 1.0001, "1e-6": 1.000001},
+    parts="wiring",
+    modules=r"layers\.9\.mlp\.down_proj.*",
+)
 def down_proj_louder(factor: float) -> type[MlxPath]:
     """The base linear of the down-projection of layer 9 passes on too large a gradient."""
 
@@ -36,7 +42,9 @@ def down_proj_louder(factor: float) -> type[MlxPath]:
     return changed(change)
 
 
-@planted("backward", "gradient", parts="wiring", modules=r"layers\.9\.(input|post_attention)_layernorm")
+@planted(
+    "backward", "gradient", parts="wiring", modules=r"layers\.9\.(input|post_attention)_layernorm"
+)
 def norm_louder() -> type[MlxPath]:
     """A norm of layer 9 passes on twice the gradient."""
 
@@ -90,13 +98,21 @@ def residual_stopped() -> type[MlxPath]:
     return changed(change)
 
 
-@planted("backward", "gradient", parts="wiring", modules=r"layers\.10\.self_attn\.v_proj.*|layers\.10\.self_attn")
+@planted(
+    "backward",
+    "gradient",
+    parts="wiring",
+    modules=r"layers\.10\.self_attn\.v_proj.*|layers\.10\.self_attn",
+)
 def values_stopped() -> type[MlxPath]:
     """No gradient passes through the values of layer 10."""
     import mlx.core as mx
 
     def change(model: Any) -> None:
-        call(model.layers[10].self_attn.v_proj.linear, lambda own, linear, x: own(mx.stop_gradient(x)))
+        call(
+            model.layers[10].self_attn.v_proj.linear,
+            lambda own, linear, x: own(mx.stop_gradient(x)),
+        )
 
     return changed(change)
 
@@ -116,7 +132,13 @@ def one_adapter_without_gradient() -> type[MlxPath]:
     return changed(change)
 
 
-@planted("backward", "gradient", {"1 %": 1.01, "1e-4": 1.0001}, parts="wiring", modules=r"layers\.13\.self_attn\.v_proj.*")
+@planted(
+    "backward",
+    "gradient",
+    {"1 %": 1.01, "1e-4": 1.0001},
+    parts="wiring",
+    modules=r"layers\.13\.self_attn\.v_proj.*",
+)
 def one_lora_b_louder(factor: float) -> type[MlxPath]:
     """`lora_b` of one module gets too large a gradient; nothing is passed on."""
 
@@ -156,7 +178,9 @@ def gradient_clipped_inside() -> type[MlxPath]:
     return changed(change)
 
 
-@planted("backward", "gradient", {"1 %": 1.01, "1e-5": 1.00001}, parts="loss", modules=r"the loss|logits")
+@planted(
+    "backward", "gradient", {"1 %": 1.01, "1e-5": 1.00001}, parts="loss", modules=r"the loss|logits"
+)
 def loss_louder(factor: float) -> type[MlxPath]:
     """The loss is right and its gradient too large."""
 
@@ -173,7 +197,12 @@ def loss_louder(factor: float) -> type[MlxPath]:
     return Path
 
 
-@planted("backward", "gradient", parts="wiring", modules=r"layers\.2\.self_attn\.k_proj.*|layers\.2\.self_attn")
+@planted(
+    "backward",
+    "gradient",
+    parts="wiring",
+    modules=r"layers\.2\.self_attn\.k_proj.*|layers\.2\.self_attn",
+)
 def sign_of_keys() -> type[MlxPath]:
     """The gradient of the keys of layer 2 has the wrong sign."""
 
@@ -184,7 +213,9 @@ def sign_of_keys() -> type[MlxPath]:
     return changed(change)
 
 
-@planted("backward", "gradient", parts="wiring", modules=r"layers\.\d+\..*", recipe={"lora.rank": 4})
+@planted(
+    "backward", "gradient", parts="wiring", modules=r"layers\.\d+\..*", recipe={"lora.rank": 4}
+)
 def transposed_gradient_mean() -> type[MlxPath]:
     """Every `lora_a` gets a gradient 1 % too small."""
 

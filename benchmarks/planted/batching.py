@@ -57,13 +57,18 @@ def no_end_of_sequence() -> type[MlxPath]:
 def one_id_of_one_row() -> type[MlxPath]:
     """One id of the third row is another."""
     return rows(
-        lambda index, ids, offset: (ids[:5] + [ids[5] ^ 1] + ids[6:], offset)
-        if index == 2
-        else (ids, offset)
+        lambda index, ids, offset: (
+            (ids[:5] + [ids[5] ^ 1] + ids[6:], offset) if index == 2 else (ids, offset)
+        )
     )
 
 
-@planted("batching", "tokenization", parts="batching", recipe={"data.source": "chat", "mask.prompt": True, "train.batch_size": 2})
+@planted(
+    "batching",
+    "tokenization",
+    parts="batching",
+    recipe={"data.source": "chat", "mask.prompt": True, "train.batch_size": 2},
+)
 def prompt_offset_short() -> type[MlxPath]:
     """The prompt mask ends two tokens early."""
     return rows(lambda index, ids, offset: (ids, max(offset - 2, 0)))
@@ -98,7 +103,13 @@ def one_row_never() -> type[MlxPath]:
     return batches(change)
 
 
-@planted("batching", "supervised_positions", parts="batching", recipe=ROWS, settings="batch.rows mask.supervised")
+@planted(
+    "batching",
+    "supervised_positions",
+    parts="batching",
+    recipe=ROWS,
+    settings="batch.rows mask.supervised",
+)
 def lengths_one_short() -> type[MlxPath]:
     """Lengths count one token less than a row has."""
 
@@ -110,7 +121,13 @@ def lengths_one_short() -> type[MlxPath]:
     return batches(change)
 
 
-@planted("batching", "supervised_positions", parts="batching", recipe=ROWS, settings="batch.rows batch.shapes mask.supervised")
+@planted(
+    "batching",
+    "supervised_positions",
+    parts="batching",
+    recipe=ROWS,
+    settings="batch.rows batch.shapes mask.supervised",
+)
 def rows_cut() -> type[MlxPath]:
     """Rows longer than 16 tokens are cut."""
 
@@ -122,7 +139,15 @@ def rows_cut() -> type[MlxPath]:
     return batches(change)
 
 
-@planted("batching", "loss_curve", parts="batching", recipe=ROWS, references=("mlx-lm",), settings="batch.rows", steps=(1,))
+@planted(
+    "batching",
+    "loss_curve",
+    parts="batching",
+    recipe=ROWS,
+    references=("mlx-lm",),
+    settings="batch.rows",
+    steps=(1,),
+)
 def another_order() -> type[MlxPath]:
     """Batches come in another order."""
 
@@ -133,7 +158,15 @@ def another_order() -> type[MlxPath]:
     return Path
 
 
-@planted("batching", "loss_curve", parts="batching loop", recipe=ROWS, references=("mlx-lm",), settings="batch.rows", steps=(2,))
+@planted(
+    "batching",
+    "loss_curve",
+    parts="batching loop",
+    recipe=ROWS,
+    references=("mlx-lm",),
+    settings="batch.rows",
+    steps=(2,),
+)
 def first_batch_forever() -> type[MlxPath]:
     """Only the first batch is ever trained on."""
 

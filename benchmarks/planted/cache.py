@@ -121,8 +121,6 @@ def decodes_without_the_adapter() -> type[MlxPath]:
 
     class Path(MlxPath):
         def decode(self, recipe: Any, inputs: Any) -> Any:
-            return super().decode(
-                recipe.override({"lora.scale": recipe.lora.scale / 2}), inputs
-            )
+            return super().decode(recipe.override({"lora.scale": recipe.lora.scale / 2}), inputs)
 
     return Path

@@ -20,7 +20,13 @@ def changed(change: Callable[[Any], None]) -> type[MlxPath]:
     return Path
 
 
-@planted("forward", "logits", {"50 %": 1.5, "1e-2": 1.01, "1e-4": 1.0001, "1e-6": 1.000001}, parts="loader", modules=r"layers\.7\.mlp\.up_proj")
+@planted(
+    "forward",
+    "logits",
+    {"50 %": 1.5, "1e-2": 1.01, "1e-4": 1.0001, "1e-6": 1.000001},
+    parts="loader",
+    modules=r"layers\.7\.mlp\.up_proj",
+)
 def one_row_of_up_proj(factor: float) -> type[MlxPath]:
     """One row of the up-projection of layer 7 is scaled."""
     import mlx.core as mx
@@ -33,7 +39,15 @@ def one_row_of_up_proj(factor: float) -> type[MlxPath]:
     return changed(change)
 
 
-@planted("forward", "logits", {"layer 5": (5,), "all layers": tuple(range(LAYERS))}, parts="loader", modules=r"layers\.(5|0)\.self_attn\.rope.*", hints="rope", settings="rope.theta rope.frequencies")
+@planted(
+    "forward",
+    "logits",
+    {"layer 5": (5,), "all layers": tuple(range(LAYERS))},
+    parts="loader",
+    modules=r"layers\.(5|0)\.self_attn\.rope.*",
+    hints="rope",
+    settings="rope.theta rope.frequencies",
+)
 def rope_base_doubled(layers: tuple[int, ...]) -> type[MlxPath]:
     """The base of the rotary embedding is doubled."""
 
@@ -45,7 +59,13 @@ def rope_base_doubled(layers: tuple[int, ...]) -> type[MlxPath]:
     return changed(change)
 
 
-@planted("forward", "logits", {"1 %": 1.01, "1e-5": 1.00001}, parts="loader", modules=r"layers\.11\.self_attn.*")
+@planted(
+    "forward",
+    "logits",
+    {"1 %": 1.01, "1e-5": 1.00001},
+    parts="loader",
+    modules=r"layers\.11\.self_attn.*",
+)
 def attention_scale(factor: float) -> type[MlxPath]:
     """Attention of layer 11 divides by another root."""
 
@@ -56,7 +76,13 @@ def attention_scale(factor: float) -> type[MlxPath]:
     return changed(change)
 
 
-@planted("forward", "logits", {"1e-2": 1e-2, "1e-5": 1e-5}, parts="loader", modules=r"layers\.4\.(input|post_attention)_layernorm")
+@planted(
+    "forward",
+    "logits",
+    {"1e-2": 1e-2, "1e-5": 1e-5},
+    parts="loader",
+    modules=r"layers\.4\.(input|post_attention)_layernorm",
+)
 def norm_offset(amount: float) -> type[MlxPath]:
     """An offset is added to the weight of one norm of layer 4."""
 
@@ -67,7 +93,13 @@ def norm_offset(amount: float) -> type[MlxPath]:
     return changed(change)
 
 
-@planted("forward", "logits", {"1e-3": 1e-3, "1e-5": 1e-5}, parts="loader", modules=r"layers\.0\..*norm.*")
+@planted(
+    "forward",
+    "logits",
+    {"1e-3": 1e-3, "1e-5": 1e-5},
+    parts="loader",
+    modules=r"layers\.0\..*norm.*",
+)
 def norm_eps(eps: float) -> type[MlxPath]:
     """All norms have another eps."""
 
@@ -105,7 +137,13 @@ def embedding_row() -> type[MlxPath]:
     return changed(change)
 
 
-@planted("forward", "logits", {"bfloat16": "bfloat16", "float16": "float16"}, parts="loader", modules=r"embed_tokens|layers\.0(\..*)?")
+@planted(
+    "forward",
+    "logits",
+    {"bfloat16": "bfloat16", "float16": "float16"},
+    parts="loader",
+    modules=r"embed_tokens|layers\.0(\..*)?",
+)
 def weights_rounded(dtype: str) -> type[MlxPath]:
     """Weights are rounded to 16 bits and cast back."""
     import mlx.core as mx
@@ -117,7 +155,9 @@ def weights_rounded(dtype: str) -> type[MlxPath]:
     return changed(change)
 
 
-@planted("forward", "logits", parts="loader", modules=r"layers\.3\.mlp(\..*)?|between layers\.3\.mlp.*")
+@planted(
+    "forward", "logits", parts="loader", modules=r"layers\.3\.mlp(\..*)?|between layers\.3\.mlp.*"
+)
 def another_activation() -> type[MlxPath]:
     """The MLP of layer 3 uses ReLU between its projections."""
 
@@ -144,7 +184,13 @@ def heads_averaged() -> type[MlxPath]:
     return changed(change)
 
 
-@planted("forward", "logits", parts="loader", modules=r"layers\.\d+(\.self_attn.*)?|between.*", model="tiny-gemma3")
+@planted(
+    "forward",
+    "logits",
+    parts="loader",
+    modules=r"layers\.\d+(\.self_attn.*)?|between.*",
+    model="tiny-gemma3",
+)
 def window_ignored() -> type[MlxPath]:
     """Sliding layers attend to everything."""
 
@@ -187,7 +233,14 @@ def attends_to_the_future() -> type[MlxPath]:
     return changed(change)
 
 
-@planted("forward", "gradient", {"10 %": 1.1, "1e-4": 1.0001}, parts="wiring", modules=r"layers\.7\.self_attn\.q_proj.*", hints="lora_scale")
+@planted(
+    "forward",
+    "gradient",
+    {"10 %": 1.1, "1e-4": 1.0001},
+    parts="wiring",
+    modules=r"layers\.7\.self_attn\.q_proj.*",
+    hints="lora_scale",
+)
 def scale_of_one_adapter(factor: float) -> type[MlxPath]:
     """One adapter multiplies by another scale than it says."""
 

@@ -299,9 +299,7 @@ def rows_of_a_batch_turned() -> type[MlxPath]:
     def loss(model: Any, batch: Any, lengths: Any) -> Any:
         from mlx_lm.tuner.trainer import default_loss
 
-        return default_loss(
-            model, batch[::-1], lengths[::-1]
-        )
+        return default_loss(model, batch[::-1], lengths[::-1])
 
     return lossy(loss)
 

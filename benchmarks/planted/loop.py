@@ -128,7 +128,14 @@ def gradient_scaled(factor: float) -> type[MlxPath]:
     return Path
 
 
-@planted("loop", "loss_curve", parts="loop", steps=(1,), recipe={**ROWS, "train.accumulation": 3}, settings="accumulation.steps accumulation.weighting")
+@planted(
+    "loop",
+    "loss_curve",
+    parts="loop",
+    steps=(1,),
+    recipe={**ROWS, "train.accumulation": 3},
+    settings="accumulation.steps accumulation.weighting",
+)
 def accumulation_ignored() -> type[MlxPath]:
     """Three micro-batches are asked for, one is used."""
 
@@ -139,7 +146,14 @@ def accumulation_ignored() -> type[MlxPath]:
     return Path
 
 
-@planted("loop", "loss_curve", parts="loop", steps=(1,), recipe={**ROWS, "train.accumulation": 2}, settings="accumulation.weighting")
+@planted(
+    "loop",
+    "loss_curve",
+    parts="loop",
+    steps=(1,),
+    recipe={**ROWS, "train.accumulation": 2},
+    settings="accumulation.weighting",
+)
 def weighted_by_token() -> type[MlxPath]:
     """Micro-batches are weighted by their tokens, though a plain mean is asked for."""
 

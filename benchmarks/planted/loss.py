@@ -153,7 +153,13 @@ def loss_in_bfloat16() -> type[MlxPath]:
     return Path
 
 
-@planted("loss", "supervised_positions", parts="loss", hints="padding_supervised", settings="mask.supervised")
+@planted(
+    "loss",
+    "supervised_positions",
+    parts="loss",
+    hints="padding_supervised",
+    settings="mask.supervised",
+)
 def one_more_position() -> type[MlxPath]:
     """A second padding position is supervised."""
 
@@ -167,7 +173,9 @@ def one_more_position() -> type[MlxPath]:
     return Path
 
 
-@planted("loss", "supervised_positions", parts="loss", hints="last_token", settings="mask.supervised")
+@planted(
+    "loss", "supervised_positions", parts="loss", hints="last_token", settings="mask.supervised"
+)
 def last_token_missing() -> type[MlxPath]:
     """The last token of a row, and what follows, are not supervised."""
 
@@ -181,7 +189,9 @@ def last_token_missing() -> type[MlxPath]:
     return Path
 
 
-@planted("loss", "supervised_positions", parts="loss", hints="prompt_offset", settings="mask.supervised")
+@planted(
+    "loss", "supervised_positions", parts="loss", hints="prompt_offset", settings="mask.supervised"
+)
 def first_token_missing() -> type[MlxPath]:
     """The first target of a row is not supervised."""
 

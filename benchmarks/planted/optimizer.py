@@ -36,31 +36,62 @@ def around(change: Callable[[Any, Any, Any, Any], Any]) -> type[MlxPath]:
     return Path
 
 
-@planted("optimizer", "optimizer_step", parts="optimizer", hints="bias_correction", settings="optim.bias_correction")
+@planted(
+    "optimizer",
+    "optimizer_step",
+    parts="optimizer",
+    hints="bias_correction",
+    settings="optim.bias_correction",
+)
 def no_bias_correction() -> type[MlxPath]:
     """Adam's bias is not corrected."""
     return asked({"optim.bias_correction": False})
 
 
-@planted("optimizer", "optimizer_step", {"0.01": 0.01, "1e-4": 1e-4}, parts="optimizer", hints="weight_decay", settings="optim.weight_decay")
+@planted(
+    "optimizer",
+    "optimizer_step",
+    {"0.01": 0.01, "1e-4": 1e-4},
+    parts="optimizer",
+    hints="weight_decay",
+    settings="optim.weight_decay",
+)
 def hidden_decay(amount: float) -> type[MlxPath]:
     """There is weight decay that nobody asked for."""
     return asked({"optim.weight_decay": amount})
 
 
-@planted("optimizer", "optimizer_step", {"1e-4": 1e-4, "1e-7": 1e-7}, parts="optimizer", settings="optim.eps")
+@planted(
+    "optimizer",
+    "optimizer_step",
+    {"1e-4": 1e-4, "1e-7": 1e-7},
+    parts="optimizer",
+    settings="optim.eps",
+)
 def another_eps(value: float) -> type[MlxPath]:
     """Adam's eps is another."""
     return asked({"optim.eps": value})
 
 
-@planted("optimizer", "optimizer_step", {"0.95": (0.9, 0.95), "0.9991": (0.9, 0.9991)}, parts="optimizer", settings="optim.betas")
+@planted(
+    "optimizer",
+    "optimizer_step",
+    {"0.95": (0.9, 0.95), "0.9991": (0.9, 0.9991)},
+    parts="optimizer",
+    settings="optim.betas",
+)
 def another_beta(betas: tuple[float, float]) -> type[MlxPath]:
     """The second beta is another."""
     return asked({"optim.betas": list(betas)})
 
 
-@planted("optimizer", "optimizer_step", {"1 %": 1.01, "1e-4": 1.0001}, parts="optimizer", settings="optim.lr")
+@planted(
+    "optimizer",
+    "optimizer_step",
+    {"1 %": 1.01, "1e-4": 1.0001},
+    parts="optimizer",
+    settings="optim.lr",
+)
 def longer_rate(factor: float) -> type[MlxPath]:
     """The learning rate is a little larger."""
 
@@ -136,7 +167,14 @@ def update_shortened(share: float) -> type[MlxPath]:
     return around(lambda optimizer, moved, gradient, old: old + (1 - share) * (moved - old))
 
 
-@planted("clip", "optimizer_step", {"norm": "norm", "value": "value"}, parts="clip", hints="clip", settings="clip.mode clip.value")
+@planted(
+    "clip",
+    "optimizer_step",
+    {"norm": "norm", "value": "value"},
+    parts="clip",
+    hints="clip",
+    settings="clip.mode clip.value",
+)
 def hidden_clip(kind: str) -> type[MlxPath]:
     """Gradients are clipped at 1 though nobody asked for it."""
 
@@ -147,7 +185,15 @@ def hidden_clip(kind: str) -> type[MlxPath]:
     return Path
 
 
-@planted("clip", "optimizer_step", parts="clip", hints="clip", recipe={"optim.clip": "norm", "optim.clip_value": 0.5}, references=("hf",), settings="clip.mode clip.value")
+@planted(
+    "clip",
+    "optimizer_step",
+    parts="clip",
+    hints="clip",
+    recipe={"optim.clip": "norm", "optim.clip_value": 0.5},
+    references=("hf",),
+    settings="clip.mode clip.value",
+)
 def clip_by_leaf() -> type[MlxPath]:
     """The norm of each tensor is clipped instead of that of all."""
 
@@ -166,7 +212,15 @@ def clip_by_leaf() -> type[MlxPath]:
     return Path
 
 
-@planted("clip", "optimizer_step", parts="clip", recipe={"optim.clip": "norm", "optim.clip_value": 0.5}, references=("hf",), hints="clip", settings="clip.mode clip.value")
+@planted(
+    "clip",
+    "optimizer_step",
+    parts="clip",
+    recipe={"optim.clip": "norm", "optim.clip_value": 0.5},
+    references=("hf",),
+    hints="clip",
+    settings="clip.mode clip.value",
+)
 def clip_forgotten() -> type[MlxPath]:
     """A clip by norm is asked for and not done."""
 

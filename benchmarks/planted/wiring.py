@@ -35,7 +35,14 @@ def asked(**factors: Any) -> type[MlxPath]:
     return Path
 
 
-@planted("wiring", "lora_init", {"2": 2.0, "1.001": 1.001}, parts="wiring", hints="lora_scale", settings="lora.scale")
+@planted(
+    "wiring",
+    "lora_init",
+    {"2": 2.0, "1.001": 1.001},
+    parts="wiring",
+    hints="lora_scale",
+    settings="lora.scale",
+)
 def scale_times(factor: float) -> type[MlxPath]:
     """All adapters have another scale."""
 
@@ -46,22 +53,38 @@ def scale_times(factor: float) -> type[MlxPath]:
     return Path
 
 
-@planted("wiring", "lora_init", parts="wiring", settings="lora.rank lora.parameters", recipe={"lora.rank": 8})
+@planted(
+    "wiring",
+    "lora_init",
+    parts="wiring",
+    settings="lora.rank lora.parameters",
+    recipe={"lora.rank": 8},
+)
 def rank_halved() -> type[MlxPath]:
     """The rank is 4 instead of 8."""
     return asked(lora__rank=4)
 
 
-@planted("wiring", "lora_init", parts="wiring", hints="last_layers", settings="lora.layers lora.trainable lora.parameters")
+@planted(
+    "wiring",
+    "lora_init",
+    parts="wiring",
+    hints="last_layers",
+    settings="lora.layers lora.trainable lora.parameters",
+)
 def last_sixteen() -> type[MlxPath]:
     """Only the last 16 layers get an adapter."""
     return asked(lora__num_layers=16)
 
 
-@planted("wiring", "lora_init", parts="wiring", settings="lora.modules lora.trainable lora.parameters")
+@planted(
+    "wiring", "lora_init", parts="wiring", settings="lora.modules lora.trainable lora.parameters"
+)
 def no_keys() -> type[MlxPath]:
     """k_proj gets no adapter."""
-    return asked(lora__target_modules=["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    return asked(
+        lora__target_modules=["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
 
 
 @planted("wiring", "lora_init", parts="wiring", modules=r"layers\.\d+\..*lora_a")
@@ -111,7 +134,15 @@ def b_not_zero(amount: float) -> type[MlxPath]:
     return changed(change)
 
 
-@planted("wiring", "lora_init", parts="wiring loop", hints="seed_placement", references=("mlx-lm",), settings="seed.rng seed.value seed.placement", modules=r".*lora_a")
+@planted(
+    "wiring",
+    "lora_init",
+    parts="wiring loop",
+    hints="seed_placement",
+    references=("mlx-lm",),
+    settings="seed.rng seed.value seed.placement",
+    modules=r".*lora_a",
+)
 def seed_ignored() -> type[MlxPath]:
     """The adapter is drawn from seed 0, whatever is asked."""
 
@@ -122,7 +153,13 @@ def seed_ignored() -> type[MlxPath]:
     return Path
 
 
-@planted("wiring", "lora_init", parts="wiring", settings="lora.trainable lora.parameters", modules=r".*norm.*")
+@planted(
+    "wiring",
+    "lora_init",
+    parts="wiring",
+    settings="lora.trainable lora.parameters",
+    modules=r".*norm.*",
+)
 def norm_left_trainable() -> type[MlxPath]:
     """One norm of the base is trained as well."""
 
