@@ -16,15 +16,16 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pandas as pd
+from parity.bisect.result import AGREE, FOUND, SearchReport
 
 from benchmarks.planted.registry import Planted, everything
 from parity import recipe as recipes
-from parity.bisect.causes import CauseSearch, SearchReport
+from parity.bisect.causes import CauseSearch
 from parity.capture.engine import Engine
 from parity.cells.cell import Cell
 from parity.cells.run import run_cell
@@ -80,8 +81,18 @@ def floors(record: Record) -> float:
     return max(found, default=0.0)
 
 
-def claims(fault: Planted, report: SearchReport) -> Iterator[tuple[str, bool]]:
-    """Each claim of the final sentences in words, and whether it is true."""
+def claims(
+    fault: Planted, report: SearchReport, names: Mapping[str, str]
+) -> Iterator[tuple[str, bool]]:
+    """Each claim of the final sentences in words, and whether it is true.
+
+    Args:
+        fault: What is true.
+        report: What was found.
+        names: Hint to the name of its rule.
+    """
+    for text in report.repeats:
+        yield f"repeats: {text}", False
     for cause in report.causes:
         yield f"stage {cause.stage}", cause.stage == fault.stage
         for part in cause.parts:
@@ -90,10 +101,8 @@ def claims(fault: Planted, report: SearchReport) -> Iterator[tuple[str, bool]]:
             yield f"factor {factor}", False
         yield from _places(fault, cause.sentence)
         for text in cause.hints:
-            name = hint_name(text)
-            yield f"hint {name}: {text}", name in fault.hints or text.rstrip().endswith("?")
-    if not report.causes and report.verdict == "found":
-        yield "found without a cause", False
+            name = names.get(text, "of another stage")
+            yield f"hint {name}: {text}", name in fault.hints
 
 
 def _places(fault: Planted, sentence: str) -> Iterator[tuple[str, bool]]:
@@ -107,11 +116,6 @@ def _places(fault: Planted, sentence: str) -> Iterator[tuple[str, bool]]:
         yield f"step {step}", not fault.steps or step in fault.steps
 
 
-def hint_name(text: str) -> str:
-    """The rule that worded a hint."""
-    return hints.rule_of(text)
-
-
 def run(engine: Engine, fault: Planted, reference: str) -> Outcome:
     """Searches for one fault."""
     recipe = recipes.load("default", [f"train.steps={STEPS}"]).override(
@@ -122,10 +126,12 @@ def run(engine: Engine, fault: Planted, reference: str) -> Outcome:
     first = next((cause.stage for cause in report.causes), "")
     stopped = next((v.stage for v in report.path if v.verdict not in ("identical", "agree")), "")
     harmless = not fault.stage
-    detected = bool(report.causes) or report.verdict not in ("agree", "found")
+    detected = bool(report.causes or report.repeats) or report.verdict not in (AGREE, FOUND)
     shown = find(fault.stage or "loss_curve")
-    distance = floors(run_cell(engine, Cell(shown, fault.spec, reference, recipe)))
-    checked = list(claims(fault, report))
+    record = run_cell(engine, Cell(shown, fault.spec, reference, recipe))
+    distance = floors(record)
+    names = {text: rule.__name__ for rule in hints.RULES if (text := rule(record))}
+    checked = list(claims(fault, report, names))
     wrong = [text for text, true in checked if not true]
     return Outcome(
         name=fault.name,
