@@ -58,7 +58,7 @@ def one_id_of_one_row() -> type[MlxPath]:
     """One id of the third row is another."""
     return rows(
         lambda index, ids, offset: (
-            (ids[:5] + [ids[5] ^ 1] + ids[6:], offset) if index == 2 else (ids, offset)
+            ([*ids[:5], ids[5] ^ 1, *ids[6:]], offset) if index == 2 else (ids, offset)
         )
     )
 
