@@ -21,11 +21,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pandas as pd
-from parity.bisect.result import AGREE, FOUND, SearchReport
 
 from benchmarks.planted.registry import Planted, everything
 from parity import recipe as recipes
 from parity.bisect.causes import CauseSearch
+from parity.bisect.result import AGREE, FOUND, SearchReport
 from parity.capture.engine import Engine
 from parity.cells.cell import Cell
 from parity.cells.run import run_cell
