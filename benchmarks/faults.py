@@ -37,7 +37,9 @@ from parity.stages import find
 STEPS = 6
 OBVIOUS = 10.0
 """Floors from which on a fault has to be found."""
-MODULE = re.compile(r"layers\.\d+(?:\.\w+)*|embed_tokens|(?<![\w.])norm(?![\w.])|(?<=module )the loss")
+MODULE = re.compile(
+    r"layers\.\d+(?:\.\w+)*|embed_tokens|(?<![\w.])norm(?![\w.])|(?<=module )the loss"
+)
 STEP = re.compile(r"\bstep (\d+)(?! of)")
 
 
