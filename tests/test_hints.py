@@ -19,7 +19,7 @@ from parity.report.text import describe
 from parity.stages import STAGES, find
 from parity.stages.cross_entropy import mask_facts
 from parity.stages.gradient import scale_facts
-from parity.stages.targets import Difference, TrainingRow, patterns
+from parity.stages.targets import TargetDifference, TrainingRow, patterns
 
 ADAMW = {"optim.name": "adamw", "optim.betas": [0.9, 0.999], "optim.lr": 1e-3}
 MLX_CPU = {"versions": {"mlx": "0.32"}, "device": "Device(cpu, 0)"}
@@ -333,7 +333,7 @@ def test_a_mask_hint_explains_all_of_a_difference(fault, side):
         found = {"subject": MASKS["right"](row), "reference": MASKS["right"](row)}
         found[side] = MASKS[fault](row)
         ours, theirs = found["subject"], found["reference"]
-        differences.append(Difference(row, ours - theirs, theirs - ours, ours & theirs))
+        differences.append(TargetDifference(row, ours - theirs, theirs - ours, ours & theirs))
     said = hints(record("any", facts=patterns(differences)))
     assert len(said) == (fault in MEANT), said
     assert all(MEANT[fault] in text for text in said)

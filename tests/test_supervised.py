@@ -11,7 +11,7 @@ from parity.record import Verdict
 from parity.report.text import describe
 from parity.stages import find
 from parity.stages.supervised import batches, draws, matched
-from parity.stages.targets import Difference, TrainingRow, patterns, place
+from parity.stages.targets import TargetDifference, TrainingRow, patterns, place
 from parity.trace import Trace
 
 PROBE = find("09")
@@ -102,11 +102,11 @@ def test_places_and_patterns():
         "in the prompt", "inside", "the last token", "one past the end", "padding",
     ]  # fmt: skip
     both = {(3, 8), (4, 9)}
-    header = Difference(ROW, subject={(2, 7)}, both=both)
+    header = TargetDifference(ROW, subject={(2, 7)}, both=both)
     assert patterns([header]) == {"positions per row at the start": 1}
-    prompt = Difference(ROW, reference={(1, 6), (2, 7)}, both=both)
+    prompt = TargetDifference(ROW, reference={(1, 6), (2, 7)}, both=both)
     assert patterns([prompt, prompt]) == {"rows whose prompt is supervised": -2}
-    last = Difference(ROW, reference={(4, 9)}, both={(3, 8)})
+    last = TargetDifference(ROW, reference={(4, 9)}, both={(3, 8)})
     assert patterns([last]) == {"positions per row at the last token": -1}
     assert patterns([last, header]) == {}
 

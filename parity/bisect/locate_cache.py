@@ -25,9 +25,9 @@ def first_position(record: Record) -> Place:
     later = [
         f"{record.metrics[i].name} from position {at} on" for at, _, i in found if at > position
     ]
-    said = f"first off at turn {turn}, position {position}: {', '.join([first.name, *others])}"
+    sentence = f"first off at turn {turn}, position {position}: {', '.join([first.name, *others])}"
     if first.note:
-        said += f" ({first.note})"
+        sentence += f" ({first.note})"
     if later:
-        said += f"; later: {', '.join(later)}"
-    return Place(said, f"turn {turn}, position {position}", "cache")
+        sentence += f"; later: {', '.join(later)}"
+    return Place(sentence, f"turn {turn}, position {position}", "cache")

@@ -35,7 +35,7 @@ NORM = 1e-5
 
 
 @dataclass(frozen=True)
-class Difference:
+class StepDifference:
     """What differs in a step, in words."""
 
     what: str
@@ -68,7 +68,7 @@ def step(context: Context) -> Place:
 
 
 def _sentence(
-    run: TrainingSteps, at: int, found: Difference, equal: list[str], missing: list[str]
+    run: TrainingSteps, at: int, found: StepDifference, equal: list[str], missing: list[str]
 ) -> str:
     sentence = f"first divergent step {at} of {run.steps}: {found.what} {found.how}"
     if missing and equal:
@@ -98,7 +98,7 @@ def _first(run: TrainingSteps) -> int:
     return min(found)
 
 
-def _batches(run: TrainingSteps, at: int) -> Difference | None:
+def _batches(run: TrainingSteps, at: int) -> StepDifference | None:
     """Ids and lengths of the micro-batches of a step."""
     counts = {side: len(run.drawn[side]) for side in SIDES}
     if not all(counts.values()):
@@ -107,7 +107,7 @@ def _batches(run: TrainingSteps, at: int) -> Difference | None:
         ours, theirs = (run.rows(side, at) for side in SIDES)
     except NotCompared as error:
         detail = ", ".join(f"{count} in the {side}" for side, count in counts.items())
-        return Difference("the batches", f"differ: {error} ({detail} in all)")
+        return StepDifference("the batches", f"differ: {error} ({detail} in all)")
     if len(ours) != len(theirs):
         ours, theirs = ([_joined(rows)] for rows in (ours, theirs))
     for part, (a, b) in enumerate(zip(ours, theirs, strict=True)):
@@ -116,7 +116,7 @@ def _batches(run: TrainingSteps, at: int) -> Difference | None:
             if np.array_equal(x, y):
                 continue
             where = f" of micro-batch {part + 1}" if len(ours) > 1 else ""
-            return Difference("the batches", f"differ: {_rows(x, y, what)}{where}")
+            return StepDifference("the batches", f"differ: {_rows(x, y, what)}{where}")
     return None
 
 
@@ -137,7 +137,7 @@ def _rows(ours: Array, theirs: Array, what: str) -> str:
     return f"{len(off)} of {len(ours)} {what}{order}, the first at row {off[0]}"
 
 
-def _reported(run: TrainingSteps, at: int) -> Difference | None:
+def _reported(run: TrainingSteps, at: int) -> StepDifference | None:
     """The loss that each loop reports against the loss of its own weights before the step."""
     gaps, values = {}, {}
     for side in SIDES:
@@ -163,7 +163,7 @@ def _reported(run: TrainingSteps, at: int) -> Difference | None:
         f"differs: the subject reports {reported:.6g}, the loss of its weights and batch of this step is "
         f"{computed:.6g}"
     )
-    return Difference("the loss that is reported", how + _instead(run, at, reported, allowed))
+    return StepDifference("the loss that is reported", how + _instead(run, at, reported, allowed))
 
 
 def _loss_floor(run: TrainingSteps, at: int) -> float:
@@ -200,7 +200,7 @@ def _norm_agrees(run: TrainingSteps, at: int) -> str:
     return "; so does the gradient norm: what the loop trains on is not what it drew"
 
 
-def _gradient(run: TrainingSteps, at: int) -> Difference | None:
+def _gradient(run: TrainingSteps, at: int) -> StepDifference | None:
     """Loss and gradient of every micro-batch at the reference's weights."""
     rows, adapter = run.rows("reference", at), run.adapter("reference", at - 1)
     if any(run.context.recipes[side].lora.dropout for side in SIDES):
@@ -211,18 +211,20 @@ def _gradient(run: TrainingSteps, at: int) -> Difference | None:
         ours, theirs = pair.subject, pair.reference
         if ours.scalars["tokens"] != theirs.scalars["tokens"]:
             counts = f"{ours.scalars['tokens']} against {theirs.scalars['tokens']}"
-            return Difference(f"the number of supervised tokens{where}", f"differs: {counts}")
+            return StepDifference(f"the number of supervised tokens{where}", f"differs: {counts}")
         loss = {"loss": ours.arrays["loss"]}, {"loss": theirs.arrays["loss"]}
         metric = compare_group("loss", *loss, pair.noise)
         if differs(metric):
-            return Difference(f"the loss{where}", f"differs at equal weights: {how_much(metric)}")
+            return StepDifference(
+                f"the loss{where}", f"differs at equal weights: {how_much(metric)}"
+            )
         groups = ours.group("gradient"), theirs.group("gradient")
         if detail := _tensors(pair, groups, "gradient"):
-            return Difference(f"the gradient{where}", f"differs at equal weights: {detail}")
+            return StepDifference(f"the gradient{where}", f"differs at equal weights: {detail}")
     return None
 
 
-def _norm(run: TrainingSteps, at: int) -> Difference | None:
+def _norm(run: TrainingSteps, at: int) -> StepDifference | None:
     """The norm that each loop reports against that of its gradient at its own weights."""
     ratios = {}
     for side in SIDES:
@@ -242,10 +244,10 @@ def _norm(run: TrainingSteps, at: int) -> Difference | None:
         f"differs from that of the same weights and batch by itself: its norm is "
         f"{ratios['subject']:.6g} times as large"
     )
-    return Difference("the gradient that the loop makes", how)
+    return StepDifference("the gradient that the loop makes", how)
 
 
-def _loop_gradient(run: TrainingSteps, at: int) -> Difference | None:
+def _loop_gradient(run: TrainingSteps, at: int) -> StepDifference | None:
     """The gradient inside the loop: by its norm, then by one step of plain descent at rate 1."""
     if found := _norm(run, at):
         return found
@@ -257,7 +259,7 @@ def _loop_gradient(run: TrainingSteps, at: int) -> Difference | None:
     groups = pair.subject.group("adapter"), pair.reference.group("adapter")
     if detail := _tensors(pair, groups, "adapter"):
         how = f"differs at equal weights, by one step of plain descent at rate 1: {detail}"
-        return Difference("the gradient that the loop makes", how)
+        return StepDifference("the gradient that the loop makes", how)
     return None
 
 
@@ -271,7 +273,7 @@ def _fed(run: TrainingSteps, at: int, side: str = "reference") -> Trace:
     return inputs
 
 
-def _clip(run: TrainingSteps, at: int) -> Difference | None:
+def _clip(run: TrainingSteps, at: int) -> StepDifference | None:
     """The gradient of the step once it is clipped: plain descent moves weights by it."""
     fed = _fed(run, at)
     last = Trace().with_group("weight", fed.group("weight"))
@@ -279,18 +281,18 @@ def _clip(run: TrainingSteps, at: int) -> Difference | None:
     pair = run.context.pair("optimizer_step", last, PLAIN)
     groups = pair.subject.group("weight.0"), pair.reference.group("weight.0")
     detail = _tensors(pair, groups, "weight.0")
-    return Difference("the clip", f"differs on an equal gradient: {detail}") if detail else None
+    return StepDifference("the clip", f"differs on an equal gradient: {detail}") if detail else None
 
 
-def _update(run: TrainingSteps, at: int) -> Difference | None:
+def _update(run: TrainingSteps, at: int) -> StepDifference | None:
     """What clip and optimizer make of equal gradients of all steps up to this one."""
     pair = run.context.pair("optimizer_step", _fed(run, at))
     group = f"weight.{at - 1}"
     detail = _tensors(pair, (pair.subject.group(group), pair.reference.group(group)), group)
-    return Difference("the update", f"differs on equal gradients: {detail}") if detail else None
+    return StepDifference("the update", f"differs on equal gradients: {detail}") if detail else None
 
 
-def _after(run: TrainingSteps, at: int) -> Difference | None:
+def _after(run: TrainingSteps, at: int) -> StepDifference | None:
     """The adapter that each loop leaves against what its own optimizer makes of its own gradients."""
     gaps = {}
     for side in SIDES:
@@ -311,7 +313,7 @@ def _after(run: TrainingSteps, at: int) -> Difference | None:
         f"is not what the subject's own clip and optimizer make of its own gradients: {tensors(off, gaps['subject'])}, "
         f"most {worst}: greatest |Δ| {gaps['subject'][worst].max():.3g}; the reference's is, to {floor:.2g}"
     )
-    return Difference("the adapter after it", how)
+    return StepDifference("the adapter after it", how)
 
 
 def _tensors(pair: Pair, groups: tuple[dict[str, Array], dict[str, Array]], group: str) -> str:
@@ -334,7 +336,7 @@ def _tensors(pair: Pair, groups: tuple[dict[str, Array], dict[str, Array]], grou
     return f"{tensors(off, theirs)}, most {worst}: {how_much(found[worst])}"
 
 
-Check = Callable[[TrainingSteps, int], Difference | None]
+Check = Callable[[TrainingSteps, int], StepDifference | None]
 CHECKS: tuple[tuple[str, Check], ...] = (
     ("the batches", _batches),
     ("the loss that is reported", _reported),

@@ -263,17 +263,21 @@ def _prove(together: Hypothesis, ask: CachedOracle, result: Search) -> None:
     """Says which members of a set are needed: only that of which the rest is known to agree."""
     members = together.changes
     rests = {name: [other for other in members if other != name] for name in members}
-    unasked = [name for name in members if len(members) > 1 and ask(rests[name]) is Answer.UNKNOWN]
-    if not unasked:
+    unanswered = [
+        name for name in members if len(members) > 1 and ask(rests[name]) is Answer.UNKNOWN
+    ]
+    if not unanswered:
         together.evidence.append(
             "together they make the runs differ, and none of them can be left out"
             if len(members) > 1
             else "by itself it makes the runs differ"
         )
         return
-    why = "; ".join(dict.fromkeys(ask.reason(rests[name]).removeprefix(": ") for name in unasked))
+    why = "; ".join(
+        dict.fromkeys(ask.reason(rests[name]).removeprefix(": ") for name in unanswered)
+    )
     doubt = (
-        f"whether {_named(unasked)} can be left out could not be asked"
+        f"whether {_named(unanswered)} can be left out could not be asked"
         f"{f': {why}' if why else ''}, so the set may not be minimal"
     )
     together.evidence += ["together they make the runs differ", doubt]

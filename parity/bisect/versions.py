@@ -187,11 +187,11 @@ class VersionSearch:
         identity = package, cell.stage.name, cell.changes, self.side, about
         key = digest(*identity, *paths, content.of_recipe(cell.recipe), _code())
         book = Ledger(self.ledger or self.engine.cache / "bisect" / f"{key}.json", key)
-        asked = book.remember(run)
+        remembered = book.remember(run)
 
         def verdict(version: str, attempt: int = 0) -> CheckResult:
             try:
-                return asked(version, attempt)
+                return remembered(version, attempt)
             except UnavailableVersion as error:
                 return CheckResult(Outcome.GAP, str(error))
 
@@ -224,8 +224,8 @@ class VersionSearch:
                 for name in sorted((old.keys() | new.keys()) - {package})
                 if old.get(name) != new.get(name)
             ]
-            said = tuple(check(version, 0).reason for version in ends)
-            change = replace(change, verdicts=said, also=tuple(also))
+            reasons = tuple(check(version, 0).reason for version in ends)
+            change = replace(change, verdicts=reasons, also=tuple(also))
         return replace(change, runs=book.computed, seconds=time.perf_counter() - started)
 
 

@@ -38,11 +38,13 @@ def choose(name: str | None) -> None:
         UsageError: No such device, or not on this machine.
     """
     wanted = name or current()
-    said = f"--device {name}" if name else f"{VARIABLE}={wanted}"
+    setting = f"--device {name}" if name else f"{VARIABLE}={wanted}"
     if wanted not in DEVICES:
-        raise UsageError(f"{said}: torch paths run on {' or '.join(DEVICES)}")
+        raise UsageError(f"{setting}: torch paths run on {' or '.join(DEVICES)}")
     if wanted == "cuda" and (missing := _without_cuda()):
-        raise UsageError(f"{said}: {missing}, or leave the torch paths on the CPU (--device cpu)")
+        raise UsageError(
+            f"{setting}: {missing}, or leave the torch paths on the CPU (--device cpu)"
+        )
     if wanted == DEFAULT:  # without a variable, so that naming the default gives no other key
         os.environ.pop(VARIABLE, None)
     else:
@@ -52,9 +54,9 @@ def choose(name: str | None) -> None:
 
 def _without_cuda() -> str:
     """Why there is no CUDA here, empty where there is."""
-    asked = subprocess.run(
+    answer = subprocess.run(
         [sys.executable, "-c", _QUESTION], capture_output=True, text=True, check=False
     )
-    if asked.returncode:
-        return f"torch cannot be imported ({asked.stderr.strip().rpartition(chr(10))[2]})"
-    return asked.stdout.strip()
+    if answer.returncode:
+        return f"torch cannot be imported ({answer.stderr.strip().rpartition(chr(10))[2]})"
+    return answer.stdout.strip()

@@ -95,8 +95,8 @@ def releases(span: Range) -> list[str]:
     inside = [str(v) for v in every if low <= v <= high and (early or not v.is_prerelease)]
     if len(inside) < 2:
         known = f"{every[0]} to {every[-1]}" if every else "none"
-        told = f"{len(inside)} releases in {span.low}..{span.high}, the index has {known}"
-        raise UsageError(f"{span.package}: {told}: widen the range")
+        found = f"{len(inside)} releases in {span.low}..{span.high}, the index has {known}"
+        raise UsageError(f"{span.package}: {found}: widen the range")
     return inside
 
 

@@ -15,8 +15,8 @@ from parity.record import Metric, Verdict
 from parity.stages.context import Comparison, Context
 from parity.stages.targets import (
     SHOWN,
-    Difference,
     Target,
+    TargetDifference,
     TrainingRow,
     patterns,
     rows_that_fill,
@@ -53,7 +53,7 @@ class SupervisedPositions:
         handed, inputs = batches(known)
         a, b = context.both("supervised_positions", context.recipes, inputs)
         for index, (what, rows) in enumerate(handed):
-            differences = [Difference(row) for row in rows]
+            differences = [TargetDifference(row) for row in rows]
             for difference, ours, theirs in zip(
                 differences, *(_by_row(t, index, len(rows)) for t in (a, b)), strict=True
             ):
@@ -93,7 +93,7 @@ class SupervisedPositions:
                 f"neither side trains on {len(never)} of {len(_distinct(known))} distinct rows in "
                 f"{drawn}: {_titles(never)}"
             )
-        differences = [Difference(row) for row in ours if row in theirs]
+        differences = [TargetDifference(row) for row in ours if row in theirs]
         for difference in differences:
             _fill(difference, set(ours[difference.row]), set(theirs[difference.row]))
         _conclude(result, "supervised tokens, own batches", differences, a, b)
@@ -253,7 +253,7 @@ def _by_row(trace: Trace, index: int, rows: int) -> list[frozenset[Target]]:
 
 
 def _fill(
-    difference: Difference, ours: set[frozenset[Target]], theirs: set[frozenset[Target]]
+    difference: TargetDifference, ours: set[frozenset[Target]], theirs: set[frozenset[Target]]
 ) -> None:
     mine, other = set().union(*ours), set().union(*theirs)
     difference.subject, difference.reference = mine - other, other - mine
@@ -262,7 +262,7 @@ def _fill(
 
 
 def _conclude(
-    result: Comparison, name: str, differences: list[Difference], a: Trace, b: Trace
+    result: Comparison, name: str, differences: list[TargetDifference], a: Trace, b: Trace
 ) -> None:
     """One metric of all rows; the first divergence also leaves a sentence and facts."""
     bad = [difference for difference in differences if difference.count]

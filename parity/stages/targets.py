@@ -24,7 +24,7 @@ class TrainingRow:
 
 
 @dataclass
-class Difference:
+class TargetDifference:
     """What one side alone supervises in a row."""
 
     row: TrainingRow
@@ -40,7 +40,7 @@ class Difference:
         return len(self.subject) + len(self.reference) or int(self.mixed)
 
 
-def sentence(differences: list[Difference], pieces: Mapping[str, str]) -> str:
+def sentence(differences: list[TargetDifference], pieces: Mapping[str, str]) -> str:
     """What each side alone supervises, the first few by token, id and text."""
     bad = [difference for difference in differences if difference.count]
     parts = []
@@ -70,7 +70,7 @@ def place(row: TrainingRow, index: int) -> str:
     return "the last token" if index == length - 1 else "inside"
 
 
-def patterns(differences: Iterable[Difference]) -> dict[str, float]:
+def patterns(differences: Iterable[TargetDifference]) -> dict[str, float]:
     """Targets that the subject supervises more (+) or fewer (-), where all rows agree in it."""
     kinds: dict[str, list[int]] = defaultdict(list)
     explained: Counter[str] = Counter()
@@ -99,7 +99,7 @@ def patterns(differences: Iterable[Difference]) -> dict[str, float]:
     return facts | left
 
 
-def _kinds(difference: Difference) -> dict[str, int]:
+def _kinds(difference: TargetDifference) -> dict[str, int]:
     length, begin = len(difference.row.ids), min((i for i, _ in difference.both), default=0)
     counts: Counter[str] = Counter()
     for sign, targets in ((1, difference.subject), (-1, difference.reference)):
@@ -113,7 +113,7 @@ def _kinds(difference: Difference) -> dict[str, int]:
     return counts
 
 
-def rows_that_fill(differences: list[Difference]) -> float:
+def rows_that_fill(differences: list[TargetDifference]) -> float:
     """Rows in which one side alone (+ the reference) has the one past the end, and no others differ.
 
     Where the mask is the same, a position that is not there has no padding to stand in.

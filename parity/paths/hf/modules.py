@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from parity.names import LOGITS, called, canonical
+from parity.paths.module_calls import ModuleCalls
 from parity.trace import Array
 
 
@@ -28,21 +29,6 @@ def watchable(model: Any) -> dict[str, Any]:
         for name, module in modules.items()
         if name and not name.startswith(inside) and same_elsewhere(module)
     }
-
-
-@dataclass
-class ModuleCalls:
-    """What was observed of one forward pass.
-
-    `events` are ("in" or "out", name) in their order: a module's first argument, its output. `present`
-    are the names of all modules that the model has, `called` of those that were called.
-    """
-
-    present: list[str] = field(default_factory=list)
-    called: list[str] = field(default_factory=list)
-    events: list[tuple[str, str]] = field(default_factory=list)
-    inputs: dict[str, Any] = field(default_factory=dict)
-    outputs: dict[str, Any] = field(default_factory=dict)
 
 
 @contextlib.contextmanager

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from parity.names import LOGITS, called, canonical
 from parity.paths.mlx.live import Batch, Loss
+from parity.paths.module_calls import ModuleCalls
 from parity.trace import Array
 
 Tap = Callable[[str, Any], Any]
@@ -74,21 +75,6 @@ def tapped(
     finally:
         for kind, original in originals.items():
             kind.__call__ = original
-
-
-@dataclass
-class ModuleCalls:
-    """What was observed of one forward pass.
-
-    `events` are ("in" or "out", name) in their order: a module's first argument, its output. `present`
-    are the names of all modules that the model has, `called` of those that were called.
-    """
-
-    present: list[str] = field(default_factory=list)
-    called: list[str] = field(default_factory=list)
-    events: list[tuple[str, str]] = field(default_factory=list)
-    inputs: dict[str, Any] = field(default_factory=dict)
-    outputs: dict[str, Any] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
