@@ -108,6 +108,15 @@ class NextLayer(Damaged):
         return {name.replace(f"layers.{layer}.", f"layers.{(layer - 1) % 18}."): value}
 
 
+class StrangeName(Damaged):
+    """One tensor is saved under a name that no module has, which mlx-lm refuses to load."""
+
+    name = "strange-name"
+
+    def tensor(self, name, value):
+        return {name.replace("layers.3.self_attn.q_proj", "layers.3.self_attn.query"): value}
+
+
 class FirstLayers(Damaged):
     """Layers are counted from the wrong end as they are loaded; tensors without a place are dropped."""
 

@@ -80,6 +80,12 @@ def test_layers_from_the_wrong_end_are_named(engine, small):
     )
 
 
+def test_a_file_that_the_loader_refuses_is_an_error_that_names_the_tensor(engine, small):
+    record = run(engine, small, "StrangeName")
+    assert record.verdict is Verdict.ERROR, describe(record)
+    assert "layers.3.self_attn.query.lora_a: not an adapter parameter" in record.reason
+
+
 def test_alpha_that_peft_divides_again_is_named(engine, small):
     record = run(engine, small, "AlphaDivided", "hf")
     assert record.first_divergence["metric"] == UPDATE
