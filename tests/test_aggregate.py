@@ -20,12 +20,17 @@ from parity.errors import UsageError
 from parity.record import Metric, Record, Side, Verdict
 from parity.report import html, markdown, terminal
 from parity.report.write import aggregate_json, write
-from parity.results.aggregate import aggregate
+from parity.results.aggregate import aggregate, distinct
 
 STAGES = ("config", "tokenization", "logits", "cross_entropy", "lora_init", "gradient",
           "optimizer_step", "loss_curve", "greedy_decode", "supervised_positions", "kv_cache")  # fmt: skip
 SEEDS = (3407, 0, 1)
 REFERENCES = ("mlx-lm", "hf")
+
+
+def test_sentences_that_differ_in_numbers_alone_are_said_once():
+    texts = ["5e-07 of it is left (x/1)", "4e-07 of it is left (x/1)", "another, 3 of 4"]
+    assert distinct(texts) == (texts[0], texts[2])
 
 
 def record(

@@ -10,7 +10,7 @@ from parity.record import Record
 from parity.report import labels
 from parity.report.labels import SYMBOLS
 from parity.report.text import describe
-from parity.results.aggregate import Aggregate, state
+from parity.results.aggregate import Aggregate, distinct, state
 
 LIMIT = 1_000_000  # bytes; GitHub cuts a step's summary at 1 MiB
 
@@ -39,7 +39,7 @@ def _parts(result: Aggregate) -> Iterator[str]:
     for (name, title, reason), which in labels.firsts(result).items():
         yield f"- **{name}** first at probe {title}: **{escape(reason)}**  "
         yield f"  {escape(labels.pairs_text(which, of))}"
-        for hint in dict.fromkeys(hint for first in which for hint in first.hints):
+        for hint in distinct(hint for first in which for hint in first.hints):
             yield f"  <br>Hint: {escape(hint)}"
     yield ""
     green = labels.pass_rates(result)

@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product, zip_longest
+from itertools import chain, product, zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from parity.cells.plan import GridRow, Plan, row_of
@@ -288,6 +288,19 @@ def _passes(rows: Mapping[GridRow, Sequence[Record]]) -> tuple[PassRates, ...]:
     return tuple(PassRates(*key, c, corrected[str(key)]) for key, c in found.items())
 
 
+def without_numbers(text: str) -> str:
+    """A sentence with its numbers left out: what it says of every seed."""
+    return re.sub(r"\d[\d.,]*(e[+-]?\d+)?", "#", text)
+
+
+def distinct(texts: Iterable[str]) -> tuple[str, ...]:
+    """The first of those sentences that differ in numbers alone."""
+    found: dict[str, str] = {}
+    for text in texts:
+        found.setdefault(without_numbers(text), text)
+    return tuple(found.values())
+
+
 def _first(cells: Cells) -> Iterator[FirstFailure]:
     from parity.stages import flow
 
@@ -308,9 +321,11 @@ def _first(cells: Cells) -> Iterator[FirstFailure]:
         record = cells[row][seeds[0]]
         reason = record.expected or record.reason if record else "there is no record"
         later = tuple(rows[rows.index(row) + 1 :])
-        every = [r for other in rows for r in cells[other].values() if r]
-        hints = tuple(dict.fromkeys(hint for r in every for hint in r.hints))
-        yield FirstFailure(row, name, seeds, reason, record, later, hints)
+        # Once for all seeds of a row, whatever the numbers in it.
+        hints = [distinct(h for r in cells[other].values() if r for h in r.hints) for other in rows]
+        yield FirstFailure(
+            row, name, seeds, reason, record, later, tuple(dict.fromkeys(chain(*hints)))
+        )
 
 
 def _notes(rows: Mapping[GridRow, Sequence[Record]]) -> tuple[Note, ...]:
@@ -321,7 +336,7 @@ def _notes(rows: Mapping[GridRow, Sequence[Record]]) -> tuple[Note, ...]:
             findings = [("finding", text) for text in record.findings]
             for kind, text in [*findings, *(("hint", text) for text in record.hints)]:
                 kind = "shipped" if text.startswith("as shipped") else kind
-                pattern = re.sub(r"\d[\d.,]*(e[+-]?\d+)?", "#", text)
+                pattern = without_numbers(text)
                 found[kind, row, pattern].setdefault(record.seed, text)
     return tuple(
         Note(kind, row, next(iter(by.values())), tuple(by), len({*by.values()}) > 1)
