@@ -123,10 +123,17 @@ def test_a_module_that_hides_another_is_noticed(plugin, tmp_path, monkeypatch):
         assert verdict(engine, plugin).verdict is Verdict.ERROR
 
 
-def test_an_edited_binary_and_this_package_itself_are_in_the_manifest(engine):
-    engine.capture(REFERENCE, "defaults", Recipe(), Trace(), "manifest")
-    worker = engine._workers[REFERENCE]
-    manifest = loaded.json.loads((engine.cache / "loaded" / f"{worker.loaded}.json").read_text())
+@pytest.fixture
+def started(tmp_path):
+    """An engine on an empty cache, whose worker of the reference has made a capture."""
+    with Engine(tmp_path / "cache") as engine:
+        engine.capture(REFERENCE, "defaults", Recipe(), Trace())
+        yield engine
+
+
+def test_an_edited_binary_and_this_package_itself_are_in_the_manifest(started):
+    worker = started._workers[REFERENCE]
+    manifest = loaded.json.loads((started.cache / "loaded" / f"{worker.loaded}.json").read_text())
     below = manifest["below"]
     for file in ("parity/capture/worker.py", "parity/trace.py", "tests/third_party.py"):
         assert below[file]
@@ -134,9 +141,8 @@ def test_an_edited_binary_and_this_package_itself_are_in_the_manifest(engine):
     assert not any("/python3" in name and "/json/" in name for name in below)
 
 
-def test_a_file_that_was_not_touched_is_not_read_again(engine, monkeypatch):
-    engine.capture("hf", "defaults", Recipe(), Trace(), "manifest")
-    check, digest = loaded.Check(engine.cache), engine._workers["hf"].loaded
+def test_a_file_that_was_not_touched_is_not_read_again(started, monkeypatch):
+    check, digest = loaded.Check(started.cache), started._workers[REFERENCE].loaded
     assert check.holds(digest, sys.executable)
 
     def read(*_):
