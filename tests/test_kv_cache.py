@@ -16,7 +16,8 @@ PREFILL = "turns fed at once, subject"
 FAULTS = [
     # Which reference is used decides nothing here: it is the subject against itself.
     # The second turn begins at 11.
-    ("ShiftedCache", "mlx-lm", "turn 2, position 11", "mlx-examples/issues/1000"),
+    # Generation is off one position before that, which no hint explains.
+    ("ShiftedCache", "mlx-lm", "turn 2, position 11", ""),
     # The third is the first that should have seen the second.
     ("StaleCache", "mlx-lm", "turn 3, position 16", "mlx-examples/issues/1000"),
     # Position 64 is the first that must not see position 0.
@@ -33,7 +34,7 @@ def test_a_wrong_cache_is_placed(path, reference, where, link, engine, small):
     assert record.first_divergence["metric"] == PREFILL
     assert record.first_divergence["where"] == where
     assert where in record.reason
-    assert [link in hint for hint in record.hints] == [True], describe(record)
+    assert [link in hint for hint in record.hints] == [True] * bool(link), describe(record)
     # The other side's own cache is in order.
     assert not any(m.name.endswith(", reference") for m in record.metrics if not m.verdict.green)
 
@@ -42,7 +43,8 @@ def test_a_torch_cache_that_is_wrong_is_placed(engine, small):
     record = run_cell(engine, Cell(find("10"), "tests.cache_paths:StaleTorchCache", "hf", small))
     assert record.first_divergence["metric"] == PREFILL
     assert record.first_divergence["where"] == "turn 3, position 16"
-    assert record.facts["subject cache: turn"] == 3
+    # The earliest of all modes: generation shows it in the turn before.
+    assert record.facts["subject cache: turn"] == 2
 
 
 @pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
