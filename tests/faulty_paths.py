@@ -19,7 +19,7 @@ class Faulty(TrainingPath):
     """Each method goes wrong in its own way."""
 
     name = "faulty"
-    framework = "torch"
+    framework = "numpy"
     honours = ("model.", "data.", "seed.", "lora.", "mask.", "optim.", "train.", "decode.")
 
     def logits(self, recipe, inputs):

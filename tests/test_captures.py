@@ -132,7 +132,7 @@ def started(tmp_path):
 
 
 def test_an_edited_binary_and_this_package_itself_are_in_the_manifest(started):
-    worker = started._workers[REFERENCE]
+    [worker] = [worker for worker in started._pool._idle if worker.spec == REFERENCE]
     manifest = loaded.json.loads((started.cache / "loaded" / f"{worker.loaded}.json").read_text())
     below = manifest["below"]
     for file in ("parity/capture/worker.py", "parity/trace.py", "tests/third_party.py"):
@@ -142,7 +142,7 @@ def test_an_edited_binary_and_this_package_itself_are_in_the_manifest(started):
 
 
 def test_a_file_that_was_not_touched_is_not_read_again(started, monkeypatch):
-    check, digest = loaded.Check(started.cache), started._workers[REFERENCE].loaded
+    check, digest = loaded.Check(started.cache), started._pool._idle[-1].loaded
     assert check.holds(digest, sys.executable)
 
     def read(*_):

@@ -34,7 +34,8 @@ def fresh(tmp_path):
 
 
 def pid(engine, seed):
-    trace = engine.capture(FAULTY, "defaults", Recipe().override({"seed.value": seed}), Trace())
+    recipe = Recipe().override({"seed.value": seed})
+    trace = engine.capture(FAULTY, "defaults", recipe, Trace(), f"-{seed}")
     return trace.scalars["pid"]
 
 
@@ -103,11 +104,65 @@ def test_what_does_not_repeat_itself_is_inconclusive(tmp_path, small):
         assert all(file.endswith(".safetensors") for file in record.artifacts)
 
 
-def test_only_so_many_processes_stay_alive(fresh, monkeypatch):
-    """A search over hybrids starts one process a hybrid: memory must not grow with it."""
+def test_only_so_many_processes_stay_alive(tmp_path, monkeypatch):
+    """Memory must not grow with the paths that take part."""
     monkeypatch.setattr("parity.capture.engine.MOST_WORKERS", 1)
-    first = pid(fresh, 1)
-    other = fresh.capture(f"{FAULTY}Still", "defaults", Recipe(), Trace())
-    assert list(fresh._workers) == [f"{FAULTY}Still"]
-    assert other.scalars["pid"] != first
-    assert pid(fresh, 2) not in (first, other.scalars["pid"])
+    with Engine(cache=tmp_path, timeout=60, jobs=0) as engine:
+        engine._pool._alive = 1
+        first = pid(engine, 1)
+        other = engine.capture("tests.faulty_paths:Packaging", "defaults", Recipe(), Trace())
+        alone = engine.capture("tests.patching_paths:Declared", "defaults", Recipe(), Trace())
+        assert len(engine._pool._idle) == 1
+        assert other.environment["pid"] == first
+        assert alone.environment["pid"] != first
+        assert pid(engine, 2) not in (first, alone.environment["pid"])
+
+
+def test_paths_on_the_same_libraries_share_a_process(tmp_path):
+    recipe, texts = Recipe(), TEXTS
+    with Engine(cache=tmp_path, jobs=1) as engine:
+        pids = [
+            engine.capture(path, "tokenization", recipe, texts).environment["pid"]
+            for path in ("mlx", "mlx-lm", "mlx+loss=mlx-lm")
+        ]
+        assert len(set(pids)) == 1
+        # Who edits a trainer of their own does not make the others run again.
+        own = engine.capture("tests.patching_paths:Clean", "tokenization", recipe, texts)
+        assert own.environment["pid"] not in pids
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("Method", "mlx.nn.layers.linear.Linear.__call__"),
+        ("Function", "mlx_lm.tuner.trainer.default_loss"),
+        ("Attribute", "mlx.nn.layers.base.Module.patched"),
+        ("Variable", "variable MLX_PARITY_TEST"),
+    ],
+)
+def test_a_path_that_changes_its_libraries_gets_a_process_of_its_own(tmp_path, name, what):
+    notices: list[str] = []
+    changing, clean = f"tests.patching_paths:{name}", "tests.patching_paths:Clean"
+    with Engine(cache=tmp_path, notice=notices.append, jobs=1) as engine:
+        before = engine.capture(clean, "tokenization", Recipe(), TEXTS)
+        once = engine.capture(changing, "tokenization", Recipe(), TEXTS)
+        after = engine.capture(clean, "tokenization", Recipe(), TEXTS, "-again")
+        again = engine.capture(changing, "tokenization", Recipe(), TEXTS, "-again")
+    assert before.environment["pid"] == once.environment["pid"]
+    assert after.environment["pid"] != once.environment["pid"] == again.environment["pid"]
+    [told] = [text for text in notices if "process of its own" in text]
+    assert changing in told
+    assert what in told
+
+
+def test_a_path_that_does_not_seed_does_not_repeat_itself_in_a_shared_process(tmp_path):
+    """What an earlier call left in a generator must not decide what is drawn."""
+    one = Trace(scalars={"texts": ["a"], "conversations": []})
+    with Engine(cache=tmp_path, jobs=1) as engine:
+        drawn = [
+            engine.capture(
+                "tests.patching_paths:Unseeded", "tokenization", Recipe(), one, attempt
+            ).scalars["decoded"]
+            for attempt in ("-1", "-2")
+        ]
+    assert drawn[0] != drawn[1]

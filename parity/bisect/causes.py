@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from parity.bisect.answer import against
-from parity.bisect.likelihood import likelihood
+from parity.bisect.likelihood import likelihood, of_parts
 from parity.bisect.locate import locate
 from parity.bisect.minimize import Answer, CouldNotAsk, Search, Watch, minimize
 from parity.bisect.repeats import repeats
@@ -263,10 +263,12 @@ class CauseSearch:
         """
         if not self.parts:
             return []
+        suspects = [part for part in self._own if part in self.parts]
         found = self._minimal(
             report,
-            [PART + part for part in self._own if part in self.parts],
+            [PART + part for part in suspects],
             lambda names: self._ask(stage, (), {name.removeprefix(PART) for name in names}),
+            {PART + part: weight for part, weight in of_parts(stage.name, suspects).items()},
         )
         if found.verdict != FOUND:
             return [f"which part it is could not be found: {found.reason}"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from parity.paths.contract import METHODS
+from parity.paths.parts import part_of
+from parity.recipe import factor_names
 from parity.stages import STAGES
 from parity.trace import Trace
 
@@ -29,3 +31,12 @@ def likelihood(stage: str, factors: Iterable[str]) -> dict[str, float]:
         return READ if any(method.read(factor, Trace()) for method in before) else FIRST_READ
 
     return {factor: weight(factor) for factor in factors}
+
+
+def of_parts(stage: str, parts: Iterable[str]) -> dict[str, float]:
+    """Weight of each part at a stage: that of the likeliest factor that it honours."""
+    weights = likelihood(stage, factor_names())
+    return {
+        part: max((w for name, w in weights.items() if part_of(name) == part), default=OTHER)
+        for part in parts
+    }

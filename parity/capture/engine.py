@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
-import os
 import sys
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -22,16 +20,17 @@ from parity.capture import keys, machine
 from parity.capture.bundle import is_bundle, opened
 from parity.capture.environments import UnavailableVersion, pinned
 from parity.capture.loaded import Check
-from parity.capture.worker import Worker
+from parity.capture.pool import Pool, cores
 from parity.errors import CaptureError, UsageError
 from parity.factors import Knobs
 from parity.paths import registry
+from parity.paths.contract import METHODS
 from parity.paths.registry import registered, resolve
 from parity.recipe import Recipe, kind_of
 from parity.trace import Trace
 
 TIMEOUT = 600.0  # seconds a capture may take
-MOST_WORKERS = 5  # processes that stay alive; each holds a framework and a model in memory
+MOST_WORKERS = 5  # processes that stay alive; each holds a framework and models in memory
 PINNED = (
     "model.source", "model.weights", "data.source", "seed.value", "optim.lr", "train.steps", "train.batch_size", "decode.",
 )  # fmt: skip
@@ -63,6 +62,7 @@ class Engine:
         timeout: Seconds a capture may take.
         log_dir: Folder of the workers' logs.
         notice: Called with a sentence when something starts.
+        jobs: Processes of one framework that may be at work at once; 0: one for each core.
     """
 
     def __init__(
@@ -71,17 +71,23 @@ class Engine:
         timeout: float = TIMEOUT,
         log_dir: Path | None = None,
         notice: Callable[[str], None] | None = None,
+        jobs: int = 0,
     ) -> None:
         self.cache = cache or resources.cache()
         self.timeout = timeout
         self.log_dir = log_dir or self.cache / "logs"
         self.notice = notice or (lambda _: None)
         self.captured = 0  # captures that were run, not found in the cache
-        self._workers: dict[str, Worker] = {}
-        self._locks: dict[str, threading.Lock] = {}
-        self._guard = threading.Lock()
-        self._pool = ThreadPoolExecutor(max_workers=8, thread_name_prefix="capture")
+        self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="capture")
         self._check = Check(self.shared)
+        self._pool = Pool(
+            self.shared.resolve(),
+            self.log_dir,
+            lambda manifest, python: not self._check.holds(manifest, python),
+            self.notice,
+            busy=jobs or cores(),
+            alive=max(MOST_WORKERS, (jobs or cores()) + 1),
+        )
         self._interpreters: dict[str, tuple[str, str]] = {}
         # The environment that captures of a path must come from; None: of the next one that is run.
         self._present: dict[str, Mapping[str, Any] | None] = {}
@@ -99,10 +105,8 @@ class Engine:
 
     def close(self) -> None:
         """Ends all workers."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        for worker in self._workers.values():
-            worker.close()
-        self._workers.clear()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._pool.close()
 
     def source(self, spec: str, path: str = "") -> Source:
         """What answers captures of a path, or of another `path` whose captures a bundle holds."""
@@ -128,8 +132,8 @@ class Engine:
             UnmatchedNames: What was handed over does not fit the path's tensors by name.
             CaptureError: It failed.
         """
-        # What only another path has must not make this one run again.
-        recipe = recipe.with_knobs(resolve(spec).knob_types())
+        # What only another path has, or the method does not read, must not make it run again.
+        recipe = METHODS[method].scope(recipe.with_knobs(resolve(spec).knob_types()), inputs)
         words = keys.of_path(spec), method, keys.of_recipe(recipe), inputs.digest(), attempt
         key = hashlib.sha256("\n".join(words).encode()).hexdigest()[:24]
         folder = self.cache / "captures" / key[:2]
@@ -158,20 +162,17 @@ class Engine:
     def _run(self, spec: str, method: str, recipe: Recipe, inputs: Trace, slot: Path) -> Trace:
         source, output = slot.with_suffix(".inputs"), slot.with_suffix(".output")
         inputs.save(source)
-        with self._guard:
-            lock = self._locks.setdefault(spec, threading.Lock())
         try:
-            with lock:
+            target, python = self._interpreter(spec)
+            with self._pool.worker(spec, resolve(spec), python) as worker:
                 self.notice(f"{spec}: {method}")
-                worker = self._worker(spec)
-                self._make_room(spec)
-                manifest = worker.call(method, recipe, source, output, self.timeout)
-                self.captured += 1
-                file = slot.with_name(f"{slot.name}-{manifest}.safetensors")
-                output.replace(file)
-                trace = Trace.load(file)
-                self._present[spec] = trace.environment
-                return trace
+                manifest = worker.call(spec, target, method, recipe, source, output, self.timeout)
+            self.captured += 1
+            file = slot.with_name(f"{slot.name}-{manifest}.safetensors")
+            output.replace(file)
+            trace = Trace.load(file)
+            self._present[spec] = trace.environment
+            return trace
         finally:
             source.unlink(missing_ok=True)
             output.unlink(missing_ok=True)
@@ -179,18 +180,6 @@ class Engine:
     def renew(self, spec: str) -> None:
         """From now on uses captures of the environment alone that the path's process has now."""
         self._present[spec] = None
-
-    def _worker(self, spec: str) -> Worker:
-        worker, (target, python) = self._workers.get(spec), self._interpreter(spec)
-        # What it imported may have been edited since.
-        edited = worker and worker.loaded and not self._check.holds(worker.loaded, python)
-        if worker is None or not worker.alive or edited:
-            if worker is not None:
-                worker.close()
-            log = self.log_dir / f"{spec.replace(':', '_').replace('/', '_')}-{os.getpid()}.log"
-            worker = Worker(target, resolve(spec), self.shared.resolve(), log, python)
-            self._workers[spec] = worker
-        return worker
 
     def _interpreter(self, spec: str) -> tuple[str, str]:
         """The class that a worker is started with, and its interpreter."""
@@ -207,15 +196,6 @@ class Engine:
             self._interpreters[spec] = registered().get(name, name), str(python)
         return self._interpreters[spec]
 
-    def _make_room(self, used: str) -> None:
-        """Ends the workers that have been idle longest, for as long as there are too many."""
-        with self._guard:
-            self._workers[used] = self._workers.pop(used)  # the last is the one used last
-            for spec in list(self._workers)[:-MOST_WORKERS]:
-                if self._locks[spec].acquire(blocking=False):
-                    self._workers.pop(spec).close()
-                    self._locks[spec].release()
-
     def both(
         self,
         sources: Mapping[str, Source],
@@ -225,7 +205,7 @@ class Engine:
     ) -> tuple[Trace, Trace]:
         """Runs a method on subject and reference side by side."""
         subject, reference = (
-            self._pool.submit(sources[side], method, recipes[side], inputs)
+            self._threads.submit(sources[side], method, recipes[side], inputs)
             for side in ("subject", "reference")
         )
         return subject.result(), reference.result()

@@ -89,7 +89,7 @@ class Manifests:
     def __init__(self, cache: Path) -> None:
         self._folder, self._hashes = cache / FOLDER, Hashes(cache / FOLDER)
         # Kernels that MLX compiles are products of what is loaded.
-        self._made = str(cache / "kernels") + os.sep
+        self._made = str((cache / "kernels").resolve()) + os.sep
         self._values: dict[_File, str] = {}
         self._modules: set[str] = set()  # those that were looked at
 

@@ -1,7 +1,7 @@
-"""A process of its own for each path, kept alive over seeds.
+"""A process that carries out methods of paths, kept alive over seeds and paths.
 
-The child (`python -m parity.capture.worker SPEC`) reads one JSON request a line from stdin and answers one
-JSON line; arrays travel as trace files. Whatever a framework prints goes to the log, never into
+The child (`python -m parity.capture.worker FRAMEWORK CACHE`) reads one JSON request a line from stdin and answers
+one JSON line; arrays travel as trace files. Whatever a framework prints goes to the log, never into
 the answers.
 """
 
@@ -16,16 +16,19 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import OrderedDict
 from collections.abc import Collection
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from parity.capture.footprint import Footprint, restart_generators
 from parity.capture.loaded import Manifests
 from parity.errors import CaptureError, UnmatchedNames, Unsupported, UsageError
 from parity.recipe import Recipe, build, kind_of
 from parity.trace import Trace
 
 if TYPE_CHECKING:
+    from parity.capture.pool import Group
     from parity.paths.protocol import TrainingPath
 
 # Errors that mean something to the engine keep their type over the pipe.
@@ -33,6 +36,7 @@ _RAISED: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (Unsupported, UsageError, UnmatchedNames)
 }
 TAIL = 4000  # characters of a dead worker's stderr that go into its error
+KEPT = 4  # paths that a worker keeps, each with a model
 
 
 def environment(framework: str, cache: Path) -> dict[str, str]:
@@ -65,34 +69,34 @@ def openblas() -> str | None:
 
 
 class Worker:
-    """The parent's end: one path in one process.
+    """The parent's end of a process.
 
     Args:
-        spec: A registered path or `package.module:Class`.
-        kind: Its class, which decides the environment variables and what the process cannot import.
+        group: The paths that it may serve.
         cache: Shared folder for kernels and converted checkpoints.
         log: File that takes what the process prints.
-        python: Interpreter to run it in.
     """
 
-    def __init__(
-        self,
-        spec: str,
-        kind: type[TrainingPath],
-        cache: Path,
-        log: Path,
-        python: str = sys.executable,
-    ) -> None:
-        self.spec, self.log, self._knobs = spec, log, kind.knob_types()
+    def __init__(self, group: Group, cache: Path, log: Path) -> None:
+        self.group, self.log = group, log
+        self.spec = ""  # the path that it served last
         self.loaded = ""  # the manifest of what it has loaded, as of its last answer
+        self.changed: list[str] = []  # what the last call left otherwise than it found it
         log.parent.mkdir(parents=True, exist_ok=True)
         self._stderr: IO[bytes] = log.open("ab")
         self._process = subprocess.Popen(
-            [python, "-m", "parity.capture.worker", spec, str(cache), *kind.hidden],
+            [
+                group.python,
+                "-m",
+                "parity.capture.worker",
+                group.framework,
+                str(cache),
+                *group.hidden,
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env=environment(kind.framework, cache),
+            env=environment(group.framework, cache),
         )
 
     @property
@@ -100,8 +104,26 @@ class Worker:
         """Whether the process can take another request."""
         return self._process.poll() is None
 
-    def call(self, method: str, recipe: Recipe, inputs: Path, output: Path, timeout: float) -> str:
-        """Carries out one stage; the trace lies at `output` afterwards.
+    def call(
+        self,
+        spec: str,
+        target: str,
+        method: str,
+        recipe: Recipe,
+        inputs: Path,
+        output: Path,
+        timeout: float,
+    ) -> str:
+        """Carries out one method of a path; the trace lies at `output` afterwards.
+
+        Args:
+            spec: The path, as it is named in errors.
+            target: The same, as the process can resolve it.
+            method: A method of the contract.
+            recipe: With the knobs of the path.
+            inputs: File of what it is handed.
+            output: File of what it gives.
+            timeout: Seconds that it may take.
 
         Returns:
             The digest of the manifest of what the process has loaded (see `parity.capture.loaded`).
@@ -110,9 +132,11 @@ class Worker:
             Unsupported: The path cannot do it.
             CaptureError: It failed, died or ran past `timeout` seconds.
         """
+        self.spec, self.changed = spec, []
         request = {
+            "path": target,
             "method": method,
-            "recipe": recipe.with_knobs(self._knobs).model_dump(mode="json"),
+            "recipe": recipe.model_dump(mode="json"),
             "inputs": str(inputs),
             "output": str(output),
         }
@@ -125,7 +149,7 @@ class Worker:
         except TimeoutError:
             self.kill()
             raise CaptureError(
-                f"path {self.spec!r} took longer than {timeout:g} s in {method}: "
+                f"path {spec!r} took longer than {timeout:g} s in {method}: "
                 "raise --timeout or make the recipe smaller",
                 self.tail(),
             ) from None
@@ -133,14 +157,15 @@ class Worker:
             # A process may die at shutdown with its work done: what it wrote counts.
             code = self._wait()
             raise CaptureError(
-                f"worker of path {self.spec!r} died ({_describe(code)}) in {method}",
+                f"worker of path {spec!r} died ({_describe(code)}) in {method}",
                 self.tail() or str(error),
             ) from None
+        self.changed = answer.get("changed", [])
         for status, kind in _RAISED.items():
             if answer["status"] == status:
                 raise kind(answer["message"])
         if answer["status"] != "ok":
-            raise CaptureError(f"path {self.spec!r}: {answer['message']}", answer["detail"])
+            raise CaptureError(f"path {spec!r}: {answer['message']}", answer["detail"])
         self.loaded = str(answer["loaded"])
         return self.loaded
 
@@ -199,40 +224,33 @@ def hide(packages: Collection[str]) -> None:
     sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
 
 
-def serve(spec: str, cache: Path, hidden: Collection[str] = ()) -> None:
-    """The child's loop: requests from stdin until it closes."""
+def serve(framework: str, cache: Path, hidden: Collection[str] = ()) -> None:
+    """The child's loop: requests from stdin until it closes.
+
+    Args:
+        framework: Its libraries are imported before the code of any path.
+        cache: Shared folder for kernels and converted checkpoints.
+        hidden: Packages that cannot be imported.
+    """
     hide(hidden)
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what frameworks print must not end up among the answers
     sys.stdout = sys.stderr
-    path: Any = None
+    from parity.paths.registry import prepare
+
+    paths: OrderedDict[str, TrainingPath] = OrderedDict()
     manifests = Manifests(cache)
+    before: Footprint | None = None
     for line in sys.stdin:
         request = json.loads(line)
-        answer: dict[str, str] = {"status": "ok"}
+        answer: dict[str, Any] = {"status": "ok"}
         try:
-            if path is None:
-                from parity.paths import demands
-                from parity.paths.contract import METHODS
-                from parity.paths.registry import resolve
-
-                path = resolve(spec)(cache)
-            started = time.perf_counter()
-            kind, method = type(path), METHODS[request["method"]]
-            recipe = build(request["recipe"], "request", kind_of(kind.knob_types()))
-            inputs = Trace.load(Path(request["inputs"]))
-            dimensions = method.check_inputs(inputs)
-            demands.check(kind, method.name, recipe, inputs)
-            trace = path.emit(method.name, recipe, inputs)
-            method.check_outputs(trace, dimensions)
-            trace.environment = {
-                **path.environment(),
-                "seconds": time.perf_counter() - started,
-                "pid": os.getpid(),
-                # Which code ran, as the process itself reports.
-                "code": f"{kind.__module__}:{kind.__qualname__}",
-            }
-            trace.save(Path(request["output"]))
+            if before is None:
+                prepare(framework)
+                before = Footprint()
+            path = _path(request["path"], cache, paths)
+            restart_generators()
+            _carry_out(path, request)
             answer["loaded"] = manifests.write()
         except tuple(_RAISED.values()) as error:
             answer = {"status": type(error).__name__, "message": str(error)}
@@ -242,8 +260,46 @@ def serve(spec: str, cache: Path, hidden: Collection[str] = ()) -> None:
                 "message": f"{type(error).__name__} in {request['method']}: {error}",
                 "detail": traceback.format_exc()[-TAIL:],
             }
+        after = Footprint()
+        answer["changed"] = before.changed(after) if before else []
+        before = after
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def _path(spec: str, cache: Path, kept: OrderedDict[str, TrainingPath]) -> TrainingPath:
+    """The path of a request; of those that were served before the last few are kept."""
+    from parity.paths.registry import resolve
+
+    if spec not in kept:
+        kept[spec] = resolve(spec)(cache)
+    kept.move_to_end(spec)
+    while len(kept) > KEPT:
+        kept.popitem(last=False)
+    return kept[spec]
+
+
+def _carry_out(path: TrainingPath, request: dict[str, Any]) -> None:
+    """One method of a path; what goes in and what comes out is held against the contract."""
+    from parity.paths import demands
+    from parity.paths.contract import METHODS
+
+    started = time.perf_counter()
+    kind, method = type(path), METHODS[request["method"]]
+    recipe = build(request["recipe"], "request", kind_of(kind.knob_types()))
+    inputs = Trace.load(Path(request["inputs"]))
+    dimensions = method.check_inputs(inputs)
+    demands.check(kind, method.name, recipe, inputs)
+    trace = path.emit(method.name, recipe, inputs)
+    method.check_outputs(trace, dimensions)
+    trace.environment = {
+        **path.environment(),
+        "seconds": time.perf_counter() - started,
+        "pid": os.getpid(),
+        # Which code ran, as the process itself reports.
+        "code": f"{kind.__module__}:{kind.__qualname__}",
+    }
+    trace.save(Path(request["output"]))
 
 
 if __name__ == "__main__":

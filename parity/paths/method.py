@@ -8,6 +8,7 @@ from typing import Any
 
 from parity.errors import UsageError
 from parity.paths.schema import Bindings, Spec, shortened, violations
+from parity.recipe import Recipe, build
 from parity.trace import Trace
 
 
@@ -45,6 +46,20 @@ class Method:
         return any(factor.startswith(names) for names in lacking) or (
             factor.startswith(self.reads) and not factor.startswith(self.ignores)
         )
+
+    def scope(self, recipe: Recipe, inputs: Trace) -> Recipe:
+        """The recipe with every factor that it does not read at its default.
+
+        It is what the method is run with, so that what is not declared cannot have an effect, and
+        recipes that differ only there share one capture. Knobs of a trainer stay as they are.
+        """
+        own = {knobs.section for knobs in recipe.knob_types()}
+        data, defaults = recipe.model_dump(mode="json"), Recipe().model_dump(mode="json")
+        for section, values in defaults.items():
+            for key, value in values.items():
+                if section not in own and not self.read(f"{section}.{key}", inputs):
+                    data[section][key] = value
+        return build(data, self.name, type(recipe))
 
     def check_inputs(self, inputs: Trace) -> Bindings:
         """What the dimensions of the inputs stand for.

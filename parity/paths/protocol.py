@@ -42,11 +42,18 @@ class TrainingPath:
     hidden: ClassVar[tuple[str, ...]] = ()
     """Packages that its process cannot import: mlx-lm imports transformers, and that imports torch
     where it is installed, for 2 s and 180 MB of which no MLX path uses anything."""
+    patches: ClassVar[bool] = False
+    """Whether importing or using it changes functions of libraries that other paths use as well."""
     swappable: ClassVar[bool] = False
     """Whether its parts (see `parity.paths.parts`) can stand in another such path, and others in it."""
 
     def __init__(self, cache: Path) -> None:
         self.cache = cache
+
+    @classmethod
+    def alone(cls) -> bool:
+        """Whether it changes its libraries, so that no other path may share its process."""
+        return any(member.patches for member in cls.made_of())
 
     @classmethod
     def made_of(cls) -> tuple[type[TrainingPath], ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import sys
 from collections.abc import Iterable
@@ -16,13 +17,17 @@ from parity.paths.hybrid import compose
 from parity.paths.protocol import TrainingPath
 
 GROUP = "parity.paths"
+_PROCESSES = {"mlx": "parity.paths.mlx.process", "torch": "parity.paths.hf.process"}
+"""Framework to the module whose `prepare` makes a process ready for it."""
 
 
+@functools.cache
 def registered() -> dict[str, str]:
     """Registered paths: name to `module:Class`."""
     return {point.name: point.value for point in entry_points(group=GROUP)}
 
 
+@functools.cache
 def resolve(spec: str) -> type[TrainingPath]:
     """The class of a registered name, of `package.module:Class`, or of a hybrid of such.
 
@@ -50,6 +55,15 @@ def resolve(spec: str) -> type[TrainingPath]:
     except (Exception, SystemExit) as error:  # a module of a user may raise anything
         raise UsageError(f"cannot import path {spec!r}: {type(error).__name__}: {error}") from None
     return declaration.check(spec, found)
+
+
+def prepare(framework: str) -> None:
+    """Imports the libraries, and makes the settings of the process, that all paths on them share.
+
+    What a path changes in them afterwards is its own doing.
+    """
+    if module := _PROCESSES.get(framework):
+        importlib.import_module(module).prepare()
 
 
 def knobs(specs: Iterable[str]) -> tuple[type[Knobs], ...]:

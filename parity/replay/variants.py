@@ -5,6 +5,7 @@ Each changes one thing that is no factor of a recipe.
 
 from __future__ import annotations
 
+import sys
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -122,14 +123,16 @@ class FreshProcess(MlxLmPath):
         import tempfile
         from pathlib import Path
 
+        from parity.capture.pool import group_of
         from parity.capture.worker import Worker
 
         with tempfile.TemporaryDirectory() as folder:
             source, output = Path(folder, "inputs"), Path(folder, "output.safetensors")
             inputs.save(source)
-            worker = Worker("mlx-lm", MlxLmPath, self.cache, Path(folder, "log"))
+            group = group_of("mlx-lm", MlxLmPath, sys.executable)
+            worker = Worker(group, self.cache, Path(folder, "log"))
             try:
-                worker.call("train", recipe, source, output, timeout=3600)
+                worker.call("mlx-lm", "mlx-lm", "train", recipe, source, output, timeout=3600)
             finally:
                 worker.close()
             return Trace.load(output)

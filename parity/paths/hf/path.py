@@ -46,7 +46,6 @@ class HfPath(TorchStages):
     def __init__(self, cache: Path) -> None:
         super().__init__(cache)
         self._bases: dict[tuple[str, ...], Any] = {}
-        process.prepare()
 
     # Its defaults, and where it runs -----------------------------------------------------------
 

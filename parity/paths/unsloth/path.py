@@ -61,6 +61,7 @@ class UnslothPath(MlxPath):
         "train.accumulation_weighting": "token",
     }
     knobs: ClassVar[type[UnslothKnobs]] = UnslothKnobs
+    patches: ClassVar[bool] = True  # its loader changes functions of mlx-lm and of transformers
 
     @classmethod
     def refused(cls, recipe: Recipe) -> dict[str, str]:

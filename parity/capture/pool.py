@@ -1,0 +1,162 @@
+"""Worker processes: one serves all paths that run on the same libraries and leave them as they found them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from parity.capture.footprint import in_words
+from parity.capture.worker import Worker
+from parity.paths.protocol import TrainingPath
+
+OWN = __name__.partition(".")[0]
+
+
+class Group(NamedTuple):
+    """What paths must have in common to be served by one process.
+
+    Attributes:
+        python: The interpreter.
+        framework: It decides the environment variables.
+        hidden: Packages that the process cannot import.
+        modules: Top-level modules of the paths' code outside this package: who edits a trainer of
+            their own does not make captures of other paths run again.
+        alone: The one path that is served, where it changes what others would find.
+    """
+
+    python: str
+    framework: str
+    hidden: tuple[str, ...]
+    modules: tuple[str, ...]
+    alone: str = ""
+
+
+def group_of(spec: str, kind: type[TrainingPath], python: str, alone: bool = False) -> Group:
+    """The group of a path.
+
+    Args:
+        spec: The path.
+        kind: Its class.
+        python: Interpreter to run it in.
+        alone: Whether it gets a process of its own, whatever it says.
+    """
+    modules = {member.__module__.partition(".")[0] for member in kind.made_of()} - {OWN}
+    only = spec if alone or kind.alone() else ""
+    return Group(python, kind.framework, kind.hidden, tuple(sorted(modules)), only)
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Pool:
+    """Lends workers, starts them and ends those that have been idle longest.
+
+    Args:
+        cache: Folder that workers share.
+        log_dir: Folder of their logs.
+        stale: Whether what a worker has loaded (a manifest, an interpreter) was edited since.
+        notice: Called with a sentence when a path is moved to a process of its own.
+        busy: Workers of one group that may be at work at once.
+        alive: Workers that stay alive; each holds a framework and models in memory.
+    """
+
+    def __init__(
+        self,
+        cache: Path,
+        log_dir: Path,
+        stale: Callable[[str, str], bool],
+        notice: Callable[[str], None],
+        busy: int,
+        alive: int,
+    ) -> None:
+        self._cache, self._log_dir, self._stale, self._notice = cache, log_dir, stale, notice
+        self._busy, self._alive = busy, alive
+        self._idle: list[Worker] = []  # the one used last comes last
+        self._lent: Counter[Group] = Counter()
+        self._alone: dict[str, str] = {}
+        self._started = 0
+        self._returned = threading.Condition()
+
+    @contextlib.contextmanager
+    def worker(self, spec: str, kind: type[TrainingPath], python: str) -> Iterator[Worker]:
+        """A worker that no one else uses meanwhile.
+
+        Args:
+            spec: The path that it is to serve.
+            kind: Its class.
+            python: Interpreter to run it in.
+        """
+        group = group_of(spec, kind, python, spec in self._alone)
+        worker = self._take(spec, group)
+        try:
+            yield worker
+        finally:
+            self._give_back(spec, worker)
+
+    def close(self) -> None:
+        """Ends all workers."""
+        with self._returned:
+            ended, self._idle = self._idle, []
+        for worker in ended:
+            worker.close()
+
+    def _take(self, spec: str, group: Group) -> Worker:
+        ended: list[Worker] = []
+        with self._returned:
+            while True:
+                mine = [worker for worker in self._idle if worker.group == group]
+                # The one that served this path last still has its model.
+                mine.sort(key=lambda worker: worker.spec == spec)
+                while mine:
+                    self._idle.remove(worker := mine.pop())
+                    if worker.alive and not (
+                        worker.loaded and self._stale(worker.loaded, group.python)
+                    ):
+                        self._lent[group] += 1
+                        return worker
+                    ended.append(worker)
+                if self._lent[group] < self._busy:
+                    self._lent[group] += 1
+                    self._started += 1
+                    number = self._started
+                    break
+                self._returned.wait()
+        for worker in ended:
+            worker.close()
+        try:
+            name = "-".join([group.alone or group.framework, *group.modules])
+            log = f"{name.replace(':', '_').replace('/', '_')}-{os.getpid()}-{number}.log"
+            return Worker(group, self._cache, self._log_dir / log)
+        except BaseException:
+            with self._returned:
+                self._lent[group] -= 1
+                self._returned.notify_all()
+            raise
+
+    def _give_back(self, spec: str, worker: Worker) -> None:
+        ended: list[Worker] = []
+        with self._returned:
+            self._lent[worker.group] -= 1
+            if worker.changed and not worker.group.alone:
+                # The call itself was served by a process that nobody had changed.
+                self._alone[spec] = in_words(worker.changed)
+                self._notice(
+                    f"{spec} changes {self._alone[spec]}: it gets a process of its own from here on"
+                )
+                worker.group = worker.group._replace(alone=spec)
+            (self._idle if worker.alive else ended).append(worker)
+            excess = len(self._idle) + self._lent.total() - self._alive
+            ended += [self._idle.pop(0) for _ in range(min(max(excess, 0), len(self._idle)))]
+            self._returned.notify_all()
+        for worker in ended:
+            worker.close()
