@@ -17,6 +17,7 @@ import math
 import re
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -217,6 +218,7 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="kinds or names, separated by commas")
     parser.add_argument("--reference", default="", help="one reference only")
+    parser.add_argument("--jobs", type=int, default=2, help="searches that run at once")
     parser.add_argument("--report", action="store_true", help="run nothing, write the tables")
     parser.add_argument("--out", type=Path, default=Path("reports"))
     options = parser.parse_args()
@@ -235,9 +237,15 @@ def main() -> None:
         and options.reference in ("", reference)
     ]
     if not options.report:
-        with Engine(log_dir=options.out / "logs", timeout=300) as engine, ledger.open("a") as file:
-            for index, (fault, reference) in enumerate(todo):
-                outcome = run(engine, fault, reference)
+        with (
+            Engine(log_dir=options.out / "logs", timeout=300) as engine,
+            ledger.open("a") as file,
+            ThreadPoolExecutor(options.jobs) as pool,
+        ):
+            searches = {pool.submit(run, engine, *item): item for item in todo}
+            for index, search in enumerate(as_completed(searches)):
+                fault, reference = searches[search]
+                outcome = search.result()
                 outcomes.append(outcome)
                 file.write(json.dumps(asdict(outcome)) + "\n")
                 file.flush()

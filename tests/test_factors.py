@@ -14,6 +14,7 @@ from parity.cells.run import run_cell
 from parity.errors import Unsupported, UsageError
 from parity.paths import demands
 from parity.paths.contract import METHODS
+from parity.paths.method import Method
 from parity.paths.registry import knobs, resolve
 from parity.paths.unsloth.knobs import UnslothKnobs
 from parity.recipe import Recipe, factor_names, load
@@ -298,6 +299,17 @@ def test_a_factor_that_is_honoured_has_an_effect_or_is_refused(path, name, engin
     assert changed != (name in SAME_BITS)
 
 
+def test_recipes_that_differ_in_what_is_not_read_share_a_capture(engine):
+    rows = Trace({"ids.0": np.arange(5, 13, dtype=np.int32)[None]})
+    once = engine.capture("mlx", "logits", Recipe().override(BASE), rows)
+    count = engine.captured
+    other = Recipe().override({**BASE, "optim.lr": 0.5, "train.steps": 3, "lora.rank": 2})
+    assert engine.capture("mlx", "logits", other, rows).file == once.file
+    assert engine.captured == count
+    engine.capture("mlx", "logits", other.override({"model.weights": "float16"}), rows)
+    assert engine.captured == count + 1
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("path", ["mlx", "hf"])
 @pytest.mark.parametrize(
@@ -307,8 +319,9 @@ def test_a_factor_that_is_honoured_has_an_effect_or_is_refused(path, name, engin
         "gradient", "optimizer_step", "decode",
     ],
 )  # fmt: skip
-def test_a_factor_that_a_method_does_not_read_changes_nothing(path, method, engine):
-    """Else it would be ignored in silence by a path that does not honour it."""
+def test_a_factor_that_a_method_does_not_read_changes_nothing(path, method, engine, monkeypatch):
+    """Also where it is not put back to its default: what the contract says is so."""
+    monkeypatch.setattr(Method, "scope", lambda self, recipe, inputs: recipe)
     recipe = Recipe().override(BASE)
     inputs = handed(method, engine, recipe)
     unread = [n for n in recipe.factors() if not METHODS[method].read(n, inputs) and n in FLIPS]

@@ -150,8 +150,8 @@ def test_its_own_batches_are_those_it_trains_on(engine, small):
         ("config", {"optim.name": "adam"}, "optim.name=adam"),
         ("config", {"train.accumulation": 2}, "train.accumulation_weighting=token, not mean"),
         ("lora_init", {"model.dtype": "float64"}, "float32"),
-        ("lora_init", {"mask.prompt": True}, "mask.prompt"),
-        ("lora_init", {"data.append_eos": False}, "data.append_eos=false"),
+        ("batches", {**OWN, "mask.prompt": True}, "mask.prompt"),
+        ("batches", {**OWN, "data.append_eos": False}, "data.append_eos=false"),
     ],
 )
 def test_a_factor_it_cannot_honour_is_refused_with_the_reason(
