@@ -7,6 +7,7 @@ own from then on.
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import sys
@@ -19,7 +20,10 @@ import numpy as np
 LIBRARIES = ("mlx", "mlx_lm", "transformers", "peft", "trl", "torch.nn", "torch.optim")
 """Their modules are looked through; not what lies below `torch.nn` in thousands of names elsewhere."""
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type, property)
-VARIABLES = ("MLX_", "OMP_", "OPENBLAS_", "CUBLAS_", "CUDA_", "NVIDIA_", "PYTORCH_", "HF_")
+VARIABLES = (
+    "MLX_", "OMP_", "OPENBLAS_", "CUBLAS_", "CUDA_", "NVIDIA_", "PYTORCH_", "HF_HOME",
+    "HF_HUB_OFFLINE",
+)  # fmt: skip
 """Variables that change what is computed or loaded."""
 _MOST = 3  # names that a message lists
 _TORCH_SEED = 67280421310721  # default_rng_seed_val, c10/core/GeneratorImpl.h
@@ -44,7 +48,7 @@ class Footprint:
             found += [
                 f"{name}.{key}"
                 for key, value in before.items()
-                if key not in now or not _same(value, now[key])
+                if key not in now or not (_same(value, now[key]) or _wraps(now[key], value))
             ]
             # A module may import more of itself. A class that grew was changed by somebody, be it
             # by another library: transformers adds a method of its own to `torch.nn.Module`.
@@ -87,7 +91,25 @@ def _is_code(value: Any) -> bool:
 
 
 def _of_library(value: Any) -> bool:
+    """Whether it was written in a library; a decorator may give a function another one's module."""
+    if code := getattr(value, "__code__", None):
+        return any(code.co_filename.startswith(folder) for folder in _folders())
     return str(getattr(value, "__module__", None)).startswith(LIBRARIES)
+
+
+@functools.cache
+def _folders() -> tuple[str, ...]:
+    """Where the libraries lie that are loaded."""
+    packages = {name.partition(".")[0] for name in LIBRARIES}
+    files = (getattr(sys.modules.get(name), "__file__", None) for name in packages)
+    return tuple(os.path.dirname(file) + os.sep for file in files if file)  # noqa: PTH120
+
+
+def _wraps(value: Any, other: Any) -> bool:
+    """Whether a library put a function of its own around another: torch does so when a kind of
+    optimizer is first made.
+    """
+    return getattr(value, "__wrapped__", None) is other and _of_library(value)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -88,6 +88,10 @@ def proportional(subject: dict[str, Array], reference: dict[str, Array], what: s
     return [f"{what}: the subject's gradient is the reference's times {ratio:.4g}"]
 
 
+EXPLAINED = 0.02
+"""Share of a difference that may be left when it is explained."""
+
+
 def scale_facts(
     subject: dict[str, Array], reference: dict[str, Array], what: str
 ) -> dict[str, float]:
@@ -98,11 +102,11 @@ def scale_facts(
     b = np.concatenate([v.ravel() for v in reference.values()]).astype(np.float64)
     if a.shape != b.shape or not a.any() or not b.any():
         return {}
-    length = float(np.linalg.norm(b))
-    facts = {f"distance of gradient, {what}": float(np.linalg.norm(a - b)) / length}
-    ratio = float(np.linalg.norm(a)) / length
-    cosine = float(a @ b) / (ratio * length**2)
-    if cosine > 1 - 1e-6 and abs(ratio - 1) > 1e-3:
+    length, apart = float(np.linalg.norm(b)), float(np.linalg.norm(a - b))
+    facts = {f"distance of gradient, {what}": apart / length}
+    ratio = float(a @ b) / length**2
+    # A factor explains the difference where dividing by it takes the difference away.
+    if apart and np.linalg.norm(a - ratio * b) <= EXPLAINED * apart:
         return facts | {f"gradient ratio, {what}": ratio}
     bounds = float(np.abs(a).max()), float(np.abs(b).max())
     low = min(bounds)
