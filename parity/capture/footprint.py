@@ -106,8 +106,9 @@ def _folders() -> tuple[str, ...]:
 
 
 def _wraps(value: Any, other: Any) -> bool:
-    """Whether a library put a function of its own around another: torch does so when a kind of
-    optimizer is first made.
+    """Whether a library put a function of its own around another.
+
+    torch does so when a kind of optimizer is first made.
     """
     return getattr(value, "__wrapped__", None) is other and _of_library(value)
 
