@@ -15,7 +15,7 @@ from parity.adapters.base import Base, BaseModule
 from parity.adapters.tensors import Tensor, shown
 from parity.errors import UsageError
 from parity.judge.updates import named
-from parity.names import layer_of
+from parity.names import canonical, layer_of
 
 NO_BASE = "needs --base"
 
@@ -139,7 +139,8 @@ def modules(adapter: Adapter, base: Base | None) -> Found:
 def layers(adapter: Adapter, base: Base | None) -> Found:
     """Are the layers adapted that the settings count or name?"""
     found = _of(adapter, "layers")
-    have = {n for name in adapter.modules if (n := layer_of(name)) is not None}
+    names = [canonical(name) for name in (adapter.modules or adapter.extra)]
+    have = {n for name in names if (n := layer_of(name)) is not None}
     told = adapter.layer_settings(have, base.layers if base else None)
     return (found, told) if isinstance(told, str) else (found + told, "")
 
@@ -298,11 +299,10 @@ def effect(adapter: Adapter, base: Base | None) -> Found:
         factors = [module.tensors[part] for part in "ab" if part in module.tensors]
         if any(t.is_float and t.size and not t.read().any() for t in factors):
             idle.append(name)
+    if adapter.kind == "full":
+        return _trained(adapter, base)
     if not idle:
-        return (
-            [],
-            "" if adapter.modules else "whether the weights differ from the base's needs --base",
-        )
+        return [], ""
     if adapter.kind == "DoRA":
         text = f"A·B is zero in {_share(idle, adapter.modules)}: only the magnitudes can have an effect"
     elif len(idle) == len(adapter.modules):
@@ -312,6 +312,19 @@ def effect(adapter: Adapter, base: Base | None) -> Found:
     parts = adapter.modules[idle[0]].tensors
     where = next(t.name for p in "ba" if (t := parts.get(p)) is not None and not t.read().any())
     return [Finding("effect", shown(where), text)], ""
+
+
+def _trained(adapter: Adapter, base: Base | None) -> Found:
+    """Whether weights that were trained in full differ from the base's."""
+    if base is None:
+        return [], "whether the weights differ from the base's needs --base"
+    pairs = [(e.tensor, base.tensors[n]) for n, e in adapter.extra.items() if n in base.tensors]
+    if not pairs:
+        return [], "the base has no weights of these names"
+    if any(not np.array_equal(ours.read(), theirs.read()) for ours, theirs in pairs):
+        return [], ""
+    text = f"all {len(pairs)} weights are those of the base: training changed nothing"
+    return [Finding("effect", shown(pairs[0][0].name), text)], ""
 
 
 CHECKS: tuple[Check, ...] = (
