@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
+from parity import resources
 from parity.adapters.artefact import Adapter, Finding, Module, Sizes
-from parity.adapters.base import Base, BaseModule
-from parity.adapters.tensors import Tensor, shown
+from parity.adapters.base import Base, BaseModule, model_tensors
+from parity.adapters.tensors import Tensor, read_object, shown
 from parity.errors import UsageError
 from parity.judge.updates import named
 from parity.names import canonical, layer_of
@@ -163,6 +165,38 @@ def bias(adapter: Adapter, base: Base | None) -> Found:
     return found, ""
 
 
+def trained_on(adapter: Adapter, base: Base | None) -> Found:
+    """Is --base the model that the settings name?"""
+    if base is None or not adapter.base:
+        return [], NO_BASE if adapter.base else ""
+    try:
+        folder = Path(resources.model_dir(adapter.base))
+    except UsageError:
+        folder = Path(adapter.base)
+    if adapter.base == base.source or folder.resolve() == base.folder.resolve():
+        return [], ""
+    config = folder / "config.json"
+    if config.is_file():
+        kinds = [found.get("model_type") for found in (read_object(config), base.config)]
+        if kinds[0] != kinds[1]:
+            text = f"{shown(adapter.base)}, a {kinds[0]}, but --base is a {kinds[1]}"
+            return [Finding("trained_on", "base", text)], ""
+        if tensors_alike(model_tensors(folder), base.tensors):
+            return [], ""
+    if folder.name == Path(base.source).name:
+        return [], ""
+    return [], f"the settings name {shown(adapter.base)}: whether that is --base cannot be told"
+
+
+def tensors_alike(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+    """Whether two models hold the same tensors, bit for bit."""
+    return ours.keys() == theirs.keys() and all(
+        (one.dtype, one.shape) == (theirs[name].dtype, theirs[name].shape)
+        and np.array_equal(one.read(), theirs[name].read(), equal_nan=one.is_float)
+        for name, one in ours.items()
+    )
+
+
 def keys(adapter: Adapter, base: Base | None) -> Found:
     """Is each tensor one of the adapter, and is there a module of the base that takes it?"""
     found = list[Finding]()
@@ -227,8 +261,10 @@ def _shape(adapter: Adapter, name: str, module: Module, target: BaseModule | Non
     if not sizes.fits:
         return f"A {a} and B {b} cannot be multiplied: {adapter.orientation}"
     m = module.tensors.get("m")
-    if m is not None and m.size != sizes.outputs:
-        return f"the magnitude has shape {m.shape}, the module gives {sizes.outputs}"
+    # Of an embedding there is one for each entry of the vocabulary.
+    wide = sizes.inputs if module.embedding or (target and target.embedding) else sizes.outputs
+    if m is not None and m.shape != (wide,):
+        return f"the magnitude has shape {m.shape}, it should be ({wide},)"
     if target is None or target.inputs is None or target.outputs is None:
         return ""
     if (sizes.inputs, sizes.outputs, sizes.experts) != (
@@ -328,7 +364,7 @@ def _trained(adapter: Adapter, base: Base | None) -> Found:
 
 
 CHECKS: tuple[Check, ...] = (
-    settings, kind, rank, scale, modules, layers, bias, keys, shapes, dtype, values, effect,
+    settings, trained_on, kind, rank, scale, modules, layers, bias, keys, shapes, dtype, values, effect,
 )  # fmt: skip
 
 
