@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 from parity import resources
+from parity.adapters import check as adapters
 from parity.adapters.tensors import tensors_of
 from parity.cli import main
 from tests.adapter_writers import MODEL, STACKS, written
@@ -27,10 +29,16 @@ def saved():
     return written()
 
 
-def check(folder, *words, base=MODEL, loaded=False):
+def loaded(engine, folder, loader=None):
+    """With a real loader, on the workers that all tests share."""
+    result = adapters.check(folder, MODEL, None, loader, lambda: contextlib.nullcontext(engine))
+    return result.as_dict()
+
+
+def check(folder, *words, base=MODEL, files_only=True):
     words = [str(folder), *words]
     words += ["--base", base] if base else []
-    words += [] if loaded else ["--files-only"]
+    words += ["--files-only"] if files_only else []
     done = CliRunner().invoke(main, ["adapter", "check", *map(str, words), "--json"])
     assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
     if done.exit_code == 2:
@@ -51,10 +59,10 @@ def needs(writer):
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_what_a_real_saver_wrote_is_clean_with_a_real_loader(writer, saved):
+def test_what_a_real_saver_wrote_is_clean_with_a_real_loader(writer, saved, engine):
     needs(writer)
-    code, result = check(saved / writer, loaded=True)
-    assert (code, result["verdict"]) == (0, "clean"), result["sentence"]
+    result = loaded(engine, saved / writer)
+    assert result["verdict"] == "clean", result
     moved = next(o for o in result["checks"] if o["check"] == "logits")
     assert re.match(r"logits move by up to \d", moved["note"])
 
@@ -368,28 +376,34 @@ LOADED = {
 
 
 @pytest.mark.parametrize("fault", LOADED)
-def test_a_real_loader_shows_what_it_makes_of_the_files(fault, saved, tmp_path):
+def test_a_real_loader_shows_what_it_makes_of_the_files(fault, saved, tmp_path, engine):
     writer, damage, name, words = LOADED[fault]
     folder = copied(saved, writer, tmp_path)
     damage(folder)
-    code, result = check(folder, loaded=True)
-    assert code == 1
+    result = loaded(engine, folder)
     assert any(words in f["text"] for f in findings(result) if f["check"] == name), findings(result)
 
 
-def test_a_loader_of_another_stack_is_asked_on_demand(saved):
+def test_a_loader_of_another_stack_is_used_on_demand(saved, engine):
     needs("unsloth")
-    code, result = check(saved / "unsloth", "--loader", "mlx", loaded=True)
-    assert (code, result["verdict"]) == (0, "clean")
+    result = loaded(engine, saved / "unsloth", "mlx")
+    assert result["verdict"] == "clean", result
     assert "(loaded by mlx)" in json.dumps(result)
 
 
 def test_a_loader_that_cannot_run_is_not_green(saved):
-    code, result = check(saved / "mlx-lm", "--loader", "tests.faulty_paths:Absent", loaded=True)
+    words = ["--loader", "tests.faulty_paths:Absent"]
+    code, result = check(saved / "mlx-lm", *words, files_only=False)
     assert (code, result["verdict"]) == (3, "incomplete")
 
 
 # Files ----------------------------------------------------------------------------------------
+
+
+def test_the_command_starts_a_real_loader(saved):
+    code, result = check(saved / "mlx-lm", files_only=False)
+    assert (code, result["verdict"]) == (0, "clean")
+    assert result["sentence"] == "nothing is wrong by any of the checks"
 
 
 def test_junit_has_a_case_for_each_check(saved, tmp_path):

@@ -389,6 +389,25 @@ def test_a_base_that_does_not_fit_is_one_line(tmp_path):
     assert code == 2 and "it has none of the 28 modules" in output
 
 
+def test_a_damaged_model_is_one_line(tmp_path):
+    saved = written()
+    fused = shutil.copytree(saved / "fused", tmp_path / "fused")
+    data = (fused / "model.safetensors").read_bytes()
+    for end in (5, 1000, len(data) - 1):
+        (fused / "model.safetensors").write_bytes(data[:end])
+        for words in (
+            [fused],
+            [saved / "mlx-lm", "--base", fused],
+            [saved / "peft", "--against", fused],
+        ):
+            code, output = run(*words)
+            assert code == 2 and f"{fused / 'model.safetensors'}: " in output
+    for file in (fused / "model.safetensors.index.json", fused / "config.json"):
+        file.write_text("[")
+        code, output = run(fused)
+        assert code == 2 and f"{file} is not JSON" in output
+
+
 def test_an_option_that_cannot_be_had_is_one_line():
     for words, says in (
         (["--loader", "mlx"], "--loader needs --base"),

@@ -201,6 +201,8 @@ class MlxAdapter(Adapter):
         """See `Adapter`."""
         number, keys = self.settings_read.num_layers, self.parameters.keys
         whole = set(keys or ()) & {m.key for m in self.modules.values()}
+        if number is not None and count is not None and number > count:
+            return [Finding("layers", "num_layers", f"{number}, but the base has {count} layers")]
         if number is None or whole or not layers:
             return []  # missing is named elsewhere; whole names choose the layers by themselves
         have = in_words(f"layers.{n}." for n in layers)
@@ -208,9 +210,6 @@ class MlxAdapter(Adapter):
             if 0 < number < len(layers):
                 return [Finding("layers", "num_layers", f"{number}, but {have} have tensors")]
             return f"num_layers, {number}, counts from the last layer; how many the model has needs --base"
-        if number > count:
-            text = f"{number}, but the base has {count} layers"
-            return [Finding("layers", "num_layers", text)]
         last = set(range(count)[-max(number, 0) :])
         if layers == last:
             return []
