@@ -8,8 +8,8 @@ import numpy as np
 
 from parity.adapters.artefact import Adapter, Finding
 from parity.adapters.base import Base
-from parity.adapters.checks import Outcome
 from parity.adapters.fused import Differences, Model
+from parity.adapters.outcome import Outcome
 from parity.adapters.tensors import Tensor, shown
 from parity.judge.noise import EPS, HEADROOM
 from parity.judge.updates import Updates, compare_updates, layers, named

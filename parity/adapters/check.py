@@ -12,8 +12,9 @@ from parity.adapters import fused, loading, mlx_files, peft_files
 from parity.adapters.against import compare_artefacts
 from parity.adapters.artefact import Adapter, Finding
 from parity.adapters.base import Base, read_base
-from parity.adapters.checks import NO_BASE, Outcome, check_files
+from parity.adapters.checks import check_files
 from parity.adapters.fused import Model
+from parity.adapters.outcome import NO_BASE, Outcome
 from parity.adapters.settings import CONFIG
 from parity.capture.engine import Engine
 from parity.errors import UsageError

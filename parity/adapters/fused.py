@@ -10,7 +10,8 @@ import numpy as np
 
 from parity.adapters.artefact import Finding
 from parity.adapters.base import Base, read_base
-from parity.adapters.checks import NO_BASE, Outcome, values_of
+from parity.adapters.outcome import NO_BASE, Outcome
+from parity.adapters.tensor_checks import values_of
 from parity.adapters.tensors import Tensor, shown
 from parity.judge.noise import EPS
 from parity.names import canonical

@@ -11,7 +11,7 @@ import numpy as np
 from parity import resources
 from parity.adapters.artefact import Adapter, Finding
 from parity.adapters.base import Base
-from parity.adapters.checks import Outcome
+from parity.adapters.outcome import Outcome
 from parity.capture.engine import Engine
 from parity.errors import CaptureError, Unsupported, UsageError
 from parity.judge.updates import Updates, compare_modules, compare_updates
