@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class BaseModule:
         experts: How many it has, 0 where it is none of a mixture.
         bias: Whether it has one.
         embedding: Whether it is an embedding.
+        only: The stack that calls it so, where the other has another name; empty where both do.
     """
 
     key: str
@@ -36,6 +37,7 @@ class BaseModule:
     experts: int = 0
     bias: bool = False
     embedding: bool = False
+    only: str = ""
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,11 @@ def _modules(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[s
         found[canonical(key)] = BaseModule(
             key, *sizes, experts, f"{key}.bias" in tensors, embedding
         )
-    found |= _stacked(found)
+    stacked = _stacked(found)
+    if stacked:
+        single = {n: m for n, m in found.items() if ".experts." in n}
+        found |= {name: replace(module, only="peft") for name, module in single.items()}
+    found |= stacked
     head = next((n for n in found if n.endswith("embed_tokens")), None)
     if head is not None and not any(name.endswith("lm_head") for name in found):
         # Tied: the head is the embedding, the other way round.
@@ -181,6 +187,12 @@ def _stacked(modules: Mapping[str, BaseModule]) -> dict[str, BaseModule]:
         if found and number.isdigit() and part:
             groups.setdefault(f"{before}.switch_mlp.{part}", []).append(module)
     return {
-        name: BaseModule(name, members[0].inputs, members[0].outputs, len(members))
+        name: BaseModule(
+            members[0].key.partition(".experts.")[0] + name[name.index(".switch_mlp.") :],
+            members[0].inputs,
+            members[0].outputs,
+            len(members),
+            only="mlx",
+        )
         for name, members in groups.items()
     }

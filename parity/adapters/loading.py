@@ -11,7 +11,7 @@ import numpy as np
 from parity import resources
 from parity.adapters.artefact import Adapter, Finding
 from parity.adapters.base import Base
-from parity.adapters.outcome import Outcome
+from parity.adapters.outcome import Outcome, share
 from parity.capture.engine import Engine
 from parity.errors import CaptureError, Unsupported, UsageError
 from parity.judge.updates import Updates, compare_modules, compare_updates
@@ -92,8 +92,11 @@ def content(folder: Path) -> str:
 def _as_written(path: str, adapter: Adapter, trace: Trace) -> tuple[list[Finding], str]:
     given, loaded = adapter.updates(), Updates(trace.group("adapter"), trace.scalars["scales"])
     where, found = f"the loader of {path}", list[Finding]()
+    unread = (
+        f"{len(adapter.extra)} tensors beside A and B are not read back" if adapter.extra else ""
+    )
     if not given:
-        return [], "" if adapter.kind == "full" else "the files hold no pair of A and B"
+        return [], unread or "the files hold no pair of A and B"
     sets = compare_modules("modules", loaded, given)
     if not sets.verdict.green:
         found.append(Finding("loading", sets.where, f"{where}: {sets.note}"))
@@ -101,7 +104,13 @@ def _as_written(path: str, adapter: Adapter, trace: Trace) -> tuple[list[Finding
     if not update.verdict.green and given.keys() & loaded.keys():
         text = f"{where} gives another scale · A · B than the files hold: {update.note}"
         found.append(Finding("loading", update.where, text))
-    return found, ""
+    written = {n: m.tensors["m"].read() for n, m in adapter.modules.items() if "m" in m.tensors}
+    live = trace.group("magnitude")
+    off = [n for n, m in written.items() if n not in live or not np.array_equal(live[n], m)]
+    if off:
+        text = f"{where} has not the magnitudes of the files: {share(off, written)}"
+        found.append(Finding("loading", min(off), text))
+    return found, unread
 
 
 def _moved(path: str, where: str, before: Array, after: Array) -> Outcome:

@@ -21,6 +21,7 @@ WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 DEFAULT_RANK, DEFAULT_ALPHA = 8, 8
 """What PEFT's LoraConfig takes where the file has none."""
+PARAMETERS = "target_parameters name it"
 _PART = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?P<weight>\.weight)?"
     r"|lora_B(?P<bias>\.bias)|lora_magnitude_vector(?:\.weight)?)"
@@ -45,6 +46,9 @@ def read(folder: Path) -> PeftAdapter:
     embeddings = set[str]()
     for name, tensor in tensors.items():
         match = _PART.fullmatch(name.removeprefix(PREFIX))
+        if match and _of_parameters(match["module"], settings):
+            extra[name] = Extra(tensor, PARAMETERS)
+            continue
         # Parameters of embeddings have no `.weight`, those of other layers have.
         if (
             match is None
@@ -62,6 +66,13 @@ def read(folder: Path) -> PeftAdapter:
             embeddings.add(module)
     modules = {n: Module(n, keys[n], found, n in embeddings) for n, found in parts.items()}
     return PeftAdapter(folder, written, tensors, modules, extra, settings)
+
+
+def _of_parameters(module: str, settings: PeftSettings) -> bool:
+    """Whether a module's adapter is one of bare parameters, as those of experts, with shapes of its own."""
+    module = module.replace(".base_layer", "")
+    holders = [name.rpartition(".")[0] for name in settings.target_parameters or ()]
+    return any(module == holder or module.endswith(f".{holder}") for holder in holders if holder)
 
 
 def _compile(folder: Path, settings: PeftSettings) -> None:

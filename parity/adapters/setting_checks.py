@@ -90,7 +90,11 @@ def modules(adapter: Adapter, base: Base | None) -> Found:
         found.append(Finding("modules", where, text))
     if base is None:
         return found, "whether modules that should have been adapted have no tensors needs --base"
-    raw = {module.key: name for name, module in base.modules.items()}
+    raw = {
+        module.key: name
+        for name, module in base.modules.items()
+        if module.only in ("", adapter.layout)
+    }
     linear = [key for key, name in raw.items() if not base.modules[name].embedding]
     if adapter.written.get("target_modules") == "all-linear":
         should = {name for name in map(raw.__getitem__, linear) if not name.endswith("lm_head")}

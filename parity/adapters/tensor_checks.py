@@ -59,6 +59,8 @@ def shapes(adapter: Adapter, base: Base | None) -> Found:
             found.append(Finding("shapes", shown(name), text))
     if base is None:
         return found, "whether they fit the modules needs --base"
+    if bare := [n for n, e in adapter.extra.items() if e.reason.startswith("target_parameters")]:
+        return found, f"{len(bare)} tensors of target_parameters are not looked into"
     if unknown:
         return found, f"the widths of {share(unknown, adapter.modules)} are packed in the base"
     return found, ""

@@ -234,6 +234,7 @@ _ALL = (
         outputs=(
             array("loaded", "(B, T, V)", "float", "logits with the adapter, in evaluation mode"),
             *_adapter("adapter", "the adapter that the model has", "adapted"),
+            array("magnitude/<name>", "(m)", "float", "DoRA's magnitude of a module", "dora"),
             scalar("scales", dict[str, float], "module to the scale that the model has"),
             scalar("dtype", str | _NAMES, "dtype of the logits as they are computed"),
         ),

@@ -39,7 +39,7 @@ class RoundTrips(TrainingPath):
 
     @abstractmethod
     def adapter_of(self, model: Any) -> tuple[dict[str, Array], dict[str, float]]:
-        """The adapter's tensors of a live model, and module → scale."""
+        """`<module>.lora_a`, `.lora_b` and DoRA's `.m` of a live model; module → scale."""
 
     def round_trip(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `parity contract round_trip`.
@@ -67,4 +67,5 @@ class RoundTrips(TrainingPath):
         loaded = self.forward(model, ids)
         adapter, scales = self.adapter_of(model)
         trace = Trace({"loaded": loaded.values}, {"dtype": loaded.dtype, "scales": scales})
-        return trace.with_group("adapter", adapter)
+        magnitudes = {k[:-2]: adapter.pop(k) for k in sorted(adapter) if k.endswith(".m")}
+        return trace.with_group("adapter", adapter).with_group("magnitude", magnitudes)

@@ -21,12 +21,16 @@ def forward(model: Any, ids: Array) -> Logits:
 
 
 def adapter_of(model: Any) -> tuple[dict[str, Array], dict[str, float]]:
-    """A (in, r) and B (r, out) of each module, and its scale, of the one active adapter."""
+    """A (in, r) and B (r, out) of each module, and its scale, of the one active adapter.
+
+    DoRA's magnitude is (out).
+    """
     adapter, scales = dict[str, Array](), dict[str, float]()
     # Without an adapter there is no such attribute.
     [name] = getattr(model, "active_adapters", None) or [""]
     for module, live in model.named_modules():
-        if not hasattr(live, "lora_A"):
+        # Of bare parameters A and B have shapes of their own.
+        if not hasattr(live, "lora_A") or hasattr(live, "parameter_name"):
             continue
         scales[canonical(module)] = float(live.scaling[name])
         # Embeddings hold bare parameters, other layers modules with a weight.
@@ -36,4 +40,7 @@ def adapter_of(model: Any) -> tuple[dict[str, Array], dict[str, float]]:
             found = getattr(live, f"{stem}{letter}")[name]
             values = to_numpy(found if embedded else found.weight)
             adapter[f"{canonical(module)}.{factor}"] = values.T
+        if name in live.lora_magnitude_vector:
+            magnitude = to_numpy(live.lora_magnitude_vector[name].weight)
+            adapter[f"{canonical(module)}.m"] = magnitude
     return adapter, scales

@@ -227,7 +227,7 @@ class TorchStages(RoundTrips):
         return forward(model, ids)
 
     def adapter_of(self, model: Any) -> tuple[dict[str, Array], dict[str, float]]:
-        """The adapter's tensors of a live model, and module → scale."""
+        """`<module>.lora_a`, `.lora_b` and DoRA's `.m` of a live model; module → scale."""
         return adapter_of(model)
 
     def kv_cache(self, recipe: Recipe, inputs: Trace) -> Trace:

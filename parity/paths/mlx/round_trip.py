@@ -37,11 +37,15 @@ def forward(model: Any, ids: Array) -> Logits:
 
 
 def adapter_of(model: Any) -> tuple[dict[str, Array], dict[str, float]]:
-    """A (in, r) and B (r, out) of each module, or (experts, r, in) and (experts, out, r); its scale."""
+    """A (in, r) and B (r, out) of each module, or (experts, r, in) and (experts, out, r); its scale.
+
+    DoRA's magnitude is (out).
+    """
     modules = _mlx.lora_modules(model)
     adapter = {
         f"{name}.{factor}": to_numpy(getattr(module, factor))
         for name, module in modules.items()
-        for factor in ("lora_a", "lora_b")
+        for factor in ("lora_a", "lora_b", "m")
+        if factor in module
     }
     return adapter, {name: float(module.scale) for name, module in modules.items()}
