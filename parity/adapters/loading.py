@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from parity import resources
 from parity.adapters.artefact import Adapter, Finding
 from parity.adapters.base import Base
 from parity.adapters.outcome import Outcome, share
@@ -32,11 +31,11 @@ def loader_of(adapter: Adapter, base: Base) -> str:
     if adapter.layout == "peft":
         return "hf"
     if adapter.writer.startswith("unsloth") and importlib.util.find_spec("unsloth_zoo"):
-        try:
-            named = Path(resources.model_dir(adapter.base))
-        except UsageError:
-            return "mlx"
-        if named == Path(resources.model_dir(base.source)):
+        # It knows folders and hub ids, not the names of fixtures.
+        folder, hub = Path(adapter.base), adapter.base.count("/") == 1
+        if (hub and adapter.base == base.source) or (
+            folder.is_dir() and folder.resolve() == base.folder.resolve()
+        ):
             return "unsloth"
     return "mlx"
 
