@@ -9,7 +9,7 @@ import shutil
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from parity import resources
 from parity.adapters import check as adapters
@@ -76,15 +76,47 @@ def test_there_are_goldens_of_each_stack():
     assert size < 400_000
 
 
+FAULTY = ("unsloth-zoo-2026.5.3",)
+
+
 @pytest.mark.parametrize("name", GOLDENS)
 def test_a_golden_is_read_as_its_release_read_it(name, golden, engine):
     if name.startswith("unsloth") and importlib.util.find_spec("unsloth_zoo") is None:
         pytest.skip("needs unsloth-zoo")
     folder = golden(name)
     result = adapters.check(folder, MODEL, None, None, lambda: contextlib.nullcontext(engine))
-    assert result.verdict == "clean", result
+    assert result.verdict == ("findings" if name in FAULTY else "clean"), result
     metric = logits(engine, folder)
     assert metric.verdict.green, metric
+
+
+def test_settings_that_a_release_wrote_wrong_are_named(golden, engine):
+    """unsloth-zoo 2026.5.3 loads it itself; mlx-lm, which reads the settings, adapts other layers."""
+    folder = golden("unsloth-zoo-2026.5.3")
+    result = adapters.check(folder, MODEL, None, "mlx", lambda: contextlib.nullcontext(engine))
+    found = {finding.check: finding.text for finding in result.findings}
+    assert "18 counts from the last layer and means layers 0 to 17 of 18" in found["layers"]
+    assert "4 modules of the base should be adapted and have no tensors" in found["modules"]
+    assert (
+        "layers 0 to 17 have an adapter after loading, layers 17 were handed over"
+        in found["loading"]
+    )
+    assert found["loading"].endswith("those it has beside do nothing, B is zero")
+
+
+@pytest.mark.long
+def test_another_release_loads_what_todays_refuses(uv, golden, engine):
+    """mlx-lm dropped tensors that no module takes in silence (mlx-lm#1725)."""
+    folder = golden("mlx-lm-0.29.1")
+    file = folder / "adapters.safetensors"
+    tensors = load_file(file)
+    save_file({k.replace("q_proj", "query"): v for k, v in tensors.items()}, file)
+    texts = []
+    for loader in ("mlx", "mlx@0.29.1"):
+        result = adapters.check(folder, MODEL, None, loader, lambda: contextlib.nullcontext(engine))
+        texts += [f.text for f in result.findings if f.check == "loading"]
+    assert "layers.17.self_attn.query.lora_a: not an adapter parameter" in texts[0]
+    assert "1 have none after loading (layers.17.self_attn.query)" in texts[1]
 
 
 @pytest.mark.parametrize("name", ["mlx-lm-0.29.1", "peft-0.18.1"])

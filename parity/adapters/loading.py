@@ -98,7 +98,10 @@ def _as_written(path: str, adapter: Adapter, trace: Trace) -> tuple[list[Finding
         return [], unread or "the files hold no pair of A and B"
     sets = compare_modules("modules", loaded, given)
     if not sets.verdict.green:
-        found.append(Finding("loading", sets.where, f"{where}: {sets.note}"))
+        more = [name for name in loaded if name not in given]
+        idle = bool(more) and not any(loaded[name].any() for name in more)
+        text = f"{where}: {sets.note}" + "; those it has beside do nothing, B is zero" * idle
+        found.append(Finding("loading", sets.where, text))
     update = compare_updates("scale · A · B", loaded, given)
     if not update.verdict.green and given.keys() & loaded.keys():
         text = f"{where} gives another scale · A · B than the files hold: {update.note}"
