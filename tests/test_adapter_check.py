@@ -272,8 +272,8 @@ FAULTS = {
     "auto": ("mlx-lm", lora(keys=["auto"]), "modules", "lora_parameters.keys: auto: matches no tensor"),
     "target without tensors": ("peft", top(target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "router"]), "modules", "target_modules: router: matches no tensor"),
     "tensors without target": ("peft", top(target_modules=["q_proj"]), "modules", "names no module like 24 of 28 modules"),
-    "one module not adapted": ("peft", dropped(Q16), "modules", f"{Q16}: 1 modules of the base should be adapted"),
-    "one of all not adapted": ("mlx-lm", dropped(Q16), "modules", f"{Q16}: 1 modules of the base should be adapted"),
+    "one module not adapted": ("peft", dropped(Q16), "modules", f"{Q16}: 1 module of the base should be adapted"),
+    "one of all not adapted": ("mlx-lm", dropped(Q16), "modules", f"{Q16}: 1 module of the base should be adapted"),
     "layers not transformed": ("peft", without("layers_to_transform"), "modules", "98 modules of the base should be adapted"),
     "head not saved": ("peft-head", dropped("lm_head"), "modules", "modules_to_save lm_head: no tensor of it"),
     # Names
@@ -429,6 +429,9 @@ def test_an_adapter_for_a_quantized_base(saved, tmp_path, engine):
     by_mlx_lm("fuse", "--model", base, "--adapter-path", saved / "mlx-lm", "--save-path", fused)
     code, result = check(fused, base=str(base))
     assert (code, findings(result)) == (0, [])
+    code, result = check(fused, "--against", saved / "mlx-lm", base=str(base))
+    unchecked = {outcome["check"]: outcome["unchecked"] for outcome in result["checks"]}
+    assert (code, unchecked["against"].partition(":")[0]) == (3, "the weights are quantized")
     shutil.copy(base / "model.safetensors", fused)
     code, result = check(fused, base=str(base))
     assert "the fuse changed nothing" in findings(result)[0]["text"]

@@ -364,6 +364,23 @@ def folders(tmp_path, saved):
     }
 
 
+def test_every_shape_and_half_precision_are_read(tmp_path):
+    values = np.float32([1.5, -2.0, 3.0e38, np.inf])
+    halves = (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    entries = {
+        "a": entry([2, 2], [0, 8], "BF16"),
+        "b": entry([], [8, 12]),
+        "c": entry([0, 3], [12, 12]),
+    }
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(header(entries, data=halves + np.float32(7).tobytes()))
+    found = {name: tensor.read() for name, tensor in tensors_of(file).items()}
+    expected = np.float32([1.5, -2.0, 2.99e38, np.inf]).reshape(2, 2)
+    assert np.allclose(found["a"], expected, rtol=4e-3) and found["a"][0, 0] == 1.5
+    assert found["b"].shape == () and found["b"] == 7
+    assert found["c"].shape == (0, 3)
+
+
 def test_folders_of_another_kind_are_one_line(tmp_path):
     for folder, words in folders(tmp_path, written()).items():
         code, output = run(folder)
@@ -376,6 +393,7 @@ def test_a_base_that_does_not_fit_is_one_line(tmp_path):
         ("nowhere", "no model 'nowhere'"),
         ("tiny-llama", "a gemma3_text, but --base is a llama"),
         (str(saved / "peft"), "no model"),
+        ("nobody/has-this", "no model 'nobody/has-this' from the hub: LocalEntryNotFoundError"),
     ):
         code, output = run(saved / "mlx-lm", "--base", base)
         assert code in (1, 2) and words in output, output

@@ -8,7 +8,7 @@ import numpy as np
 
 from parity.adapters.artefact import Adapter, Finding
 from parity.adapters.base import Base
-from parity.adapters.fused import Differences, Model
+from parity.adapters.fused import Differences, Model, is_packed
 from parity.adapters.outcome import Outcome
 from parity.adapters.tensors import Tensor, shown
 from parity.judge.noise import EPS, HEADROOM
@@ -37,6 +37,8 @@ def compare_artefacts(ours: Adapter | Model, theirs: Adapter | Model, base: Base
     assert isinstance(model, Model) and isinstance(adapter, Adapter)
     if model.changed is None:
         return _outcome([], "the weights of model and base cannot be compared")
+    if is_packed(base.tensors):
+        return _outcome([], "the weights are quantized: scale · A · B is not in them as it is")
     if adapter.kind != "LoRA":
         return _outcome([], f"a {adapter.kind} adapter is not compared with a model")
     return _fused(Differences(model, base), adapter.updates())

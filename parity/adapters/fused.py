@@ -70,7 +70,7 @@ def check_model(model: Model, base: Base | None) -> tuple[Model, list[Outcome]]:
     if base is None:
         return model, list(found.values())
     theirs = _by_name(base.tensors)
-    packed = [_packed(files.tensors) for files in (model.files, base)]
+    packed = [is_packed(files.tensors) for files in (model.files, base)]
     lone = sorted(ours.keys() ^ theirs.keys())
     if packed[0] != packed[1]:
         reason = "one of model and base is quantized: the weights cannot be compared, logits can"
@@ -116,7 +116,8 @@ def _by_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {canonical(name): tensor for name, tensor in tensors.items()}
 
 
-def _packed(tensors: Mapping[str, Tensor]) -> bool:
+def is_packed(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether MLX has quantized a model."""
     return any(name.endswith(".scales") for name in tensors)
 
 
@@ -138,7 +139,7 @@ class Differences(Mapping[str, Array]):
         self._pairs = {
             name.removesuffix(".weight"): (ours[name], theirs[name])
             for name in model.changed or ()
-            if name.endswith(".weight") and len(ours[name].shape) in (2, 3)
+            if name.endswith(".weight") and ours[name].is_float and theirs[name].is_float
         }
 
     def __getitem__(self, name: str) -> Array:

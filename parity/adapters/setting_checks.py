@@ -109,7 +109,9 @@ def modules(adapter: Adapter, base: Base | None) -> Found:
     if not adapter.layer_settings({n for n in layers if n is not None}, base.layers):
         absent = sorted(should - adapter.modules.keys())
     if absent and adapter.modules:
-        text = f"{len(absent)} modules of the base should be adapted and have no tensors"
+        verb = "have" if len(absent) > 1 else "has"
+        count = f"{len(absent)} module{'s' * (len(absent) > 1)}"
+        text = f"{count} of the base should be adapted and {verb} no tensors"
         found.append(Finding("modules", named(absent), text, by_names=True))
     return found, ""
 
