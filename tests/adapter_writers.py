@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import shutil
 import subprocess
 import sys
@@ -22,8 +23,25 @@ from parity.capture.worker import environment
 MODEL = "tiny-gemma3"
 LAYERS, RANK = 4, 8
 STACKS = {
-    "mlx": ("mlx-lm", "mlx-lm-dora", "mlx-lm-full", "unsloth", "unsloth-as-peft", "fused"),
-    "torch": ("peft", "peft-rslora", "peft-dora", "peft-patterns", "peft-head", "trl", "merged"),
+    "mlx": (
+        "mlx-lm",
+        "mlx-lm-dora",
+        "mlx-lm-full",
+        "mlx-lm-embedding",
+        "unsloth",
+        "unsloth-as-peft",
+        "fused",
+    ),
+    "torch": (
+        "peft",
+        "peft-rslora",
+        "peft-dora",
+        "peft-patterns",
+        "peft-head",
+        "peft-embedding",
+        "trl",
+        "merged",
+    ),
 }
 PACKAGES = ("mlx", "mlx-lm", "peft", "transformers", "trl")
 
@@ -55,6 +73,13 @@ def by_the_command_line(folder: Path) -> None:
         words += ["--data", str(resources.data_dir("hello")), "--iters", "2", "--batch-size", "2"]
         words += ["--num-layers", str(LAYERS), "--learning-rate", "1e-2", "--val-batches", "0"]
         _mlx_lm(*words, "--adapter-path", str(folder / name))
+    embedding = {
+        "rank": RANK, "scale": 2.0, "dropout": 0.0, "keys": ["model.embed_tokens", "self_attn.q_proj"],
+    }  # fmt: skip
+    (folder / "embedding.yaml").write_text(json.dumps({"lora_parameters": embedding}))
+    words[words.index("--fine-tune-type") + 1] = "dora"
+    config = ["-c", str(folder / "embedding.yaml")]
+    _mlx_lm(*words, *config, "--adapter-path", str(folder / "mlx-lm-embedding"))
     adapter = str(folder / "mlx-lm")
     _mlx_lm(
         "fuse", "--model", model, "--adapter-path", adapter, "--save-path", str(folder / "fused")
@@ -100,18 +125,22 @@ def by_peft(folder: Path) -> None:
         "peft-dora": {"use_dora": True},
         "peft-patterns": {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 2}},
         "peft-head": {"modules_to_save": ["lm_head"]},
+        "peft-embedding": {
+            "target_modules": ["q_proj", "embed_tokens"],
+            "layers_to_transform": None,
+            "use_dora": True,
+        },
     }
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     for name, settings in variants.items():
         base = AutoModelForCausalLM.from_pretrained(resources.model_dir(MODEL))
         layers = list(range(18 - LAYERS, 18))
-        config = LoraConfig(
-            r=RANK, lora_alpha=16, target_modules=names, layers_to_transform=layers, **settings
-        )
+        common = {"target_modules": names, "layers_to_transform": layers}
+        config = LoraConfig(r=RANK, lora_alpha=16, **(common | settings))
         model = get_peft_model(base, config)
         torch.manual_seed(0)
         for tensor, parameter in model.named_parameters():
-            if "lora_B" in tensor:
+            if "lora_B" in tensor or "lora_embedding" in tensor:
                 parameter.data.normal_(0, 0.05)
         model.save_pretrained(folder / name)
         if name == "peft":

@@ -133,6 +133,8 @@ def _fused(weights: Differences, updates: Updates) -> Outcome:
                 lost.append(name)
             continue
         given, got = updates[name], weights[name]
+        if got.shape == given.shape[::-1] != given.shape:
+            got = got.T  # an embedding is stored the other way round
         if got.shape != given.shape:
             text = f"the weight has shape {got.shape}, the adapter's update {given.shape}"
             found.append(Finding("against", name, text))

@@ -91,9 +91,7 @@ def content(folder: Path) -> str:
 def _as_written(path: str, adapter: Adapter, trace: Trace) -> tuple[list[Finding], str]:
     given, loaded = adapter.updates(), Updates(trace.group("adapter"), trace.scalars["scales"])
     where, found = f"the loader of {path}", list[Finding]()
-    unread = (
-        f"{len(adapter.extra)} tensors beside A and B are not read back" if adapter.extra else ""
-    )
+    unread = f"beside A and B not read back: {len(adapter.extra)}" if adapter.extra else ""
     if not given:
         return [], unread or "the files hold no pair of A and B"
     sets = compare_modules("modules", loaded, given)

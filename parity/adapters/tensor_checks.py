@@ -78,8 +78,9 @@ def _shape(adapter: Adapter, name: str, module: Module, target: BaseModule | Non
     if not sizes.fits:
         return f"A {a} and B {b} cannot be multiplied: {adapter.orientation}"
     m = module.tensors.get("m")
-    # Of an embedding there is one for each entry of the vocabulary.
-    wide = sizes.inputs if module.embedding or (target and target.embedding) else sizes.outputs
+    # mlx-lm has one for each entry of an embedding, PEFT for each of its widths.
+    entries = adapter.layout == "mlx" and target is not None and target.embedding
+    wide = sizes.inputs if entries else sizes.outputs
     if m is not None and m.shape != (wide,):
         return f"the magnitude has shape {m.shape}, it should be ({wide},)"
     if target is None or target.inputs is None or target.outputs is None:
