@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import click
 
 from parity import __version__
+from parity.commands.adapter import adapter
 from parity.commands.bisect import bisect
 from parity.commands.capture import capture
 from parity.commands.options import EXIT_GREEN, EXIT_MISSING, EXIT_USAGE
@@ -56,6 +57,7 @@ Examples:
   parity bisect --reference hf --shipped       what makes two stacks differ
   parity replay                                known cases with known causes
   parity report reports/run-1                  the report of a folder of records
+  parity adapter check adapters                what a saved adapter is, and what is wrong
   parity list                                  paths, probes, models, data, recipes
 \b
 Exit codes: 0 everything green, 1 something diverges or is inconclusive,
@@ -72,7 +74,7 @@ def main() -> None:
     """Tells whether an MLX fine-tuning path does the same thing as its reference."""
 
 
-for command in (run, bisect, replay, report, capture, list_, factors, contract, new_path):
+for command in (run, bisect, replay, report, capture, adapter, list_, factors, contract, new_path):
     main.add_command(command)
 
 

@@ -18,19 +18,26 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def commands():
-    helps = [CliRunner().invoke(main, [*name, "--help"]).output for name in ([], *map(list, NAMED))]
+    helps = [CliRunner().invoke(main, [*name, "--help"]).output for name in ([], *NAMED)]
     text = "\n".join([README, *helps]).replace("\\\n", "")
     found = re.findall(r"^ *`?(parity \w[^\n`]*)", text, re.MULTILINE)
     return list(dict.fromkeys(re.split(r"  +|\s#", line)[0].strip() for line in found))
 
 
-NAMED = [[name] for name in main.commands]
+NAMED = [
+    [name, *more]
+    for name, command in main.commands.items()
+    for more in [[], *([inner] for inner in getattr(command, "commands", ()))]
+]
 
 
 @pytest.mark.parametrize("line", commands())
 def test_a_command_that_is_written_down_can_be_typed(line):
     _, name, *words = shlex.split(line)
     command = main.commands[name]
+    if isinstance(command, click.Group):
+        name, *words = words
+        command = command.commands[name]
     context = click.Context(command, info_name=name, resilient_parsing=True)
     values, rest, _ = command.make_parser(context).parse_args(words)
     assert not rest

@@ -13,12 +13,12 @@ from parity.capture.worker import environment
 from parity.cells.cell import Cell
 from parity.cells.run import context_of, run_cell
 from parity.judge.noise import EPS
+from parity.judge.updates import Updates
 from parity.paths.registry import resolve
 from parity.recipe import Recipe
 from parity.record import Verdict
 from parity.report.text import describe
 from parity.stages import find
-from parity.stages.round_trip import Updates
 
 STAGE = find("11")
 MODULES, UPDATE, LOGITS, EFFECT = (
@@ -44,7 +44,7 @@ FAULTS = [
     ("LostB", UPDATE, [Q3, "B is zero"]),
     ("LostA", UPDATE, [Q3, "A differs"]),
     ("SavedInBfloat16", UPDATE, [ALL, "A and B are rounded to bfloat16"]),
-    ("NextLayer", UPDATE, ["handed over for the layer +1 away", "for the layer -17 away"]),
+    ("NextLayer", UPDATE, ["those of the layer +1 away", "of the layer -17 away"]),
     ("NotLoaded", MODULES, ["none has an adapter after loading, 126 were handed over"]),
     ("OtherForwardUnsaid", LOGITS, ["off from the live model's"]),
 ]
@@ -162,13 +162,7 @@ if action == "save":
     with path.saved(recipe, inputs.group("adapter"), lambda model: None) as saved:
         shutil.copytree(saved, folder)
 else:
-    if path.framework == "mlx":
-        from parity.paths.mlx.round_trip import forward
-        from parity.paths.mlx.live import to_numpy
-    else:
-        from parity.paths.hf.round_trip import forward
-        from parity.paths.hf.live import to_numpy
-    np.save(output, to_numpy(forward(path.reloaded(recipe, folder), inputs.arrays["ids"])))
+    np.save(output, path.forward(path.reloaded(recipe, folder), inputs.arrays["ids"]).values)
 """
 
 

@@ -225,6 +225,22 @@ _ALL = (
         ignores=("lora.dropout",),
     ),
     Method(
+        "load_adapter", "", "a folder with an adapter, loaded by the path's own loader",
+        inputs=(
+            array("ids", "(B, T)", "int", "token ids"),
+            scalar("folder", str, "where the adapter is"),
+            scalar("content", str, "a digest of its files, so that a capture is of these alone"),
+        ),
+        outputs=(
+            array("loaded", "(B, T, V)", "float", "logits with the adapter, in evaluation mode"),
+            *_adapter("adapter", "the adapter that the model has", "adapted"),
+            array("magnitude/<name>", "(m)", "float", "DoRA's magnitude of a module", "dora"),
+            scalar("scales", dict[str, float], "module to the scale that the model has"),
+            scalar("dtype", str | _NAMES, "dtype of the logits as they are computed"),
+        ),
+        reads=_MODEL,
+    ),
+    Method(
         "kv_cache", "kv_cache", "a conversation of T tokens with a KV cache and without one",
         inputs=(
             *_adapter("adapter", _TENSORS),

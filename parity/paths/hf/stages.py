@@ -20,10 +20,10 @@ from parity.paths.hf.kv_cache import forward_dtype, kv_cache_trace
 from parity.paths.hf.live import IGNORED, Batch, Loss, to_numpy
 from parity.paths.hf.modules import WatchedGradients, module_outputs, watch
 from parity.paths.hf.observed import calls, seeding
-from parity.paths.hf.round_trip import forward, round_trip_trace
+from parity.paths.hf.round_trip import adapter_of, forward
 from parity.paths.hf.work import accumulate, completion_loss, greedy, supervised_positions
 from parity.paths.measured import Calls, loop_facts, probing, seed_facts
-from parity.paths.protocol import TrainingPath
+from parity.paths.round_trip import Logits, RoundTrips
 from parity.recipe import Recipe
 from parity.trace import Array, Trace
 
@@ -31,7 +31,7 @@ SHOWN = 8
 """Micro-batches that the effective configuration describes."""
 
 
-class TorchStages(TrainingPath):
+class TorchStages(RoundTrips):
     """The stages of a path that can load, adapt, batch and train."""
 
     def __init__(self, cache: Path) -> None:
@@ -59,16 +59,6 @@ class TorchStages(TrainingPath):
     @abstractmethod
     def loop(self, recipe: Recipe, model: Any, batches: Iterator[Batch]) -> dict[str, list[float]]:
         """Trains; returns loss, gradient norm and supervised tokens of each optimizer step."""
-
-    @abstractmethod
-    def saved(
-        self, recipe: Recipe, adapter: Mapping[str, Array], see: Callable[[Any], None]
-    ) -> AbstractContextManager[Path]:
-        """A folder with an adapter as the path saves it from its live model, which `see` is given."""
-
-    @abstractmethod
-    def reloaded(self, recipe: Recipe, folder: Path) -> Any:
-        """A model, loaded anew, with a saved adapter as the path loads it."""
 
     def rows(self, recipe: Recipe, tokenizer: Any) -> list[tuple[list[int], int]]:
         """Ids and first supervised token (0: all) of each training row."""
@@ -232,18 +222,13 @@ class TorchStages(TrainingPath):
         trace.arrays.update({name: np.asarray(values) for name, values in result.items()})
         return trace.with_group("adapter", adapter)
 
-    def round_trip(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `parity contract round_trip`.
+    def forward(self, model: Any, ids: Array) -> Logits:
+        """What a live model gives for token ids (B, T)."""
+        return forward(model, ids)
 
-        In one process, but into a model that was loaded anew: it shares no tensor with the live one.
-        """
-        ids, live = inputs.arrays["ids"], list[Any]()
-
-        def see(model: Any) -> None:
-            live.append(forward(model, ids))
-
-        with self.saved(recipe, inputs.group("adapter"), see) as folder:
-            return round_trip_trace(live[0], self.reloaded(recipe, folder), ids, folder)
+    def adapter_of(self, model: Any) -> tuple[dict[str, Array], dict[str, float]]:
+        """`<module>.lora_a`, `.lora_b` and DoRA's `.m` of a live model; module → scale."""
+        return adapter_of(model)
 
     def kv_cache(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `parity contract kv_cache`."""

@@ -1,4 +1,4 @@
-"""An adapter on its way through files, on MLX: saved by mlx-lm's trainer, read from live modules."""
+"""An adapter saved by mlx-lm's trainer, read back from live modules, and what the model gives with it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 from parity.paths.mlx import live as _mlx
 from parity.paths.mlx.live import Setup, to_numpy
-from parity.trace import Array, Trace
+from parity.paths.round_trip import Logits
+from parity.trace import Array
 
 
 def save_by_train(setup: Setup, settings: dict[str, Any], folder: Path) -> None:
@@ -27,39 +28,24 @@ def save_by_train(setup: Setup, settings: dict[str, Any], folder: Path) -> None:
     train(setup.model, setup.optimizer, setup.dataset, args=args)
 
 
-def forward(model: Any, ids: Array) -> Any:
-    """Logits (B, T, V) in evaluation mode, evaluated."""
+def forward(model: Any, ids: Array) -> Logits:
+    """What a model gives in evaluation mode."""
     import mlx.core as mx
 
     logits = model.eval()(mx.array(ids))
-    mx.eval(logits)
-    return logits
+    return Logits(to_numpy(logits.astype(mx.float32)), _mlx.dtype_name(logits.dtype))
 
 
-def round_trip_trace(live: Any, model: Any, ids: Array, folder: Path) -> Trace:
-    """See `parity contract round_trip`.
+def adapter_of(model: Any) -> tuple[dict[str, Array], dict[str, float]]:
+    """A (in, r) and B (r, out) of each module, or (experts, r, in) and (experts, out, r); its scale.
 
-    Args:
-        live: Logits of the live model.
-        model: The one that the adapter in the folder was loaded into.
-        ids: (B, T) int32.
-        folder: What was saved.
+    DoRA's magnitude is (out).
     """
-    import mlx.core as mx
-
-    loaded, modules = forward(model, ids), _mlx.lora_modules(model)
-    arrays = {
-        "live": to_numpy(live.astype(mx.float32)),
-        "loaded": to_numpy(loaded.astype(mx.float32)),
-    }
-    scalars = {
-        "dtype": _mlx.dtype_name(loaded.dtype),
-        "scales": {name: float(module.scale) for name, module in modules.items()},
-        "files": sorted(str(file.relative_to(folder)) for file in folder.rglob("*")),
-    }
+    modules = _mlx.lora_modules(model)
     adapter = {
         f"{name}.{factor}": to_numpy(getattr(module, factor))
         for name, module in modules.items()
-        for factor in ("lora_a", "lora_b")
+        for factor in ("lora_a", "lora_b", "m")
+        if factor in module
     }
-    return Trace(arrays, scalars).with_group("adapter", adapter)
+    return adapter, {name: float(module.scale) for name, module in modules.items()}

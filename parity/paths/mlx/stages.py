@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from parity.paths.mlx import modules as _mlx_modules
 from parity.paths.mlx.kv_cache import kv_cache_trace
 from parity.paths.mlx.live import Batch, Setup, to_numpy
 from parity.paths.mlx.observed import calls, seeding
-from parity.paths.mlx.round_trip import forward, round_trip_trace
+from parity.paths.mlx.round_trip import adapter_of, forward
 from parity.paths.mlx.settings import one_step
 from parity.paths.mlx.traces import (
     config_trace,
@@ -33,12 +32,12 @@ from parity.paths.mlx.traces import (
     supervised_trace,
     watched_trace,
 )
-from parity.paths.protocol import TrainingPath
+from parity.paths.round_trip import Logits, RoundTrips
 from parity.recipe import Recipe
 from parity.trace import Array, Trace
 
 
-class MlxStages(TrainingPath):
+class MlxStages(RoundTrips):
     """The stages of a path that can set up its live objects and run its loop."""
 
     def __init__(self, cache: Path) -> None:
@@ -62,16 +61,6 @@ class MlxStages(TrainingPath):
         self, recipe: Recipe, setup: Setup, batches: Iterator[Batch]
     ) -> dict[str, list[float]]:
         """Trains; returns loss, gradient norm and supervised tokens of each optimizer step."""
-
-    @abstractmethod
-    def saved(
-        self, recipe: Recipe, adapter: Mapping[str, Array], see: Callable[[Any], None]
-    ) -> AbstractContextManager[Path]:
-        """A folder with an adapter as the path saves it from its live model, which `see` is given."""
-
-    @abstractmethod
-    def reloaded(self, recipe: Recipe, folder: Path) -> Any:
-        """A model, loaded anew, with a saved adapter as the path loads it."""
 
     def tokenization(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `parity contract tokenization`."""
@@ -202,18 +191,13 @@ class MlxStages(TrainingPath):
         trace.arrays.update({name: np.asarray(values) for name, values in result.items()})
         return trace.with_group("adapter", _mlx.adapter(setup.model))
 
-    def round_trip(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `parity contract round_trip`.
+    def forward(self, model: Any, ids: Array) -> Logits:
+        """What a live model gives for token ids (B, T)."""
+        return forward(model, ids)
 
-        In one process, but into a model that was loaded anew: it shares no array with the live one.
-        """
-        ids, live = inputs.arrays["ids"], list[Any]()
-
-        def see(model: Any) -> None:
-            live.append(forward(model, ids))
-
-        with self.saved(recipe, inputs.group("adapter"), see) as folder:
-            return round_trip_trace(live[0], self.reloaded(recipe, folder), ids, folder)
+    def adapter_of(self, model: Any) -> tuple[dict[str, Array], dict[str, float]]:
+        """`<module>.lora_a`, `.lora_b` and DoRA's `.m` of a live model; module → scale."""
+        return adapter_of(model)
 
     def kv_cache(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `parity contract kv_cache`."""

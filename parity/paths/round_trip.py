@@ -1,0 +1,71 @@
+"""An adapter on its way through files: what is common to the paths of all frameworks."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from parity.paths.protocol import TrainingPath
+from parity.recipe import Recipe
+from parity.trace import Array, Trace
+
+
+class Logits(NamedTuple):
+    """(B, T, V) in evaluation mode, with the dtype that they were computed in."""
+
+    values: Array
+    dtype: str
+
+
+class RoundTrips(TrainingPath):
+    """A path that saves an adapter with its real saver and loads it with its real loader."""
+
+    @abstractmethod
+    def saved(
+        self, recipe: Recipe, adapter: Mapping[str, Array], see: Callable[[Any], None]
+    ) -> AbstractContextManager[Path]:
+        """A folder with an adapter as the path saves it from its live model, which `see` is given."""
+
+    @abstractmethod
+    def reloaded(self, recipe: Recipe, folder: Path) -> Any:
+        """A model, loaded anew, with a saved adapter as the path loads it."""
+
+    @abstractmethod
+    def forward(self, model: Any, ids: Array) -> Logits:
+        """What a live model gives for token ids (B, T)."""
+
+    @abstractmethod
+    def adapter_of(self, model: Any) -> tuple[dict[str, Array], dict[str, float]]:
+        """`<module>.lora_a`, `.lora_b` and DoRA's `.m` of a live model; module → scale."""
+
+    def round_trip(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `parity contract round_trip`.
+
+        In one process, but into a model that was loaded anew: it shares no tensor with the live one.
+        """
+        ids, live = inputs.arrays["ids"], list[Array]()
+
+        def see(model: Any) -> None:
+            live.append(self.forward(model, ids).values)
+
+        with self.saved(recipe, inputs.group("adapter"), see) as folder:
+            trace = self._reloaded_trace(recipe, folder, ids)
+            trace.scalars["files"] = sorted(str(f.relative_to(folder)) for f in folder.rglob("*"))
+        trace.arrays["live"] = live[0]
+        return trace
+
+    def load_adapter(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `parity contract load_adapter`."""
+        folder = Path(inputs.scalars["folder"])
+        return self._reloaded_trace(recipe, folder, inputs.arrays["ids"])
+
+    def _reloaded_trace(self, recipe: Recipe, folder: Path, ids: Array) -> Trace:
+        model = self.reloaded(recipe, folder)
+        loaded = self.forward(model, ids)
+        adapter, scales = self.adapter_of(model)
+        trace = Trace({"loaded": loaded.values}, {"dtype": loaded.dtype, "scales": scales})
+        magnitudes = {k[:-2]: adapter.pop(k) for k in sorted(adapter) if k.endswith(".m")}
+        return trace.with_group("adapter", adapter).with_group("magnitude", magnitudes)
