@@ -58,6 +58,10 @@ def complaint(method, outputs, inputs=None):
     return ""
 
 
+def _computes(method):
+    return any(getattr(spec, "kind", "") == "float" for spec in method.outputs)
+
+
 def test_what_fits_passes():
     assert complaint("train", trained()) == ""
     inputs = Trace({"ids.0": ints(1, 3), "ids.1": ints(2, 9)})
@@ -247,3 +251,14 @@ def test_a_skeleton_runs_and_is_skipped_until_it_is_written(tmp_path):
     assert "is not written yet" in (tmp_path / "b" / "report.md").read_text(), done.stdout
     lint = [sys.executable, "-m", "ruff", "check", "--isolated", str(file)]
     assert subprocess.run(lint, check=False, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if _computes(m)])
+def test_what_computes_with_floats_reads_the_dtype(name):
+    """Else the float64 run would be a copy of the reference, and its distance from it nothing."""
+    assert METHODS[name].read("model.dtype", Trace())
+
+
+def test_the_float64_run_of_an_optimizer_is_no_copy_of_the_reference(engine):
+    record = run_cell(engine, Cell(find("optimizer_step"), "mlx", "hf", Recipe()))
+    assert all(m.error_reference > 0 for m in record.metrics)
