@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from parity.judge.noise import EPS, HEADROOM, Noise, Sources, distance, largest, listed
+from parity.judge.noise import EPS, HEADROOM, Noise, distance, greatest, listed
 from parity.record import Metric, Verdict
 from parity.trace import Array, first_difference
 
@@ -119,13 +119,15 @@ def _tensor(name: str, subject: Array, reference: Array, noise: Noise) -> Metric
     difference = np.abs(subject.astype(np.float64) - reference.astype(np.float64))
     value = float(difference.max(initial=0.0))
     index = np.unravel_index(int(difference.argmax()), difference.shape) if value else ()
-    sources = noise.sources(name, reference)
-    floor = largest(sources)
+    sources = listed(noise.sources(name, reference))
+    floor = greatest(sources)
     tolerance = 0.0 if noise.exact else HEADROOM * floor
     errors = _errors(name, subject, reference, noise)
     nearer = _may_be_nearer(noise, errors) and errors[0] <= errors[1]  # type: ignore[operator]
-    scale = np.abs(reference.astype(np.float64))
-    relative = float((difference / np.where(scale == 0, np.inf, scale)).max(initial=0.0))
+    relative = 0.0
+    if value:
+        scale = np.abs(reference.astype(np.float64))
+        relative = float((difference / np.where(scale == 0, np.inf, scale)).max(initial=0.0))
     judged = _judged(value, tolerance, value > tolerance and not nearer, noise, sources)
     return Metric(
         name=name,
@@ -134,7 +136,7 @@ def _tensor(name: str, subject: Array, reference: Array, noise: Noise) -> Metric
         minimum_required_tolerance=value,
         floor=floor,
         relative=relative,
-        mismatched=int(np.count_nonzero(difference)),
+        mismatched=int(np.count_nonzero(difference)) if value else 0,
         total=int(reference.size),
         where=f"{name} {_at(index)}".strip() if value else "",
         error_subject=errors[0],
@@ -165,9 +167,9 @@ def _may_be_nearer(noise: Noise, errors: tuple[float | None, float | None]) -> b
 
 
 def _judged(
-    value: float, tolerance: float, over: bool, noise: Noise, sources: Sources
+    value: float, tolerance: float, over: bool, noise: Noise, sources: dict[str, float | str]
 ) -> dict[str, Any]:
-    """Verdict, note and the sources of a floor.
+    """Verdict, note and the sources of a floor, of each the greatest value.
 
     What would diverge while the floor lacks its main source is inconclusive: that source might
     explain the difference.
@@ -182,7 +184,7 @@ def _judged(
     return {
         "verdict": verdict,
         "note": note,
-        "sources": listed(sources),
+        "sources": sources,
         "why_floor": noise.why_floor,
     }
 
@@ -254,7 +256,7 @@ def compare_series(name: str, subject: Array, reference: Array, noise: Noise) ->
     counted = np.where(over, difference, -1.0) if steps.size else difference
     place = int((counted if noise.exact else counted / np.maximum(floors, 1e-300)).argmax())
     value, tolerance = float(difference[place]), float(tolerances[place])
-    judged = _judged(float(difference.max()), tolerance, bool(steps.size), noise, sources)
+    judged = _judged(float(difference.max()), tolerance, bool(steps.size), noise, listed(sources))
     diverges = judged["verdict"] is Verdict.DIVERGE
     return Metric(
         name=name,

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -102,7 +103,7 @@ class Noise:
         """The noise floor of one tensor."""
         return largest(self.sources(name, reference))
 
-    def lacking(self, sources: Sources) -> str:
+    def lacking(self, sources: Mapping[str, Any]) -> str:
         """Why the main source is absent; empty where it is there or none is expected."""
         value = sources.get(self.main, "it was not measured") if self.main else ""
         return value if isinstance(value, str) else ""
@@ -122,6 +123,8 @@ class Noise:
         return max(EPS.get(declared or array.dtype.name, 0.0), EPS["float32"])
 
     def _pooled(self, name: str, reference: Array) -> Array | None:
+        if not _kind(name):
+            return None
         relative, absolute = self._pools
         shares = [relative.get(_kind(name), 0.0) * float(np.max(np.abs(reference), initial=0.0))]
         shares.append(absolute.get(_block(name), 0.0))
@@ -150,6 +153,7 @@ class Noise:
         return relative, absolute
 
 
+@lru_cache(maxsize=4096)
 def _kind(name: str) -> str:
     """`layers.N.self_attn.q_proj.lora_a` of an adapter's tensor, else nothing."""
     if not name.endswith((".lora_a", ".lora_b")):
@@ -165,8 +169,12 @@ def _block(name: str) -> str:
 
 def largest(sources: Sources) -> float:
     """The greatest value of the sources that are there."""
-    values = [np.max(v, initial=0.0) for v in sources.values() if not isinstance(v, str)]
-    return float(max(values, default=0.0))
+    return greatest(listed(sources))
+
+
+def greatest(sources: Mapping[str, float | str]) -> float:
+    """The greatest value of what `listed` gives."""
+    return max((value for value in sources.values() if not isinstance(value, str)), default=0.0)
 
 
 def listed(sources: Sources) -> dict[str, float | str]:

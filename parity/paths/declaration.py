@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from parity import recipe as recipes
@@ -26,9 +27,14 @@ def check(spec: str, found: Any) -> type[TrainingPath]:
     """
     if not (isinstance(found, type) and issubclass(found, TrainingPath)):
         raise UsageError(f"{spec!r} is no subclass of parity.paths.protocol.TrainingPath")
-    if wrong := next(_wrong(found), None):
+    if wrong := _first_wrong(found):  # type: ignore[arg-type] # a class is hashable
         raise UsageError(f"path {spec!r}: {wrong}")
     return found
+
+
+@cache  # a class is resolved for every capture
+def _first_wrong(kind: type[TrainingPath]) -> str:
+    return next(_wrong(kind), "")
 
 
 def _wrong(kind: type[TrainingPath]) -> Iterator[str]:

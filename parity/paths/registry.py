@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -21,13 +21,13 @@ _PROCESSES = {"mlx": "parity.paths.mlx.process", "torch": "parity.paths.hf.proce
 """Framework to the module whose `prepare` makes a process ready for it."""
 
 
-@functools.cache
-def registered() -> dict[str, str]:
+@cache  # every cell asks, and reading what is installed takes 8 ms
+def registered() -> Mapping[str, str]:
     """Registered paths: name to `module:Class`."""
     return {point.name: point.value for point in entry_points(group=GROUP)}
 
 
-@functools.cache
+@cache
 def resolve(spec: str) -> type[TrainingPath]:
     """The class of a registered name, of `package.module:Class`, or of a hybrid of such.
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from parity.cells.plan import GridRow
+from parity.derived import kept
 from parity.results.aggregate import Aggregate
 from parity.results.series import Curve
 
@@ -62,7 +66,7 @@ def _losses(steps: pd.DataFrame, row: GridRow) -> Figure:
     n = steps["seed"].nunique()
     each = f"one line a seed, {n} seeds" if n > 1 else "one seed"
     caption = f"Loss: subject ({row.subject}) thin on reference ({row.reference}) broad; {each}"
-    return Figure(caption, _svg(draw, f"{row} loss"))
+    return Figure(caption, _svg(draw, f"{row} loss", _content(steps)))
 
 
 def _difference(steps: pd.DataFrame, row: GridRow, curve: Curve) -> Figure:
@@ -84,12 +88,24 @@ def _difference(steps: pd.DataFrame, row: GridRow, curve: Curve) -> Figure:
 
     over = f"; over the tolerance from step {curve.first_step}" if curve.first_step else ""
     return Figure(
-        f"|{name}| a step, subject − reference, log scale{over}", _svg(draw, f"{row} {name}")
+        f"|{name}| a step, subject − reference, log scale{over}",
+        _svg(draw, f"{row} {name}", (curve.first_step, _content(steps))),
     )
 
 
-def _svg(draw: Callable[[Axes], None], salt: str) -> str:
-    """One figure, the same bytes for the same data."""
+def _content(steps: pd.DataFrame) -> str:
+    """What is drawn, as text."""
+    return str(steps.to_csv(index=False))
+
+
+def _svg(draw: Callable[[Axes], None], salt: str, content: object) -> str:
+    """One figure, the same bytes for the same data; drawn once for the same `content`."""
+    code = Path(__file__).read_bytes()
+    parts = version("matplotlib"), hashlib.sha256(code).hexdigest(), salt, content
+    return kept("figures", parts, lambda: _drawn(draw, salt))
+
+
+def _drawn(draw: Callable[[Axes], None], salt: str) -> str:
     from io import StringIO
 
     import matplotlib

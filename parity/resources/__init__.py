@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from parity.errors import UsageError
@@ -86,9 +88,18 @@ def fingerprint(folder: str | Path) -> str:
     root = Path(folder)
     h = hashlib.sha256(str(folder).encode())
     if root.is_dir():
-        for file in sorted(
-            p for p in root.rglob("*") if p.is_file() and "__pycache__" not in p.parts
-        ):
-            stat = file.stat()
-            h.update(f"{file.relative_to(root)}{stat.st_size}{stat.st_mtime_ns}".encode())
+        for name, stat in sorted(_files(str(root), ()), key=lambda found: found[0]):
+            h.update(f"{'/'.join(name)}{stat.st_size}{stat.st_mtime_ns}".encode())
     return h.hexdigest()[:16]
+
+
+def _files(folder: str, below: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], os.stat_result]]:
+    """Files below a folder by the parts of their names; links are followed to files alone."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = (*below, entry.name)
+            if entry.is_dir(follow_symlinks=False):
+                if entry.name != "__pycache__":
+                    yield from _files(entry.path, name)
+            elif entry.is_file():
+                yield name, entry.stat()

@@ -7,11 +7,13 @@ the number of seeds that would be needed to find one. Bad input raises ValueErro
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isqrt
+from math import comb, isqrt, sqrt
 from numbers import Integral
 
 import numpy as np
-from scipy.stats import binom, binomtest
+
+NORMAL_975 = 1.959963984540054
+"""Quantile of the standard normal distribution at 97.5 %."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +72,10 @@ def wilson(passes: int, n: int) -> Interval:
     check_count("passes", passes, n)
     if n == 0:
         raise ValueError("n = 0: no seed was run, so there is no pass rate; run at least one")
-    ci = binomtest(passes, n).proportion_ci(0.95, "wilson")
-    return Interval(float(ci.low), float(ci.high))
+    p, z = passes / n, NORMAL_975
+    scale = 2 * (n + z**2)
+    center, half = (2 * n * p + z**2) / scale, z / scale * sqrt(4 * n * p * (1 - p) + z**2)
+    return Interval(center - half if passes else 0.0, center + half if passes < n else 1.0)
 
 
 def discordance_bound(n: int, confidence: float = 0.95) -> float:
@@ -92,8 +96,9 @@ def mcnemar(b: int, c: int) -> PairedTest:
     """
     check_count("b", b)
     check_count("c", c)
-    exact = float(binomtest(b, b + c).pvalue) if b + c else 1.0
-    return PairedTest(int(b), int(c), exact)
+    b, c = int(b), int(c)
+    fewer = sum(comb(b + c, k) for k in range(min(b, c) + 1))  # whole numbers: nothing is rounded
+    return PairedTest(b, c, min(1.0, 2 * fewer / 2 ** (b + c)))
 
 
 def mcnemar_power(
@@ -116,6 +121,8 @@ def mcnemar_power(
     if n == 0 or rate == 0:
         return 0.0
     share, rate = p_subject_only / rate, min(rate, 1.0)
+    from scipy.stats import binom  # nearly a second, and rarely needed
+
     first, last = binom.ppf([1e-15, 1 - 1e-15], n, rate)  # beyond lies less than rounding error
     pairs = np.arange(first, last + 1)
     # The largest minority count that is still rejected is this quantile or the count below it.

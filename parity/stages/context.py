@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -65,6 +65,7 @@ class Pair:
     measure: Callable[[str], Measured]
     reduction: Callable[[], float]
     _measured: dict[str, Measured] = field(default_factory=dict)
+    _noises: dict[str, Noise] = field(default_factory=dict)
 
     def measured(self, source: str) -> Measured:
         """What a source gives, measured when first asked for."""
@@ -84,6 +85,11 @@ class Pair:
         if both repeat themselves bits decide, and the float64 run tells which side is off; if one
         does not, the floor does.
         """
+        if group not in self._noises:
+            self._noises[group] = self._noise(group)
+        return self._noises[group]
+
+    def _noise(self, group: str) -> Noise:
         if not self.exact:
             return self._measured_noise(group)
         if _equal(_arrays(self.subject, group), _arrays(self.reference, group)):
@@ -272,6 +278,7 @@ class Context:
             recipe = recipes["referee" if source == sources.REFEREE else "reference"]
             return measured(self.capture, "referee", method, recipe, inputs)
 
+        @cache
         def reduction() -> float:
             if method not in REDUCES:
                 return 0.0

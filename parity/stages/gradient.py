@@ -36,8 +36,9 @@ class Gradient:
             tensors = a.group("gradient"), b.group("gradient")
             noise = pair.noise_of("gradient")
             result.metrics.append(compare_group(f"gradient, {what}", *tensors, noise))
-            result.findings += proportional(*tensors, what)
-            result.facts |= scale_facts(*tensors, what)
+            facts = scale_facts(*tensors, what)
+            result.findings += proportional(facts, what)
+            result.facts |= facts
             result.facts |= reduction_facts(a, b, what)
         if any(recipe.lora.dropout for recipe in context.recipes.values()):
             result.findings.append("without dropout: its masks are no part of this stage")
@@ -80,9 +81,9 @@ def filled(init: dict[str, Array], rng: np.random.Generator) -> dict[str, Array]
     }
 
 
-def proportional(subject: dict[str, Array], reference: dict[str, Array], what: str) -> list[str]:
+def proportional(facts: dict[str, float], what: str) -> list[str]:
     """Says so when one gradient is a multiple of the other: same direction, other scale."""
-    ratio = scale_facts(subject, reference, what).get(f"gradient ratio, {what}")
+    ratio = facts.get(f"gradient ratio, {what}")
     if ratio is None:
         return []
     return [f"{what}: the subject's gradient is the reference's times {ratio:.4g}"]

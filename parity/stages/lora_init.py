@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import ClassVar
 
 import numpy as np
 
+from parity.derived import kept
+from parity.files import dumps, loads
 from parity.judge.compare import compare_exact, compare_group, nothing
 from parity.judge.noise import EPS
 from parity.record import Metric, Verdict
@@ -111,8 +114,6 @@ def distribution(side: str, tensors: dict[str, Array], dtype: str = "float32") -
         tensors: Adapter tensors by name; lora_a is (in, r).
         dtype: What they are stored in.
     """
-    from scipy.stats import kstwo
-
     scaled = {
         name: np.sort(v.ravel().astype(np.float64) * np.sqrt(v.shape[0]))
         for name, v in tensors.items()
@@ -124,15 +125,13 @@ def distribution(side: str, tensors: dict[str, Array], dtype: str = "float32") -
     grid = step / 4
 
     def critical(size: int, alpha: float) -> float:
-        return float(kstwo.isf(alpha, size)) + grid
+        return _kolmogorov_smirnov("isf", [(alpha, size)])[0] + grid
 
     size = sum(value.size for value in scaled.values())
     pooled = _distance(np.sort(np.concatenate(list(scaled.values()))))
     distances = {name: _distance(value) for name, value in scaled.items()}
-    p = {
-        name: float(kstwo.sf(max(0.0, d - grid), scaled[name].size))
-        for name, d in distances.items()
-    }
+    tested = [(max(0.0, d - grid), scaled[name].size) for name, d in distances.items()]
+    p = dict(zip(distances, _kolmogorov_smirnov("sf", tested), strict=True))
     rejected = holm(p, ALPHA / 2)
     worst = min(p, key=lambda name: (p[name], -distances[name]))
     least = critical(scaled[worst].size, ALPHA / 2 / len(p))
@@ -169,6 +168,19 @@ def distribution(side: str, tensors: dict[str, Array], dtype: str = "float32") -
             f"all {len(p)} tensors together: Kolmogorov–Smirnov D = {pooled:.4f}",
         ),
     ]
+
+
+def _kolmogorov_smirnov(function: str, arguments: list[tuple[float, int]]) -> list[float]:
+    """The survival function of D, or its inverse, at each (value, number of draws)."""
+
+    def computed() -> str:
+        from scipy.stats import kstwo  # nearly a second
+
+        return dumps([float(getattr(kstwo, function)(*pair)) for pair in arguments])
+
+    parts = version("scipy"), function, arguments
+    found: list[float] = loads(kept("kolmogorov-smirnov", parts, computed))
+    return found
 
 
 def holm(p: dict[str, float], alpha: float) -> list[str]:

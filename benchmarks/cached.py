@@ -1,0 +1,99 @@
+"""A run whose captures are all cached, against another commit, as a ratio in the same run.
+
+Both commits first make what they lack of the captures, figures and kernels; then they take turns. No worker
+may start, and the records of both must be equal but for what each process has of its own.
+
+    python benchmarks/cached.py --before main~20
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parents[1]
+
+
+def timed(checkout: Path, arguments: list[str], out: Path) -> float:
+    """Seconds of one `parity run` of a checkout as a whole process."""
+    env = {**os.environ, "PYTHONPATH": str(checkout)}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # as for a user, nothing is compiled twice
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "parity.cli", "run", *arguments, "--out", str(out)],
+        cwd=checkout,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode not in (0, 1):
+        sys.exit(done.stdout + done.stderr)
+    return time.perf_counter() - started
+
+
+def records(out: Path) -> dict[str, Any]:
+    """The records of a run without what differs between two processes that do the same."""
+    found = {}
+    for file in sorted((out / "records").glob("*.json")):
+        record = json.loads(file.read_text())
+        for name in ("seconds", "git", "artifacts"):
+            record.pop(name)
+        for side in ("subject", "reference"):
+            for name in ("pid", "seconds", "peak_memory"):
+                record[side]["environment"].pop(name, None)
+        found[file.name] = record
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--before", required=True, metavar="REV", help="the commit to compare with")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("arguments", nargs="*", help="of `parity run`, after --")
+    options = parser.parse_args()
+    git = ("git", "-C", str(HERE), "worktree")
+    with tempfile.TemporaryDirectory() as scratch:
+        before = Path(scratch) / "before"
+        subprocess.run([*git, "add", "-q", "--detach", str(before), options.before], check=True)
+        try:
+            compare({"before": before, "now": HERE}, options.rounds, options.arguments, scratch)
+        finally:
+            subprocess.run([*git, "remove", "--force", str(before)], check=True)
+
+
+def compare(checkouts: dict[str, Path], rounds: int, arguments: list[str], scratch: str) -> None:
+    seconds: dict[str, list[float]] = {name: [] for name in checkouts}
+    for index in range(rounds + 1):
+        for name, checkout in checkouts.items():
+            out = Path(scratch) / f"{name}-{index}"
+            took = timed(checkout, arguments, out)
+            if not index:
+                print(f"{name}: making what is not cached: {took:.1f} s", flush=True)
+                continue
+            seconds[name].append(took)
+            if any((out / "logs").glob("*")):
+                sys.exit(f"{name}: a worker was started: {[*(out / 'logs').glob('*')]}")
+    found = {name: records(Path(scratch) / f"{name}-{rounds}") for name in checkouts}
+    first, second = found.values()
+    if differing := [name for name in first if first[name] != second.get(name)]:
+        sys.exit(f"records differ: {', '.join(differing)}")
+    print(f"{len(first)} records of each, equal")
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    for name, values in seconds.items():
+        print(f"{name:<7} {medians[name]:5.1f} s  ({', '.join(f'{v:.1f}' for v in values)})")
+    print(f"ratio: {medians['before'] / medians['now']:.1f}")
+
+
+if __name__ == "__main__":
+    main()
