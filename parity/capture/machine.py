@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+import resource
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-_PASSING = ("pid", "seconds")
+PEAK_MEMORY = "peak_memory"
+"""Entry of an environment: the greatest resident memory of its process until then, in bytes."""
+PASSING = ("pid", "seconds", PEAK_MEMORY)
 """What each capture has of its own."""
+
+
+def peak_memory() -> int:
+    """The greatest resident memory of this process so far, in bytes.
+
+    On Linux `ru_maxrss` of a process counts what started it as well: the kernel's own count is read.
+    """
+    with contextlib.suppress(OSError):
+        text = Path("/proc/self/status").read_text(encoding="utf-8")
+        if found := re.search(r"^VmHWM:\s+(\d+) kB$", text, re.MULTILINE):
+            return int(found[1]) * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def differences(
@@ -34,6 +54,6 @@ def _flat(environment: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in environment.items():
         if isinstance(value, Mapping):
             flat |= {f"{name}.{key}": item for key, item in value.items()}
-        elif name not in _PASSING:
+        elif name not in PASSING:
             flat[name] = value
     return flat

@@ -21,6 +21,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from parity import timing
+from parity.capture import machine
 from parity.capture.footprint import Footprint, restart_generators
 from parity.capture.loaded import Manifests
 from parity.errors import CaptureError, UnmatchedNames, Unsupported, UsageError
@@ -51,6 +53,8 @@ def environment(framework: str, cache: Path) -> dict[str, str]:
     env.setdefault("OMP_NUM_THREADS", "1")
     env.setdefault("TOKENIZERS_PARALLELISM", "false")
     env["PYTHONUNBUFFERED"] = "1"
+    if timing.VARIABLE in env:
+        env[timing.VARIABLE] = str(time.monotonic())
     if framework == "mlx":
         env.setdefault("MLX_ENABLE_TF32", "0")
         kernels = cache / "kernels"
@@ -146,6 +150,8 @@ class Worker:
             stdin.write(json.dumps(request).encode() + b"\n")
             stdin.flush()
             answer = json.loads(self._read_line(timeout))
+            lane = f"{self.group.alone or self.group.framework} ({self._process.pid})"
+            timing.report(lane, answer.get("spans", ()))
         except TimeoutError:
             self.kill()
             raise CaptureError(
@@ -241,17 +247,20 @@ def serve(framework: str, cache: Path, hidden: Collection[str] = ()) -> None:
     paths: OrderedDict[str, TrainingPath] = OrderedDict()
     manifests = Manifests(cache)
     before: Footprint | None = None
+    profile = timing.of_worker()
     for line in sys.stdin:
         request = json.loads(line)
         answer: dict[str, Any] = {"status": "ok"}
         try:
             if before is None:
-                prepare(framework)
+                with timing.span(timing.IMPORT, framework):
+                    prepare(framework)
                 before = Footprint()
             path = _path(request["path"], cache, paths)
             restart_generators()
             _carry_out(path, request)
-            answer["loaded"] = manifests.write()
+            with timing.span(timing.WRITE, "manifest"):
+                answer["loaded"] = manifests.write()
         except tuple(_RAISED.values()) as error:
             answer = {"status": type(error).__name__, "message": str(error)}
         except Exception as error:
@@ -260,9 +269,12 @@ def serve(framework: str, cache: Path, hidden: Collection[str] = ()) -> None:
                 "message": f"{type(error).__name__} in {request['method']}: {error}",
                 "detail": traceback.format_exc()[-TAIL:],
             }
-        after = Footprint()
+        with timing.span(timing.COMPARE, "footprint of the process"):
+            after = Footprint()
         answer["changed"] = before.changed(after) if before else []
         before = after
+        if profile:
+            answer["spans"] = profile.take()
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
@@ -287,19 +299,23 @@ def _carry_out(path: TrainingPath, request: dict[str, Any]) -> None:
     started = time.perf_counter()
     kind, method = type(path), METHODS[request["method"]]
     recipe = build(request["recipe"], "request", kind_of(kind.knob_types()))
-    inputs = Trace.load(Path(request["inputs"]))
+    with timing.span(timing.READ, "inputs"):
+        inputs = Trace.load(Path(request["inputs"]))
     dimensions = method.check_inputs(inputs)
     demands.check(kind, method.name, recipe, inputs)
-    trace = path.emit(method.name, recipe, inputs)
+    with timing.capture(method.name):
+        trace = path.emit(method.name, recipe, inputs)
     method.check_outputs(trace, dimensions)
     trace.environment = {
         **path.environment(),
         "seconds": time.perf_counter() - started,
         "pid": os.getpid(),
+        machine.PEAK_MEMORY: machine.peak_memory(),
         # Which code ran, as the process itself reports.
         "code": f"{kind.__module__}:{kind.__qualname__}",
     }
-    trace.save(Path(request["output"]))
+    with timing.span(timing.WRITE, "capture"):
+        trace.save(Path(request["output"]))
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from parity import __version__
+from parity.capture import machine
 from parity.capture.bundle import is_bundle, opened
 from parity.capture.engine import Declared, Engine, Source, declared, shipped
 from parity.capture.keys import git_state
-from parity.capture.machine import differences
 from parity.cells.cell import Cell, reproduce
 from parity.cells.matrix import Matrix
 from parity.errors import CaptureError, MissingCapture, UnmatchedNames, Unsupported
@@ -205,7 +205,9 @@ def context_of(
 
     def note(side: str, trace: Trace) -> Trace:
         first = environments.setdefault(side, dict(trace.environment))
-        if mixed is not None and (found := differences(first, trace.environment)):
+        if peak := trace.environment.get(machine.PEAK_MEMORY):
+            first[machine.PEAK_MEMORY] = max(first.get(machine.PEAK_MEMORY, 0), peak)
+        if mixed is not None and (found := machine.differences(first, trace.environment)):
             mixed.setdefault(side, found)
         files.setdefault(os.path.relpath(trace.file, engine.cache))
         return trace
@@ -258,7 +260,7 @@ def _operations(
             )
         except (Unsupported, CaptureError):  # the stage will meet it, too
             return own
-    if not (differ := differences(found[1], found[0], common=True)):
+    if not (differ := machine.differences(found[1], found[0], common=True)):
         return own
     return {**own, "subject": f"the sides ran in two environments ({'; '.join(differ)})"}
 

@@ -23,6 +23,7 @@ from parity.paths.hf.live import Batch
 from parity.paths.hf.stages import TorchStages
 from parity.paths.hf.work import accumulate
 from parity.recipe import Recipe
+from parity.timing import LOAD, timed
 from parity.trace import Array
 
 KEPT = 2
@@ -87,6 +88,7 @@ class HfPath(TorchStages):
 
         return AutoTokenizer.from_pretrained(resources.model_dir(recipe.model.source))
 
+    @timed(LOAD)
     def load(self, recipe: Recipe) -> Any:
         """The base model with eager attention and experts.
 

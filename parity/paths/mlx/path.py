@@ -27,6 +27,7 @@ from parity.paths.mlx.round_trip import save_by_train
 from parity.paths.mlx.settings import lora_parameters, lr_schedule, optimizer_config, pad
 from parity.paths.mlx.stages import MlxStages
 from parity.recipe import Recipe
+from parity.timing import LOAD, timed
 from parity.trace import Array
 
 
@@ -90,6 +91,7 @@ class MlxPath(MlxStages):
         """The path that a part (see `parity.paths.parts`) is taken from: this one, unless it is a hybrid."""
         return self.donors.get(name, self)
 
+    @timed(LOAD)
     def load(self, recipe: Recipe) -> tuple[Any, Any]:
         """Model and tokenizer, cast to the recipe's dtype."""
         import mlx.core as mx

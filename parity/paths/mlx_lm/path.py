@@ -29,6 +29,7 @@ from parity.paths.mlx.settings import one_step
 from parity.paths.mlx.traces import decode_trace, given, recorded
 from parity.paths.mlx_lm.settings import arguments, checkpoint
 from parity.recipe import Recipe
+from parity.timing import LOAD, timed
 from parity.trace import Array, Trace
 
 
@@ -48,6 +49,7 @@ class MlxLmPath(MlxPath):
         "train.accumulation_weighting": "mean",
     }
 
+    @timed(LOAD)
     def load(self, recipe: Recipe) -> tuple[Any, Any]:
         """The checkpoint as `mlx_lm.load` gives it."""
         import mlx_lm

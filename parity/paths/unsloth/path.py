@@ -34,6 +34,7 @@ from parity.paths.unsloth.observer import Run
 from parity.paths.unsloth.parts import Rows, clip_in_effect, loss_of, stepping, tree_of
 from parity.paths.unsloth.trainer import ReplacedParts
 from parity.recipe import Recipe
+from parity.timing import LOAD, timed
 from parity.trace import Array, Trace
 
 AHEAD = 8  # micro-batches that are planned at least: the configuration shows these
@@ -102,6 +103,7 @@ class UnslothPath(MlxPath):
         library()
         return super().base(recipe)
 
+    @timed(LOAD)
     def load(self, recipe: Recipe) -> tuple[Any, Any]:
         """The checkpoint as `FastMLXModel.from_pretrained` gives it."""
         arguments = _unsloth_settings.loading(recipe)
