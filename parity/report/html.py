@@ -7,6 +7,7 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
+from parity.capture.machine import PASSING
 from parity.cells.plan import GridRow, row_of
 from parity.record import Metric, Record
 from parity.report import labels
@@ -17,7 +18,6 @@ from parity.results.aggregate import GREEN, Aggregate, FirstFailure, state
 OPEN = 3  # failures shown unfolded
 SIDES = ("subject", "reference")
 TEMPLATE = "report.html.j2"
-_DIFFER_ALWAYS = ("pid", "seconds")  # between any two processes
 
 
 def render(result: Aggregate) -> str:
@@ -115,7 +115,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     for key, value in values.items():
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
-        elif f"{prefix}{key}" not in _DIFFER_ALWAYS:
+        elif f"{prefix}{key}" not in PASSING:
             flat[prefix + key] = (
                 ", ".join(map(str, value)) if isinstance(value, list) else str(value)
             )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isnan
 
+from parity.capture.machine import PEAK_MEMORY
 from parity.cells.plan import GridRow
+from parity.record import Record
 from parity.results.aggregate import Aggregate, FirstFailure, Note, PassRates
 from parity.results.series import Curve
 from parity.results.statistics import wilson
@@ -21,6 +23,27 @@ SYMBOLS = {
     "skip": "–",
     "missing": "·",
 }
+
+
+def memory(record: Record) -> str:
+    """`412 MB (mlx), 731 MB (hf)`: the peak of each side's processes; empty where none reported it."""
+    sides = (record.subject, record.reference)
+    found = {side.path: side.environment.get(PEAK_MEMORY) for side in sides}
+    return _megabytes({path: peak for path, peak in found.items() if peak})
+
+
+def memory_of_run(result: Aggregate) -> str:
+    """The same over all records of a run."""
+    found: dict[str, int] = {}
+    for record in result.records:
+        for side in (record.subject, record.reference):
+            if peak := side.environment.get(PEAK_MEMORY):
+                found[side.path] = max(found.get(side.path, 0), peak)
+    return _megabytes(found)
+
+
+def _megabytes(peaks: Mapping[str, int]) -> str:
+    return ", ".join(f"{peak / 1e6:,.0f} MB ({path})" for path, peak in peaks.items())
 
 
 def number(value: float) -> str:

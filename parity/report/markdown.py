@@ -36,6 +36,8 @@ def _parts(result: Aggregate) -> Iterator[str]:
     of = len(result.seeds)
     yield f"## Parity: {SYMBOLS[result.verdict]} {result.verdict}\n"
     yield f"{result.reason[:1].upper()}{result.reason[1:]}.\n"
+    if peaks := labels.memory_of_run(result):
+        yield f"Peak memory of the processes: {escape(peaks)}.\n"
     for (name, title, reason), which in labels.firsts(result).items():
         yield f"- **{name}** first at probe {title}: **{escape(reason)}**  "
         yield f"  {escape(labels.pairs_text(which, of))}"

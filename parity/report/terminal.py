@@ -177,5 +177,7 @@ def _conclusion(result: Aggregate, console: Console) -> None:
     for (name, title, reason), which in labels.firsts(result).items():
         console.print(Text(f"{name} first at probe {title}: {reason}", STYLES[name]))
         console.print(Text(f"  {labels.pairs_text(which, len(result.seeds))}"))
+    if peaks := labels.memory_of_run(result):
+        console.print(Text(f"peak memory of the processes: {peaks}", "dim"))
     line = f"PARITY {result.verdict} · {result.reason} · exit code {result.exit_code}"
     console.print(Text(line, STYLES[result.verdict]))
