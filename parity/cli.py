@@ -11,6 +11,7 @@ import click
 from parity import __version__
 from parity.commands.adapter import adapter
 from parity.commands.bisect import bisect
+from parity.commands.cache import cache
 from parity.commands.capture import capture
 from parity.commands.options import EXIT_GREEN, EXIT_MISSING, EXIT_USAGE
 from parity.commands.replay import replay
@@ -58,6 +59,7 @@ Examples:
   parity replay                                known cases with known causes
   parity report reports/run-1                  the report of a folder of records
   parity adapter check adapters                what a saved adapter is, and what is wrong
+  parity cache                                 what is kept of earlier runs, and its size
   parity list                                  paths, probes, models, data, recipes
 \b
 Exit codes: 0 everything green, 1 something diverges or is inconclusive,
@@ -74,7 +76,10 @@ def main() -> None:
     """Tells whether an MLX fine-tuning path does the same thing as its reference."""
 
 
-for command in (run, bisect, replay, report, capture, adapter, list_, factors, contract, new_path):
+commands = (
+    run, bisect, replay, report, capture, adapter, cache, list_, factors, contract, new_path,
+)  # fmt: skip
+for command in commands:
     main.add_command(command)
 
 

@@ -87,6 +87,7 @@ def run(
     """  # noqa: D301
     from parity import recipe as recipes
     from parity.capture import engine as engines
+    from parity.capture import storage
     from parity.capture.bundle import name_of
     from parity.cells import matrix as runs
     from parity.cells.plan import Plan, write_plan
@@ -96,6 +97,7 @@ def run(
     from parity.results import expected as expectations
     from parity.results.aggregate import aggregate
 
+    most = storage.limit()
     references = references or runs.REFERENCES
     shared = recipes.load(recipe, settings, engines.knobs([subject, *references]))
     changes = runs.sides(
@@ -129,6 +131,8 @@ def run(
     for record in records:
         if record.expected:
             record.save(folder / "records")
+    if engine.captured and (pruned := storage.keep_below(engine.cache, most)):
+        click.echo(pruned, err=True)
     result = aggregate(records, plan, known)
     files = write(result, folder)
     terminal.render(result, terminal.console())
