@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from filelock import FileLock
 
 from parity import resources
-from parity.capture import keys, machine
+from parity.capture import keys, machine, storage
 from parity.capture.bundle import is_bundle, opened
 from parity.capture.environments import UnavailableVersion, pinned
 from parity.capture.loaded import Check
@@ -77,6 +78,8 @@ class Engine:
         self.timeout = timeout
         self.log_dir = log_dir or self.cache / "logs"
         self.notice = notice or (lambda _: None)
+        self._use = contextlib.ExitStack()
+        self._use.enter_context(storage.in_use(self.cache))
         self.captured = 0  # captures that were run, not found in the cache
         self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="capture")
         self._check = Check(self.shared)
@@ -107,6 +110,7 @@ class Engine:
         """Ends all workers."""
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._pool.close()
+        self._use.close()
 
     def source(self, spec: str, path: str = "") -> Source:
         """What answers captures of a path, or of another `path` whose captures a bundle holds."""
@@ -147,9 +151,14 @@ class Engine:
 
     def _kept(self, spec: str, folder: Path, key: str) -> Trace | None:
         """A capture of the code that would run now, from the environment that is present."""
-        for file in sorted(folder.glob(f"{key}-*.safetensors")):
-            manifest = file.stem.rpartition("-")[2]
+        names = sorted(os.listdir(folder)) if folder.is_dir() else []  # noqa: PTH208 a glob is slow
+        for name in names:
+            if not name.startswith(f"{key}-") or not name.endswith(".safetensors"):
+                continue
+            file, manifest = folder / name, Path(name).stem.rpartition("-")[2]
             if not self._check.holds(manifest, self._interpreter(spec)[1]):
+                continue
+            if not storage.used(file):  # removed by another process
                 continue
             trace = Trace.load(file)
             if spec not in self._present:
