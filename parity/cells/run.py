@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from parity import __version__
+from parity import __version__, timing
 from parity.capture import machine
 from parity.capture.bundle import is_bundle, opened
 from parity.capture.engine import Declared, Engine, Source, declared, shipped
@@ -292,6 +292,11 @@ class _Shipped(dict[str, Recipe]):
         return self[side]
 
 
+def _timed_cell(engine: Engine, cell: Cell) -> Record:
+    with timing.span(timing.COMPARE, f"{cell.stage.number:02d} {cell.id}"):
+        return run_cell(engine, cell, repeat=True)
+
+
 def run_matrix(
     matrix: Matrix,
     engine: Engine,
@@ -315,12 +320,13 @@ def run_matrix(
     pool = ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="cell")
     try:
         futures = {
-            pool.submit(run_cell, engine, cell, True): index for index, cell in enumerate(cells)
+            pool.submit(_timed_cell, engine, cell): index for index, cell in enumerate(cells)
         }
         records: dict[int, Record] = {}
         for future in as_completed(futures):
             record = future.result()
-            record.save(folder / "records")
+            with timing.span(timing.WRITE, record.name):
+                record.save(folder / "records")
             records[futures[future]] = record
             done(record)
     finally:

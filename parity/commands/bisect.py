@@ -15,8 +15,10 @@ from parity.commands.options import (
     EXIT_NOT_GREEN,
     device_option,
     out_option,
+    profile_option,
     recipe_options,
     timeout_option,
+    write_profile,
 )
 
 if TYPE_CHECKING:
@@ -87,6 +89,7 @@ EXIT_CODES = {"agree": EXIT_GREEN, "agree in part": EXIT_MISSING, "not compared"
 @out_option("reports/bisect")
 @device_option
 @timeout_option
+@profile_option
 def bisect(
     recipe: str, settings: tuple[str, ...], set_subject: tuple[str, ...],
     set_reference: tuple[str, ...], seed: int, out: Path, **options: Any,
@@ -113,6 +116,7 @@ def bisect(
       parity bisect --set-subject lora.rank=4 --check './my-check.sh "$PARITY_RECIPE"'
     """  # noqa: D301
     from parity import recipe as recipes
+    from parity import timing
     from parity.capture.engine import knobs
     from parity.cells.matrix import sides
 
@@ -123,10 +127,12 @@ def bisect(
     for changed in (changes, held):
         shared.override(changed)
     try:
-        verdict = _search(shared, changes, held, recipe, out, **options)
+        with timing.span(timing.SEARCH, "stages, factors, parts and places"):
+            verdict = _search(shared, changes, held, recipe, out, **options)
     except KeyboardInterrupt:
         click.echo("stopped; run the same command again to continue", err=True)
         sys.exit(130)
+    write_profile(out)
     sys.exit(EXIT_CODES.get(verdict, EXIT_NOT_GREEN))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,6 +52,47 @@ device_option = click.option(
     callback=_choose_device,
     help="Where hf and trl compute; MLX chooses by itself.  [default: cpu]",
 )
+
+
+_PROFILE = "parity.profile"
+
+
+def _begin_profile(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if not wanted:
+        return
+    from parity import timing
+
+    timeline = context.meta[_PROFILE] = timing.start(imports=True)
+    begun = timing.Span("main", timing.IMPORT, "the command", timing.BORN, time.monotonic())
+    timeline.add([begun])
+    context.call_on_close(timing.stop)
+
+
+profile_option = click.option(
+    "--profile",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_begin_profile,
+    help="Write where the wall time went: profile.html and profile.json beside the report.",
+)
+
+
+def write_profile(folder: Path) -> None:
+    """Ends what `--profile` began, writes it and prints its table on stderr; nothing without it."""
+    timeline = click.get_current_context().meta.pop(_PROFILE, None)
+    if timeline is None:
+        return
+    from parity import timing
+
+    end = time.monotonic()
+    timing.stop()
+    from parity.report import profile
+
+    found = profile.profile(timeline.spans, timing.BORN, end)
+    files = profile.save(folder, found)
+    click.echo(profile.text(found), err=True)
+    click.echo("wrote " + ", ".join(map(str, files)), err=True)
 
 
 def out_option(folder: str) -> Callable[[Command], Command]:

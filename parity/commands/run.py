@@ -10,9 +10,11 @@ import click
 from parity.commands.options import (
     device_option,
     probes_option,
+    profile_option,
     recipe_options,
     seeds_option,
     timeout_option,
+    write_profile,
 )
 
 
@@ -48,6 +50,7 @@ from parity.commands.options import (
 )
 @device_option
 @timeout_option
+@profile_option
 @click.option("--expected", type=click.Path(path_type=Path, exists=True, dir_okay=False),
               help="Known divergences.  [default: the fixtures' file of each pair]")  # fmt: skip
 @click.option("--no-expected", is_flag=True, help="Expect no divergence.")
@@ -86,6 +89,7 @@ def run(
       parity run --subject my_package.trainer:MyPath
     """  # noqa: D301
     from parity import recipe as recipes
+    from parity import timing
     from parity.capture import engine as engines
     from parity.capture import storage
     from parity.capture.bundle import name_of
@@ -131,10 +135,16 @@ def run(
     for record in records:
         if record.expected:
             record.save(folder / "records")
-    if engine.captured and (pruned := storage.keep_below(engine.cache, most)):
+    with timing.span(timing.WRITE, "cache"):
+        pruned = storage.keep_below(engine.cache, most) if engine.captured else ""
+    if pruned:
         click.echo(pruned, err=True)
-    result = aggregate(records, plan, known)
-    files = write(result, folder)
-    terminal.render(result, terminal.console())
+    with timing.span(timing.COMPARE, "all records together"):
+        result = aggregate(records, plan, known)
+    with timing.span(timing.WRITE, "report"):
+        files = write(result, folder)
+    with timing.span(timing.WRITE, "terminal"):
+        terminal.render(result, terminal.console())
     click.echo("wrote " + ", ".join(str(file) for file in files if file.suffix in (".md", ".html")))
+    write_profile(folder)
     sys.exit(result.exit_code)
