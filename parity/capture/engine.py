@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 from filelock import FileLock
 
-from parity import resources
+from parity import resources, timing
 from parity.capture import keys, machine, storage
 from parity.capture.bundle import is_bundle, opened
 from parity.capture.environments import UnavailableVersion, pinned
@@ -109,7 +109,8 @@ class Engine:
     def close(self) -> None:
         """Ends all workers."""
         self._threads.shutdown(wait=True, cancel_futures=True)
-        self._pool.close()
+        with timing.span(timing.PROCESS, "end"):
+            self._pool.close()
         self._use.close()
 
     def source(self, spec: str, path: str = "") -> Source:
@@ -137,12 +138,13 @@ class Engine:
             CaptureError: It failed.
         """
         # What only another path has, or the method does not read, must not make it run again.
-        recipe = METHODS[method].scope(recipe.with_knobs(resolve(spec).knob_types()), inputs)
-        words = keys.of_path(spec), method, keys.of_recipe(recipe), inputs.digest(), attempt
-        key = hashlib.sha256("\n".join(words).encode()).hexdigest()[:24]
-        folder = self.cache / "captures" / key[:2]
-        if found := self._kept(spec, folder, key):
-            return found
+        with timing.span(timing.READ, f"{spec}: {method}"):
+            recipe = METHODS[method].scope(recipe.with_knobs(resolve(spec).knob_types()), inputs)
+            words = keys.of_path(spec), method, keys.of_recipe(recipe), inputs.digest(), attempt
+            key = hashlib.sha256("\n".join(words).encode()).hexdigest()[:24]
+            folder = self.cache / "captures" / key[:2]
+            if found := self._kept(spec, folder, key):
+                return found
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{key}.lock"):
             return self._kept(spec, folder, key) or self._run(
@@ -173,7 +175,10 @@ class Engine:
         inputs.save(source)
         try:
             target, python = self._interpreter(spec)
-            with self._pool.worker(spec, resolve(spec), python) as worker:
+            with (
+                timing.span(timing.WAIT, f"{spec}: {method}"),
+                self._pool.worker(spec, resolve(spec), python) as worker,
+            ):
                 self.notice(f"{spec}: {method}")
                 manifest = worker.call(spec, target, method, recipe, source, output, self.timeout)
             self.captured += 1
@@ -217,7 +222,8 @@ class Engine:
             self._threads.submit(sources[side], method, recipes[side], inputs)
             for side in ("subject", "reference")
         )
-        return subject.result(), reference.result()
+        with timing.span(timing.WAIT, method):
+            return subject.result(), reference.result()
 
     def shipped(self, spec: str, recipe: Recipe) -> Recipe:
         """A recipe in which a path sets by itself what nobody pins."""
