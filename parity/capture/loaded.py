@@ -179,6 +179,10 @@ class Check:
         self._folder, self._hashes = cache / FOLDER, Hashes(cache / FOLDER)
         self._manifests: dict[str, dict[str, Any]] = {}
         self._answers: dict[tuple[str, str], tuple[float, bool]] = {}
+        self._seen: dict[
+            str, str
+        ] = {}  # file → hash, as long as it is fresh: manifests share files
+        self._seen_since = 0.0
         self._lock = threading.Lock()
 
     def holds(self, digest: str, python: str) -> bool:
@@ -187,6 +191,8 @@ class Check:
             now, known = time.monotonic(), self._answers.get((digest, python))
             if known and now - known[0] < self.FRESH:
                 return known[1]
+            if now - self._seen_since >= self.FRESH:
+                self._seen, self._seen_since = {}, now
             roots = search_path(python, str(Path.cwd()), os.environ.get("PYTHONPATH", ""))
             answer = self._unchanged(digest, roots)
             self._hashes.save()
@@ -211,13 +217,18 @@ class Check:
                 (r for r in roots if os.path.exists(os.path.join(r, path))),  # noqa: PTH110, PTH118
                 "",
             )
-            if self._hashes.of(os.path.join(root, path)) != value:  # noqa: PTH118
+            if self._hash(f"{root}{os.sep}{path}") != value:
                 return False
         for file, (name, value) in manifest["elsewhere"].items():
             hidden = name and any(_offers(root, name, listed[root]) for root in roots)
-            if hidden or self._hashes.of(file) != value:
+            if hidden or self._hash(file) != value:
                 return False
         return True
+
+    def _hash(self, file: str) -> str:
+        if (value := self._seen.get(file)) is None:
+            value = self._seen[file] = self._hashes.of(file)
+        return value
 
 
 def _names(root: str) -> frozenset[str]:
