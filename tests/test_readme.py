@@ -35,9 +35,8 @@ NAMED = [
 def test_a_command_that_is_written_down_can_be_typed(line):
     _, name, *words = shlex.split(line)
     command = main.commands[name]
-    if isinstance(command, click.Group):
-        name, *words = words
-        command = command.commands[name]
+    if isinstance(command, click.Group) and words and words[0] in command.commands:
+        command, words = command.commands[words[0]], words[1:]
     context = click.Context(command, info_name=name, resilient_parsing=True)
     values, rest, _ = command.make_parser(context).parse_args(words)
     assert not rest
