@@ -146,7 +146,7 @@ def test_a_cell_absent_from_the_seed_matrix_is_missing_and_named() -> None:
     assert (found.verdict, found.exit_code) == ("missing", 3)
     (gap,) = found.gaps["missing"]
     assert gap[:2] == (GridRow("tiny", "mlx", "hf", 5, "gradient"), (1,))
-    assert found.grid.set_index(["reference", "probe"]).loc[("hf", 5), "1"] == "missing"
+    assert found.grid.frame().set_index(["reference", "probe"]).loc[("hf", 5), "1"] == "missing"
     for text in (markdown.render(found), html.render(found)):
         assert re.search(r"05 gradient, mlx vs hf · tiny, seed 1: no record", text)
 
@@ -206,12 +206,12 @@ def test_what_is_no_plan_is_refused_with_its_name(tmp_path: Path, text: str) -> 
 
 def test_pass_rate_is_green_over_decided() -> None:
     verdicts = ["identical", "agree", "diverge", "inconclusive", "skip"]
-    table = aggregate([record(3, s, v) for s, v in enumerate(verdicts)]).summary
+    table = aggregate([record(3, s, v) for s, v in enumerate(verdicts)]).summary.frame()
     row = table.iloc[0]
     assert (row["seeds"], row["decided"], row["pass_rate"]) == (5, 3, pytest.approx(2 / 3))
     # Wilson for 2 of 3 at 95 %, by hand: (p + z²/2n ± z sqrt(pq/n + z²/4n²)) / (1 + z²/n)
     assert [row["low"], row["high"]] == pytest.approx([0.2077, 0.9385], abs=1e-4)
-    undecided = aggregate([record(3, 0, "skip")]).summary.iloc[0]
+    undecided = aggregate([record(3, 0, "skip")]).summary.frame().iloc[0]
     assert undecided["decided"] == 0 and math.isnan(undecided["pass_rate"])
 
 
@@ -233,7 +233,7 @@ def test_a_series_cut_short_is_named_and_its_steps_are_kept() -> None:
     found = aggregate([curve(0, [0.0] * 4), short, lost])
     assert any("dloss" in p and "seed 1: truncated, 2 of 4" in p for p in found.problems)
     assert any("dloss" in p and "seed 2: truncated, 0 of 4" in p for p in found.problems)
-    steps = found.steps.set_index(["seed", "step"])
+    steps = found.steps.frame().set_index(["seed", "step"])
     assert len(steps) == 10
     assert steps.loc[(2, 4), "loss_reference"] == 1.0 and math.isnan(steps.loc[(2, 4), "dloss"])
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from parity.cells.plan import GridRow
 from parity.derived import kept
 from parity.results.aggregate import Aggregate
 from parity.results.series import Curve
+from parity.trace import Array
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
 
+Steps = list[Mapping[str, Any]]
+"""Rows of the table of steps."""
 SIZE = 4.3, 2.3  # inches
 # Matplotlib cannot write CSS variables: it draws in placeholder colours, replaced afterwards.
 _INK, _SUBJECT, _REFERENCE, _BAD = "#010101", "#020202", "#030303", "#040404"
@@ -39,9 +44,9 @@ class Figure(NamedTuple):
 def figures(result: Aggregate) -> dict[GridRow, list[Figure]]:
     """For each row with step series: the losses, then |dloss| and |dgrad| over the steps."""
     found: dict[GridRow, list[Figure]] = {}
-    if result.steps.empty:
-        return found
-    by_row = dict(iter(result.steps.groupby([*GridRow._fields])))
+    by_row: dict[GridRow, Steps] = defaultdict(list)
+    for step in result.steps.rows:
+        by_row[GridRow(*(step[name] for name in GridRow._fields))].append(step)
     for row in result.cells:
         if row not in by_row:
             continue
@@ -56,46 +61,58 @@ def figures(result: Aggregate) -> dict[GridRow, list[Figure]]:
     return found
 
 
-def _losses(steps: pd.DataFrame, row: GridRow) -> Figure:
+def _losses(steps: Steps, row: GridRow) -> Figure:
+    seeds = _by_seed(steps)
+
     def draw(axes: Axes) -> None:
-        for _, seed in steps.groupby("seed", sort=True):
-            axes.plot(seed["step"], seed["loss_reference"], color=_REFERENCE, lw=3.2, alpha=0.45)
-            axes.plot(seed["step"], seed["loss_subject"], color=_SUBJECT, lw=1)
+        for seed in seeds:
+            step, ours, theirs = (
+                _column(seed, name) for name in ("step", "loss_subject", "loss_reference")
+            )
+            axes.plot(step, theirs, color=_REFERENCE, lw=3.2, alpha=0.45)
+            axes.plot(step, ours, color=_SUBJECT, lw=1)
         axes.set_ylim(bottom=0)
 
-    n = steps["seed"].nunique()
+    n = len(seeds)
     each = f"one line a seed, {n} seeds" if n > 1 else "one seed"
     caption = f"Loss: subject ({row.subject}) thin on reference ({row.reference}) broad; {each}"
-    return Figure(caption, _svg(draw, f"{row} loss", _content(steps)))
+    return Figure(caption, _svg(draw, f"{row} loss", steps))
 
 
-def _difference(steps: pd.DataFrame, row: GridRow, curve: Curve) -> Figure:
+def _difference(steps: Steps, row: GridRow, curve: Curve) -> Figure:
     name = curve.quantity
-    values = steps[name].abs()
+    values = np.abs(_column(steps, name))
     if not (values > 0).any():
-        why = "0 at every step of every seed" if values.notna().all() else "not measured"
+        why = "0 at every step of every seed" if not np.isnan(values).any() else "not measured"
         return Figure(f"{name}: {why}", "")
 
     def draw(axes: Axes) -> None:
-        for _, seed in steps.groupby("seed", sort=True):
-            d = seed[name].abs()
+        for seed in _by_seed(steps):
+            d = np.abs(_column(seed, name))
             alone = "." if (d > 0).sum() < 2 else ""  # a single point makes no line
-            axes.plot(seed["step"], d.where(d > 0), color=_SUBJECT, lw=1, marker=alone)
+            shown = np.where(d > 0, d, np.nan)
+            axes.plot(_column(seed, "step"), shown, color=_SUBJECT, lw=1, marker=alone)
         axes.set_yscale("log")
-        axes.set_xlim(axes.get_xlim()[0], float(steps["step"].max()) + 0.5)
+        axes.set_xlim(axes.get_xlim()[0], _column(steps, "step").max() + 0.5)
         if curve.first_step is not None:
             axes.axvline(curve.first_step, color=_BAD, lw=1, ls="--")
 
     over = f"; over the tolerance from step {curve.first_step}" if curve.first_step else ""
     return Figure(
         f"|{name}| a step, subject − reference, log scale{over}",
-        _svg(draw, f"{row} {name}", (curve.first_step, _content(steps))),
+        _svg(draw, f"{row} {name}", (curve.first_step, steps)),
     )
 
 
-def _content(steps: pd.DataFrame) -> str:
-    """What is drawn, as text."""
-    return str(steps.to_csv(index=False))
+def _by_seed(steps: Steps) -> list[Steps]:
+    found: dict[int, Steps] = defaultdict(list)
+    for step in steps:
+        found[step["seed"]].append(step)
+    return [found[seed] for seed in sorted(found)]
+
+
+def _column(steps: Steps, name: str) -> Array:
+    return np.array([step[name] for step in steps], np.float64)
 
 
 def _svg(draw: Callable[[Axes], None], salt: str, content: object) -> str:

@@ -109,12 +109,11 @@ def power_text(passes: PassRates) -> str:
 
 def pass_rates(result: Aggregate) -> dict[GridRow, str]:
     """Row to its green share of the decided seeds, with the Wilson interval."""
-    rows = result.summary.to_dict("records")
     return {
         GridRow(*(row[name] for name in GridRow._fields)): _rate(
             row["identical"] + row["agree"] + row["stale"], row["decided"]
         )
-        for row in rows
+        for row in result.summary.rows
     }
 
 

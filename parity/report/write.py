@@ -31,7 +31,7 @@ def aggregate_json(result: Aggregate) -> bytes:
         "gaps", "problems", "damaged",
     )  # fmt: skip
     data = {name: plain(getattr(result, name)) for name in names}
-    tables = {name: getattr(result, name).to_dict("records") for name in ("summary", "grid")}
+    tables = {name: [*getattr(result, name).rows] for name in ("summary", "grid")}
     return to_json({"schema_version": SCHEMA, **data, **tables})
 
 
@@ -39,9 +39,7 @@ def write(result: Aggregate, folder: Path) -> list[Path]:
     """Writes JSON, CSV, Markdown and HTML; each file atomically."""
     files = {"aggregate.json": aggregate_json(result)}
     for name in ("summary", "grid", "steps"):
-        table = getattr(result, name)
-        text = table.to_csv(index=False, na_rep="nan", lineterminator="\n")
-        files[f"{name}.csv"] = text.encode()
+        files[f"{name}.csv"] = getattr(result, name).csv().encode()
     files["report.md"] = markdown.render(result).encode()
     files["report.html"] = html.render(result).encode()
     for name, content in files.items():

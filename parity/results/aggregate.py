@@ -7,16 +7,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, product, zip_longest
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from parity.cells.plan import GridRow, Plan, row_of
 from parity.record import Record, Verdict, worst
 from parity.results.series import STEP_COLUMNS, Curve, curves, steps
 from parity.results.statistics import PairedComparison, holm, paired, wilson
+from parity.results.table import Table
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from parity.results.expected import KnownDivergence
 
 SCHEMA = 2
@@ -94,11 +93,11 @@ class Aggregate:
     counts: dict[str, int]
     seeds: tuple[int, ...]
     cells: Cells
-    summary: pd.DataFrame
+    summary: Table
     """Per row: number of cells in each state, pass rate = green / decided, Wilson interval."""
-    grid: pd.DataFrame
+    grid: Table
     """Rows by seeds, each cell a state."""
-    steps: pd.DataFrame
+    steps: Table
     """Losses, gradient norms and differences, one row a step."""
     curves: tuple[Curve, ...]
     passes: tuple[PassRates, ...]
@@ -181,14 +180,14 @@ def aggregate(
         seeds=seeds,
         cells=cells,
         summary=_summary(cells),
-        grid=_table(
+        grid=Table(
+            (*GridRow._fields, *map(str, seeds)),
             [
                 {**row._asdict(), **{str(seed): state(r) for seed, r in by_seed.items()}}
                 for row, by_seed in cells.items()
             ],
-            [*GridRow._fields, *map(str, seeds)],
         ),
-        steps=_table(steps(present), [*GridRow._fields, "seed", "step", *STEP_COLUMNS]),
+        steps=Table((*GridRow._fields, "seed", "step", *STEP_COLUMNS), [*steps(present)]),
         curves=found_curves,
         passes=_passes(present),
         first=tuple(_first(cells)),
@@ -247,13 +246,7 @@ def conclude(counts: Mapping[str, int], damaged: int = 0) -> tuple[str, int, str
     )
 
 
-def _table(rows: Iterable[Mapping[str, Any]], columns: list[str]) -> pd.DataFrame:
-    import pandas as pd
-
-    return pd.DataFrame([*rows], columns=columns)
-
-
-def _summary(cells: Cells) -> pd.DataFrame:
+def _summary(cells: Cells) -> Table:
     rows = []
     for row, by_seed in cells.items():
         counts = Counter(map(state, by_seed.values()))
@@ -267,8 +260,8 @@ def _summary(cells: Cells) -> pd.DataFrame:
             | {"decided": decided, "pass_rate": green / decided if decided else float("nan")}
             | {"low": ci.low if ci else float("nan"), "high": ci.high if ci else float("nan")}
         )
-    columns = ["seeds", *STATES, "decided", "pass_rate", "low", "high"]
-    return _table(rows, [*GridRow._fields, *columns])
+    columns = ("seeds", *STATES, "decided", "pass_rate", "low", "high")
+    return Table((*GridRow._fields, *columns), rows)
 
 
 def _passes(rows: Mapping[GridRow, Sequence[Record]]) -> tuple[PassRates, ...]:
