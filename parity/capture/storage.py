@@ -110,15 +110,20 @@ def shown(size: float) -> str:
 @contextlib.contextmanager
 def in_use(cache: Path) -> Iterator[None]:
     """Keeps what is used from now on from being removed by another process."""
-    (cache / LIVE).mkdir(parents=True, exist_ok=True)
     # Its name says since when: to try a lock changes the file's times.
-    lock = FileLock(cache / LIVE / f"{os.getpid()}-{time.time_ns()}.lock")
-    with FileLock(cache / "prune.lock"):  # nobody begins while somebody removes
-        lock.acquire()
+    file = cache / LIVE / f"{os.getpid()}-{time.time_ns()}.lock"
+    lock = FileLock(file, thread_local=False)  # an engine may be closed by another thread
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / "prune.lock"):  # nobody begins while somebody removes
+            lock.acquire()
+    except OSError:  # what cannot be written cannot be pruned
+        yield
+        return
     try:
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
         lock.release()
 
 
@@ -282,9 +287,9 @@ def _alive(pid: int) -> bool:
 
 def _unneeded_manifests(cache: Path, since: float) -> Iterator[Entry]:
     """Manifests of no capture."""
-    needed = {entry.path.stem.rpartition("-")[2] for entry in _files(cache / CAPTURES)}
+    needed = {"hashes"} | {entry.path.stem.rpartition("-")[2] for entry in _files(cache / CAPTURES)}
     for entry in _items(cache / MANIFESTS):
-        if entry.path.stem not in (*needed, "hashes") and entry.used < since:
+        if entry.path.stem not in needed and entry.used < since:
             yield entry
 
 
