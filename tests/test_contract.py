@@ -254,9 +254,10 @@ def test_a_skeleton_runs_and_is_skipped_until_it_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("name", [n for n, m in METHODS.items() if _computes(m)])
-def test_what_computes_with_floats_reads_the_dtype(name):
+def test_what_computes_with_floats_keeps_float64(name):
     """Else the float64 run would be a copy of the reference, and its distance from it nothing."""
-    assert METHODS[name].read("model.dtype", Trace())
+    double = Recipe().override({"model.dtype": "float64"})
+    assert METHODS[name].scope(double, Trace()).model.dtype == "float64"
 
 
 def test_the_float64_run_of_an_optimizer_is_no_copy_of_the_reference(engine):

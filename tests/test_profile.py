@@ -136,7 +136,7 @@ def test_a_profiled_worker_reports_its_time_and_computes_the_same(tmp_path, time
     with Engine(tmp_path / "plain") as engine:
         plain = engine.capture(PATH, "defaults", Recipe(), Trace())
     assert profiled.digest() == plain.digest()
-    [worker] = {span.lane for span in spans if span.lane.startswith(PATH)}
+    [worker] = {span.lane for span in spans if "(" in span.lane}
     kinds = {span.kind for span in spans if span.lane == worker}
     assert kinds >= {PROCESS, IMPORT, READ, CAPTURE}
     starts = [span for span in spans if span.lane == worker and span.kind == PROCESS]
@@ -160,7 +160,8 @@ def test_a_command_explains_its_wall_time(tmp_path, command):
     data = json.loads((tmp_path / "profile.json").read_text())
     assert data["explained"] > 0.9, done.stderr
     assert sum(data["kinds"].values()) == pytest.approx(data["explained"] * data["wall"])
-    assert {lane.partition(" ")[0] for lane in data["lanes"]} >= {"main", PATH, "hf"}
+    assert "main" in data["lanes"]
+    assert sum("(" in lane for lane in data["lanes"]) >= 2, "a lane for each worker"
     assert "optimizer_step" in data["captures"]
     assert (tmp_path / "profile.html").exists()
     assert "explained" in done.stderr

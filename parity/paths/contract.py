@@ -186,7 +186,7 @@ _ALL = (
             array("gradient.N/<name>", "(*S)", "float", "its gradient at step N"),
         ),
         outputs=(array("weight.N/<name>", "(*S)", "float", "the weight after step N"),),
-        reads=("optim.", "model.dtype"),
+        reads=("optim.",),
     ),
     Method(
         "train", "loss_curve", "the training loop",

@@ -51,13 +51,17 @@ class Method:
         """The recipe with every factor that it does not read at its default.
 
         It is what the method is run with, so that what is not declared cannot have an effect, and
-        recipes that differ only there share one capture. Knobs of a trainer stay as they are.
+        recipes that differ only there share one capture. Knobs of a trainer stay as they are, and so
+        does float64: the run that stands for the truth must not become a copy of the reference.
         """
         own = {knobs.section for knobs in recipe.knob_types()}
         data, defaults = recipe.model_dump(mode="json"), Recipe().model_dump(mode="json")
         for section, values in defaults.items():
             for key, value in values.items():
-                if section not in own and not self.read(f"{section}.{key}", inputs):
+                factor = f"{section}.{key}"
+                if factor == "model.dtype" and recipe.model.dtype == "float64":
+                    continue
+                if section not in own and not self.read(factor, inputs):
                     data[section][key] = value
         return build(data, self.name, type(recipe))
 
