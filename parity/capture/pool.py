@@ -108,6 +108,8 @@ class Pool:
         with self._returned:
             ended, self._idle = self._idle, []
         for worker in ended:
+            worker.finish()
+        for worker in ended:
             worker.close()
 
     def _take(self, spec: str, group: Group) -> Worker:

@@ -199,11 +199,15 @@ class Worker:
         self._process.kill()
         self._process.wait()
 
-    def close(self) -> None:
-        """Lets the process end by itself, then ends it."""
+    def finish(self) -> None:
+        """Tells the process that no request will come; it ends by itself."""
         if self._process.stdin:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
+
+    def close(self) -> None:
+        """Lets the process end by itself, then ends it."""
+        self.finish()
         self._wait()
         if self._process.stdout:
             self._process.stdout.close()

@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
 @click.group()
 def adapter() -> None:
-    """Look at adapters that are saved already."""
+    """Look at adapters that are saved already.
+
+    \b
+    Examples:
+      parity adapter check adapters                  what it is, what is wrong
+      parity adapter check adapters --base my-model  with a real loader
+    """  # noqa: D301
 
 
 @adapter.command()
