@@ -131,7 +131,6 @@ def test_clean_cells_give_no_hint(reference, engine, small):
     [
         ({"findings": ["subject: BOS (id 2) stands twice at the start of 6 of 6 rows"]}, "1095"),
         ({"facts": {"gradient ratio, B = 0": 8.0}}, "8× the reference's"),
-        ({"facts": {"gradient ratio, B = 0": 0.5, "gradient ratio, B ≠ 0": 0.5}}, "by norm"),
         ({"facts": {"gradient bound, B = 0": 1.0}}, "of the subject's gradient exceeds 1"),
         ({"facts": {"gradient bound, B = 0": -1.0}}, "of the reference's gradient exceeds 1"),
         (
@@ -240,6 +239,8 @@ def test_made_up_fingerprints(fields, says):
                    "reference corrects bias": 1.0}},
         {"facts": {"left, reference": 0.0, "reference corrects bias": 1.0}},
         {"facts": {"gradient ratio, B = 0": 8.0, "loss ratio, B = 0": 1.2}},
+        # a factor that does not follow the norm
+        {"facts": {"gradient ratio, B = 0": 0.5, "gradient ratio, B ≠ 0": 0.5}},
         {
             "findings": ["first bad module: layers.5.self_attn.o_proj, 1; the error grows with the position"],
             "facts": {"first position off": 1},

@@ -13,6 +13,7 @@ from parity.paths import parts
 from parity.paths.registry import resolve
 from parity.record import Verdict
 from parity.stages import find
+from parity.trace import Trace
 
 WRONG_LOSS = "tests.planted_paths:LouderLoss"
 THIRD_STEP = "tests.planted_paths:BadThirdStep"
@@ -23,6 +24,18 @@ def test_a_name_says_where_each_part_comes_from():
     assert (found["loss"], found["loop"], found["clip"]) == ("mlx-lm", "mlx", "mlx")
     assert parts.spec(found) == "mlx+loss=mlx-lm"
     assert resolve("mlx+loss=mlx-lm").name == "mlx+loss=mlx-lm"
+
+
+@pytest.mark.parametrize("base", ["mlx", "mlx-lm"])
+def test_rows_are_those_of_the_part_that_makes_them(base, engine, small):
+    donor = "benchmarks.planted.batching:no_end_of_sequence_path"
+    texts = Trace(scalars={"texts": [], "conversations": []})
+    theirs, own, mixed = (
+        engine.capture(path, "tokenization", small, texts).arrays["row.0"]
+        for path in (donor, base, f"{base}+batching={donor}")
+    )
+    assert len(own) == len(theirs) + 1
+    assert mixed.tolist() == theirs.tolist()
 
 
 @pytest.mark.parametrize(

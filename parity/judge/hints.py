@@ -230,11 +230,11 @@ def clip(record: Record) -> str | None:
         what = f"no element of the {side}'s gradient exceeds {abs(bounds[0]):.4g}, and clipped there both "
         what += "are alike: a clip by value"
     elif {"gradient ratio, B = 0", "gradient ratio, B ≠ 0"} <= facts.keys():
-        if divisor(record):
+        # One factor whatever B is tells nothing of a clip, which follows the norm.
+        alike = norms[0] and isclose(norms[0], norms[1], rel_tol=1e-4)
+        if divisor(record) or not alike or min(theirs) <= norms[0]:
             return None
-        what = "the gradients differ by a factor whatever B is: is it a clip by norm, or a divisor?"
-        if norms[0] and isclose(norms[0], norms[1], rel_tol=1e-4) and min(theirs) > norms[0]:
-            what = f"both gradients of the subject have norm {norms[0]:.4g}: a clip by norm"
+        what = f"both gradients of the subject have norm {norms[0]:.4g}: a clip by norm"
     elif (first := _in_effect(record, "clip by norm")) and first[0] != first[1]:
         what = _computed(record, "clip by norm", first)
     elif (first := _in_effect(record, "clip by value")) and first[0] != first[1]:

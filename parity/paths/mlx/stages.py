@@ -65,7 +65,7 @@ class MlxStages(RoundTrips):
     def tokenization(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `parity contract tokenization`."""
         _, tokenizer = self.base(recipe)
-        dataset = self.dataset(recipe, tokenizer)
+        dataset = self.part("batching").dataset(recipe, tokenizer)
         trace = Trace()
         for index in range(len(dataset)):
             ids, offset = dataset[index]
