@@ -68,6 +68,7 @@ def one_id_of_one_row() -> type[MlxPath]:
     "tokenization",
     parts="batching",
     recipe={"data.source": "chat", "mask.prompt": True, "train.batch_size": 2},
+    hints="prompt_offset",  # two of the three tokens of the turn's header
 )
 def prompt_offset_short() -> type[MlxPath]:
     """The prompt mask ends two tokens early."""
@@ -109,6 +110,7 @@ def one_row_never() -> type[MlxPath]:
     parts="batching",
     recipe=ROWS,
     settings="batch.rows mask.supervised",
+    hints="padding_supervised",  # mlx-lm's own mask goes one further, and this one no more
 )
 def lengths_one_short() -> type[MlxPath]:
     """Lengths count one token less than a row has."""
@@ -142,14 +144,14 @@ def rows_cut() -> type[MlxPath]:
 @planted(
     "batching",
     "loss_curve",
-    parts="batching",
+    parts="loop",
     recipe=ROWS,
     references=("mlx-lm",),
     settings="batch.rows",
     steps=(1,),
 )
 def another_order() -> type[MlxPath]:
-    """Batches come in another order."""
+    """Batches come in another order: the generator is seeded otherwise."""
 
     class Path(MlxPath):
         def seed(self, recipe: Any) -> None:
@@ -160,8 +162,8 @@ def another_order() -> type[MlxPath]:
 
 @planted(
     "batching",
-    "loss_curve",
-    parts="batching loop",
+    "supervised_positions",
+    parts="batching",
     recipe=ROWS,
     references=("mlx-lm",),
     settings="batch.rows",

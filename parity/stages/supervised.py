@@ -97,7 +97,7 @@ class SupervisedPositions:
         for difference in differences:
             _fill(difference, set(ours[difference.row]), set(theirs[difference.row]))
         _conclude(result, "supervised tokens, own batches", differences, a, b)
-        if agreed and (filled := rows_that_fill(differences)):
+        if agreed and (filled := rows_that_fill(differences, a, b)):
             result.facts["rows that fill their batch"] = filled
 
 

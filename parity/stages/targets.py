@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from parity.names import each
+from parity.trace import Trace
+
 SHOWN = 4  # targets that a sentence names
 
 Target = tuple[int, int]
@@ -113,14 +116,18 @@ def _kinds(difference: TargetDifference) -> dict[str, int]:
     return counts
 
 
-def rows_that_fill(differences: list[TargetDifference]) -> float:
-    """Rows in which one side alone (+ the reference) has the one past the end, and no others differ.
+def rows_that_fill(differences: list[TargetDifference], subject: Trace, reference: Trace) -> float:
+    """How many rows differ because they fill their batch on one side; 0 if any other differs.
 
-    Where the mask is the same, a position that is not there has no padding to stand in.
+    There the position past their end is missing: > 0 in the subject, < 0 in the reference. Where the mask is the same, a position that is not there has no padding to stand in.
     """
     bad = [d for d in differences if d.subject or d.reference]
     sides = {(bool(d.subject), bool(d.reference)) for d in bad}
     ends = all(i == len(d.row.ids) for d in bad for i, _ in d.subject | d.reference)
     if not ends or len(sides) != 1 or sides == {(True, True)}:
         return 0.0
-    return float(len(bad) if sides == {(False, True)} else -len(bad))
+    lacks = subject if sides == {(False, True)} else reference
+    full = {tuple(row) for ids in each(lacks.arrays, "ids") for row in ids.tolist()}
+    if any(d.row.ids not in full for d in bad):
+        return 0.0
+    return float(len(bad) if lacks is subject else -len(bad))

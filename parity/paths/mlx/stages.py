@@ -45,6 +45,10 @@ class MlxStages(RoundTrips):
         self._measured: dict[str, dict[str, Any]] = {}
 
     @abstractmethod
+    def part(self, name: str) -> MlxStages:
+        """The path that a part is taken from."""
+
+    @abstractmethod
     def base(self, recipe: Recipe) -> tuple[Any, Any]:
         """Model, without adapter, and tokenizer."""
 
