@@ -303,7 +303,7 @@ def test_recipes_that_differ_in_what_is_not_read_share_a_capture(engine):
     rows = Trace({"ids.0": np.arange(5, 13, dtype=np.int32)[None]})
     once = engine.capture("mlx", "logits", Recipe().override(BASE), rows)
     count = engine.captured
-    other = Recipe().override({**BASE, "optim.lr": 0.5, "train.steps": 3, "lora.rank": 2})
+    other = Recipe().override({**BASE, "optim.lr": 0.5, "train.steps": 3, "seed.value": 2})
     assert engine.capture("mlx", "logits", other, rows).file == once.file
     assert engine.captured == count
     engine.capture("mlx", "logits", other.override({"model.weights": "float16"}), rows)

@@ -89,6 +89,7 @@ _ALL = (
             scalar("pieces", dict[str, str], "text of each target id"),
         ),
         reads=("model.source", "mask."),
+        ignores=("mask.prompt",),
         without={"batches": (*_BATCHING, "train.batch_size")},
     ),
     Method(

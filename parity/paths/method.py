@@ -11,6 +11,10 @@ from parity.paths.schema import Bindings, Spec, shortened, violations
 from parity.recipe import Recipe, build
 from parity.trace import Trace
 
+SCOPED = ("seed", "mask", "optim", "train", "decode")
+"""Sections of a recipe that a method is given as far as it reads them. Model, data, adapter and knobs stay
+as they are: not every path can load another model, nor every model take the default adapter."""
+
 
 class ContractError(Exception):
     """The output of a method does not fit its schema; the message names each item."""
@@ -48,20 +52,15 @@ class Method:
         )
 
     def scope(self, recipe: Recipe, inputs: Trace) -> Recipe:
-        """The recipe with every factor that it does not read at its default.
+        """The recipe with each factor of `SCOPED` that it does not read at its default.
 
         It is what the method is run with, so that what is not declared cannot have an effect, and
-        recipes that differ only there share one capture. Knobs of a trainer stay as they are, and so
-        does float64: the run that stands for the truth must not become a copy of the reference.
+        recipes that differ only there share one capture.
         """
-        own = {knobs.section for knobs in recipe.knob_types()}
         data, defaults = recipe.model_dump(mode="json"), Recipe().model_dump(mode="json")
-        for section, values in defaults.items():
-            for key, value in values.items():
-                factor = f"{section}.{key}"
-                if factor == "model.dtype" and recipe.model.dtype == "float64":
-                    continue
-                if section not in own and not self.read(factor, inputs):
+        for section in SCOPED:
+            for key, value in defaults[section].items():
+                if not self.read(f"{section}.{key}", inputs):
                     data[section][key] = value
         return build(data, self.name, type(recipe))
 

@@ -119,7 +119,8 @@ def _kinds(difference: TargetDifference) -> dict[str, int]:
 def rows_that_fill(differences: list[TargetDifference], subject: Trace, reference: Trace) -> float:
     """How many rows differ because they fill their batch on one side; 0 if any other differs.
 
-    There the position past their end is missing: > 0 in the subject, < 0 in the reference. Where the mask is the same, a position that is not there has no padding to stand in.
+    There the position past their end is missing: > 0 in the subject, < 0 in the reference. Where the
+    mask is the same, a position that is not there has no padding to stand in.
     """
     bad = [d for d in differences if d.subject or d.reference]
     sides = {(bool(d.subject), bool(d.reference)) for d in bad}
