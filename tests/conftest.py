@@ -24,6 +24,17 @@ def engine():
         yield engine
 
 
+@pytest.fixture
+def empty_cache(engine, tmp_path):
+    """A cache without captures. Compiled kernels are those of all tests: they decide no result."""
+    kernels = engine.cache / "kernels"
+    kernels.mkdir(parents=True, exist_ok=True)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "kernels").symlink_to(kernels)
+    return cache
+
+
 @pytest.fixture(scope="session")
 def small():
     """A few steps on the tiny Gemma 3."""

@@ -45,6 +45,7 @@ def test_each_claim_of_a_sentence_is_held_against_what_was_planted(sentence, hin
     assert [text.split()[0] for text in found] == wrong
 
 
+@pytest.mark.long
 def test_one_fault_is_searched_for_and_scored(engine):
     outcome = run(engine, FAULTS["scaled_loss_0"], "mlx-lm")
     assert outcome.detected and outcome.stage_right, outcome

@@ -7,6 +7,8 @@ import pytest
 from parity.bisect.answer import answer
 from parity.bisect.causes import CauseSearch
 from parity.recipe import Recipe
+from parity.stages import find
+from tests.cost import long
 
 HARMLESS = {
     "train.compile": False,
@@ -17,19 +19,20 @@ HARMLESS = {
 }
 
 
-def search(engine, recipe, changes, subject="mlx", reference="mlx-lm"):
-    return CauseSearch(engine, subject, reference, recipe, changes).search()
+def search(engine, recipe, changes, subject="mlx", reference="mlx-lm", probes=()):
+    stages = {"stages": tuple(map(find, ("00", *probes)))} if probes else {}
+    return CauseSearch(engine, subject, reference, recipe, changes, **stages).search()
 
 
 @pytest.mark.parametrize(
     ("factor", "value", "stage"),
     [
-        ("data.append_eos", False, "tokenization"),
-        ("model.weights", "bfloat16", "logits"),
-        ("mask.end_shift", 0, "supervised_positions"),
+        long("data.append_eos", False, "tokenization"),
+        long("model.weights", "bfloat16", "logits"),
+        long("mask.end_shift", 0, "supervised_positions"),
         ("lora.rank", 4, "lora_init"),
-        ("optim.eps", 1e-4, "optimizer_step"),
-        ("data.pad_multiple", 8, "loss_curve"),
+        long("optim.eps", 1e-4, "optimizer_step"),
+        long("data.pad_multiple", 8, "loss_curve"),
     ],
 )
 def test_a_flipped_factor_is_found_alone(factor, value, stage, engine, small):
@@ -40,10 +43,11 @@ def test_a_flipped_factor_is_found_alone(factor, value, stage, engine, small):
     assert f"--set-subject {factor}=" in answer(report)
 
 
-def test_two_factors_that_matter_only_together(engine, small):
+@pytest.mark.parametrize("probes", [("06",), long(())], ids=["one", "all"])
+def test_two_factors_that_matter_only_together(probes, engine, small):
     recipe = small.override({"optim.clip_value": 1e6})
     changes = {"optim.clip": "value", "optim.clip_value": 0.5, "train.compile": False}
-    report = search(engine, recipe, changes)
+    report = search(engine, recipe, changes, probes=probes)
     assert [set(c.factors) for c in report.causes] == [{"optim.clip", "optim.clip_value"}]
 
 
@@ -66,12 +70,12 @@ def test_harmless_changes_are_no_cause(engine, small):
             "logits",
             ["first bad module layers.7.mlp.up_proj", "confirmed", "1 of 18 layers (7)"],
         ),
-        ("BadRope", "logits", ["layers.5.self_attn", "1 of 18 layers (5)"]),
-        ("BadBackward", "gradient", ["first bad module layers.9.mlp.down_proj"]),
-        ("BadThirdStep", "optimizer_step", ["step 3"]),
+        long("BadRope", "logits", ["layers.5.self_attn", "1 of 18 layers (5)"]),
+        long("BadBackward", "gradient", ["first bad module layers.9.mlp.down_proj"]),
+        long("BadThirdStep", "optimizer_step", ["step 3"]),
     ],
 )
-@pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
+@pytest.mark.parametrize("reference", [long("mlx-lm"), "hf"])
 def test_a_planted_fault_is_placed(planted, stage, says, reference, engine, small):
     subject = f"tests.planted_paths:{planted}"
     report = search(engine, small, {}, subject, reference)

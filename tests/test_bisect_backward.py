@@ -18,6 +18,7 @@ from parity.stages import find
 from parity.stages.context import Pair
 from parity.stages.gradient import Gradient
 from parity.trace import Trace
+from tests.cost import long
 
 GRADIENT = find("05")
 
@@ -84,14 +85,14 @@ def test_a_replaced_gradient_is_passed_on(path, engine, small):
 
 
 # Against mlx-lm the search goes the same way: `test_bisect.py` has BadBackward against it as well.
-@pytest.mark.parametrize("reference", [pytest.param("mlx-lm", marks=pytest.mark.long), "hf"])
+@pytest.mark.parametrize("reference", [long("mlx-lm"), "hf"])
 @pytest.mark.parametrize(
     ("planted", "says"),
     [
-        ("BadBackward", "first bad module layers.9.mlp.down_proj: the gradient at its output"),
-        ("BadAttentionBackward", "first bad module layers.9.self_attn:"),
-        ("BadNormBackward", "first bad module layers.9.post_attention_layernorm:"),
-        ("BadRopeBackward", "first bad module layers.9.self_attn"),
+        long("BadBackward", "first bad module layers.9.mlp.down_proj: the gradient at its output"),
+        long("BadAttentionBackward", "first bad module layers.9.self_attn:"),
+        long("BadNormBackward", "first bad module layers.9.post_attention_layernorm:"),
+        long("BadRopeBackward", "first bad module layers.9.self_attn"),
         ("BadLoraBackward", "first bad module layers.9.self_attn.v_proj: the gradient at its"),
         ("BadLossBackward", "the gradient of the loss at the logits differs already"),
     ],

@@ -26,6 +26,7 @@ from parity.judge.compare import compare_exact
 from parity.recipe import Recipe
 from parity.stages.context import Comparison
 from parity.trace import Trace
+from tests.cost import long
 
 PATHS = """
 import sys
@@ -222,7 +223,7 @@ def repo(tmp_path):
     return repo, made
 
 
-@pytest.mark.parametrize("side", ["subject", "reference"])
+@pytest.mark.parametrize("side", ["subject", long("reference")])
 def test_the_commit_is_found_and_the_checkout_left_alone(here, repo, side):
     repo, made = repo
     (repo / "src" / "toy.py").write_text("work in progress")
@@ -287,8 +288,8 @@ BOTH, ONE, FEW = [1] * 12, [0] * 4 + [1] * 8, [0] * 4 + [1] + [0] * 7
     [
         # One cause is fixed while another is left; then one that shrinks; then one that grows.
         ([BOTH] * 3 + [ONE] * 4, 3, "first"),
-        ([ONE] * 2 + [FEW] * 5, 2, "rest"),
-        ([FEW] * 5 + [ONE] * 2, 5, "rest"),
+        long([ONE] * 2 + [FEW] * 5, 2, "rest"),
+        long([FEW] * 5 + [ONE] * 2, 5, "rest"),
         # Colours alone: neither end is called good where the low one diverges.
         ([BOTH] * 4 + [[0] * 12] * 3, 4, ""),
     ],

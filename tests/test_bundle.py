@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cost import long
+
 COMMAND = [sys.executable, "-m", "parity.cli"]
 SMALL = ["--seeds", "3407,", "--set", "train.steps=4"]
 PROBES = ["--probes", "00,01,02,05,07"]
@@ -100,7 +102,9 @@ def test_two_bundles_are_judged_with_neither_framework_nor_model(made, tmp_path)
             ["--probes", "02", "--seeds", "5000,"],
             "no capture of tokenization for seed 5000: made for seeds 3407",
         ),
-        (["--probes", "06"], "no capture of optimizer_step: made for probes 00, 01, 02, 05, 07"),
+        long(
+            ["--probes", "06"], "no capture of optimizer_step: made for probes 00, 01, 02, 05, 07"
+        ),
         (
             ["--set", "lora.rank=4", "--probes", "05"],
             "for lora.rank=4, lora.scale=4.0: made for lora.rank=8",
@@ -116,9 +120,10 @@ def test_what_a_bundle_lacks_is_named_and_not_green(made, tmp_path, words, says)
     assert says in record["reason"], record["reason"]
 
 
+@pytest.mark.long
 def test_a_module_is_looked_for_where_the_bundle_has_modules_and_else_it_is_said(made, tmp_path):
-    half = ["--set-subject", "model.dtype=bfloat16", "--probes", "02", *SMALL]
-    run = ["run", *half, "--reference"]
+    rounded = ["--set-subject", "model.weights=bfloat16", "--probes", "02", *SMALL]
+    run = ["run", *rounded, "--reference"]
     assert parity(*run, made / "hf.bundle", "--out", tmp_path / "a").returncode == 1
     [record] = records(tmp_path / "a").values()
     assert any("make it with --modules" in finding for finding in record["findings"])
@@ -130,6 +135,7 @@ def test_a_module_is_looked_for_where_the_bundle_has_modules_and_else_it_is_said
     assert records(tmp_path / "b") == records(tmp_path / "c")
 
 
+@pytest.mark.long
 def test_a_skip_travels_with_its_reason(tmp_path, engine):
     path, file = "tests.third_party:NumpyAdamW", tmp_path / "numpy.bundle"
     wanted = ["--probes", "02,06", *SMALL]
@@ -214,9 +220,10 @@ def test_what_is_no_bundle_is_one_line_with_exit_code_2(made, tmp_path, harm, sa
     assert "Traceback" not in done.stderr
 
 
-def test_a_damaged_capture_is_an_error_of_its_cell(tmp_path):
+@pytest.mark.long
+def test_a_damaged_capture_is_an_error_of_its_cell(tmp_path, empty_cache):
     path, file = "tests.third_party:NumpyAdamW", tmp_path / "x.bundle"
-    env = {**os.environ, "PARITY_CACHE": str(tmp_path / "cache")}
+    env = {**os.environ, "PARITY_CACHE": str(empty_cache)}
     wanted = ["--probes", "06", *SMALL]
     assert parity("capture", path, *wanted, "--out", file, env=env).returncode == 0
     with zipfile.ZipFile(file) as archive:
@@ -246,7 +253,7 @@ def test_a_side_is_captured_for_its_role(made, tmp_path):
     assert "was captured as a subject against hf" in done.stderr
 
 
-@pytest.mark.parametrize(("path", "framework"), [("hf", "torch"), ("mlx", "mlx")])
+@pytest.mark.parametrize(("path", "framework"), [("hf", "torch"), long("mlx", "mlx")])
 def test_a_path_without_its_framework_is_one_line(tmp_path, path, framework):
     env = without(tmp_path / "hidden", framework)
     for words in (["capture", path, "--out", "x.bundle"], ["run", "--subject", path]):

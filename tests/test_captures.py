@@ -81,6 +81,7 @@ def test_an_edited_helper_of_a_plugin_changes_the_verdict(plugin, tmp_path):
         assert engine.captured == 0, "what it was is there still"
 
 
+@pytest.mark.long
 def test_a_file_that_lies_elsewhere_counts_as_well(plugin, tmp_path):
     """As an editable installation that is found by a hook and not on the search path."""
     far = tmp_path / "far" / "helper.py"

@@ -46,9 +46,18 @@ def parity(*words, **options):
     ],
 )
 def test_wrong_use_is_one_line_with_exit_code_2(words, says):
-    done = parity(*words)
-    assert done.returncode == 2, done.stderr
+    """In this process: `main` ends with exit code 2, and an exception that it lets through with 1."""
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2, done.output
+    assert isinstance(done.exception, SystemExit)
     assert says in done.stderr
+    assert not done.stdout
+
+
+def test_a_process_ends_as_main_does():
+    done = parity("run", "--subject", "nope")
+    assert done.returncode == 2, done.stderr
+    assert "unknown path 'nope'" in done.stderr
     assert "Traceback" not in done.stderr
     assert not done.stdout
 
@@ -124,9 +133,9 @@ def test_a_divergence_ends_with_the_line_that_reproduces_it(tmp_path, engine):
     assert parity(*again, "--out", str(tmp_path / "b")).returncode == 1
 
 
-def test_kill_9_half_way_and_start_again(tmp_path):
+def test_kill_9_half_way_and_start_again(tmp_path, empty_cache):
     """What was finished before the kill is found, not run again."""
-    env = {**os.environ, "PARITY_CACHE": str(tmp_path / "cache")}
+    env = {**os.environ, "PARITY_CACHE": str(empty_cache)}
     words = ["--reference", "mlx-lm", "--seeds", "2", "--probes", "01,02,03,04", "--out"]
     with subprocess.Popen(
         [*COMMAND, "run", *words, str(tmp_path / "a")],
@@ -139,7 +148,7 @@ def test_kill_9_half_way_and_start_again(tmp_path):
             assert first.poll() is None, "the run ended before it could be killed"
             time.sleep(0.02)
         os.killpg(first.pid, signal.SIGKILL)
-    captures = tmp_path / "cache" / "captures"
+    captures = empty_cache / "captures"
     finished = {file: file.stat().st_mtime_ns for file in captures.rglob("*.safetensors")}
     assert finished
     assert parity("run", *words, str(tmp_path / "b"), env=env).returncode == 0

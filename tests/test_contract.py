@@ -143,8 +143,8 @@ def test_inputs_are_checked_before_a_path_sees_them():
                                                k != "lengths"}))  # fmt: skip
 
 
-def test_a_path_that_breaks_it_becomes_an_error_record(tmp_path):
-    with Engine(cache=tmp_path, timeout=60) as engine:
+def test_a_path_that_breaks_it_becomes_an_error_record(empty_cache):
+    with Engine(cache=empty_cache, timeout=60) as engine:
         cell = Cell(find("optimizer_step"), "tests.faulty_paths:Faulty", "hf", Recipe())
         record = run_cell(engine, cell)
         assert record.verdict is Verdict.ERROR

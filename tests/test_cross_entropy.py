@@ -10,6 +10,7 @@ from parity.paths.registry import knobs
 from parity.record import Verdict
 from parity.report.text import describe
 from parity.stages import find
+from tests.cost import long
 
 PROBE = find("03")
 TOKEN = "cross-entropy per token"
@@ -26,7 +27,7 @@ def verdicts(record):
     return {metric.name: metric.verdict for metric in record.metrics}
 
 
-@pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
+@pytest.mark.parametrize("reference", [long("mlx-lm"), "hf"])
 def test_a_loss_of_another_function_differs_in_each_token(reference, engine, small):
     cell = Cell(PROBE, "tests.settings_paths:SmoothedLabels", reference, small)
     found = verdicts(run_cell(engine, cell))
@@ -65,10 +66,10 @@ def test_a_loss_without_single_tokens_is_not_green(engine, small):
     [
         ("mlx", "mlx-lm", {}),
         ("mlx", "hf", {}),
-        ("mlx", "hf", {"mask.start_shift": 2, "mask.end_shift": -1}),
-        ("mlx", "hf", {"model.dtype": "bfloat16"}),
+        long("mlx", "hf", {"mask.start_shift": 2, "mask.end_shift": -1}),
+        long("mlx", "hf", {"model.dtype": "bfloat16"}),
         ("trl", "hf", {}),
-        ("unsloth", "mlx-lm", {}),
+        long("unsloth", "mlx-lm", {}),
         ("unsloth", "hf", {"unsloth.use_cce": True}),
     ],
 )

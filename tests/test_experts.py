@@ -9,9 +9,10 @@ from parity.cells.run import run_cell
 from parity.judge.noise import REFEREE
 from parity.report.text import describe
 from parity.stages import find
+from tests.cost import long
 
 
-@pytest.mark.parametrize("probe", ["02", "05"])
+@pytest.mark.parametrize("probe", ["02", long("05")])
 def test_a_clean_mixture_of_experts_agrees_with_all_sources(probe, experts, engine, small):
     recipe = small.override(
         {"model.source": str(experts), "lora.target_modules": ["q_proj", "k_proj", "v_proj"]}

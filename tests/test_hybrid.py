@@ -14,6 +14,7 @@ from parity.paths.registry import resolve
 from parity.record import Verdict
 from parity.stages import find
 from parity.trace import Trace
+from tests.cost import long
 
 WRONG_LOSS = "tests.planted_paths:LouderLoss"
 THIRD_STEP = "tests.planted_paths:BadThirdStep"
@@ -80,8 +81,8 @@ def test_each_factor_has_the_part_that_honours_it(factor, part):
     "name",
     [
         "mlx+loader=mlx-lm+wiring=mlx-lm+batching=mlx-lm",
-        "mlx-lm+loss=mlx+batching=mlx+optimizer=mlx+clip=mlx",
-        "mlx-lm+loader=mlx+wiring=mlx",
+        long("mlx-lm+loss=mlx+batching=mlx+optimizer=mlx+clip=mlx"),
+        long("mlx-lm+loader=mlx+wiring=mlx"),
     ],
 )
 def test_parts_of_equal_meaning_change_no_bit(name, engine, small):
@@ -96,6 +97,7 @@ def test_a_part_from_elsewhere_is_really_used(engine, small):
     assert record.verdict is Verdict.IDENTICAL
 
 
+@pytest.mark.long
 def test_a_clip_can_stand_in_the_loop_that_has_none(engine, small):
     recipe = small.override({"optim.clip": "norm", "optim.clip_value": 0.3})
     assert run_cell(engine, Cell(find("07"), "mlx-lm", "mlx", recipe)).verdict is Verdict.SKIP
@@ -106,9 +108,9 @@ def test_a_clip_can_stand_in_the_loop_that_has_none(engine, small):
 @pytest.mark.parametrize(
     ("subject", "part", "stage"),
     [
-        (WRONG_LOSS, "loss", "cross_entropy"),
+        long(WRONG_LOSS, "loss", "cross_entropy"),
         (THIRD_STEP, "optimizer", "optimizer_step"),
-        ("tests.planted_paths:LazyLoop", "loop", "loss_curve"),
+        long("tests.planted_paths:LazyLoop", "loop", "loss_curve"),
     ],
 )
 def test_the_search_names_the_part(subject, part, stage, engine, small):
@@ -117,6 +119,7 @@ def test_the_search_names_the_part(subject, part, stage, engine, small):
     assert f"the {part} of {subject} makes {stage}" in answer(report)
 
 
+@pytest.mark.long
 def test_a_part_and_a_factor_are_both_named(engine, small):
     changes = {"lora.rank": 4, "train.compile": False, "optim.weight_decay": 0.05}
     report = CauseSearch(engine, THIRD_STEP, "mlx-lm", small, changes).search()
@@ -128,8 +131,11 @@ def test_a_part_and_a_factor_are_both_named(engine, small):
     ]
 
 
-def test_a_factor_that_a_part_never_honours_is_taken_with_the_part(engine, small):
+@pytest.mark.parametrize("probes", [("09",), long(())], ids=["one", "all"])
+def test_a_factor_that_a_part_never_honours_is_taken_with_the_part(probes, engine, small):
     """mlx-lm has no option for the mask: only another loss shows that the mask is the cause."""
     recipe = small.override({"mask.end_shift": 0})
-    report = CauseSearch(engine, "mlx-lm", "mlx", recipe, {"mask.end_shift": 1}).search()
+    stages = {"stages": tuple(map(find, ("00", *probes)))} if probes else {}
+    changes = {"mask.end_shift": 1}
+    report = CauseSearch(engine, "mlx-lm", "mlx", recipe, changes, **stages).search()
     assert [list(c.factors) for c in report.causes] == [["mask.end_shift"]], answer(report)

@@ -10,6 +10,7 @@ from parity.record import Verdict
 from parity.report.text import describe
 from parity.stages import find
 from parity.stages.kv_cache import ENDS, TURNS, turn_of
+from tests.cost import long
 
 PREFILL = "turns fed at once, subject"
 
@@ -17,7 +18,7 @@ FAULTS = [
     # Which reference is used decides nothing here: it is the subject against itself.
     # The second turn begins at 11.
     # Generation is off one position before that, which no hint explains.
-    ("ShiftedCache", "mlx-lm", "turn 2, position 11", ""),
+    long("ShiftedCache", "mlx-lm", "turn 2, position 11", ""),
     # The third is the first that should have seen the second.
     ("StaleCache", "mlx-lm", "turn 3, position 16", "mlx-examples/issues/1000"),
     # Position 64 is the first that must not see position 0.
@@ -26,7 +27,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(
-    ("path", "reference", "where", "link"), FAULTS, ids=[fault[0] for fault in FAULTS]
+    ("path", "reference", "where", "link"), FAULTS, ids=["ShiftedCache", "StaleCache", "UncutCache"]
 )
 def test_a_wrong_cache_is_placed(path, reference, where, link, engine, small):
     record = run_cell(engine, Cell(find("10"), f"tests.cache_paths:{path}", reference, small))
@@ -39,6 +40,7 @@ def test_a_wrong_cache_is_placed(path, reference, where, link, engine, small):
     assert not any(m.name.endswith(", reference") for m in record.metrics if not m.verdict.green)
 
 
+@pytest.mark.long
 def test_a_torch_cache_that_is_wrong_is_placed(engine, small):
     record = run_cell(engine, Cell(find("10"), "tests.cache_paths:StaleTorchCache", "hf", small))
     assert record.first_divergence["metric"] == PREFILL

@@ -11,6 +11,7 @@ from parity.record import Verdict
 from parity.report.text import describe
 from parity.stages import find
 from parity.stages.lora_init import ALPHA, distribution, holm
+from tests.cost import long
 
 PROBE = find("04")
 FAULTS = [
@@ -40,29 +41,29 @@ def drawn(rng, count=126, dtype=np.float32, sizes=((64, 8), (128, 8), (64, 8))):
     }
 
 
-def test_false_alarms_are_as_rare_as_stated():
+@pytest.mark.parametrize("samples", [4_000, long(20_000)])
+def test_false_alarms_are_as_rare_as_stated(samples):
     """p-values of sound tensors are uniform, so that the stated rate follows from Holm's proof."""
     from scipy.stats import kstest, kstwo
 
     from parity.stages.lora_init import _distance
 
     rng = np.random.default_rng(0)
-    samples = np.sort(rng.uniform(-1, 1, (20_000, 256)), axis=1)
-    p = np.array([kstwo.sf(d, 256) for d in map(_distance, samples)])
+    drawn = np.sort(rng.uniform(-1, 1, (samples, 256)), axis=1)
+    p = np.array([kstwo.sf(d, 256) for d in map(_distance, drawn)])
     assert kstest(p, "uniform").pvalue > 1e-3
     for level in (0.1, 0.01, 0.001):
         assert abs((p < level).mean() - level) < 5 * np.sqrt(level / len(p))
-    assert kstest(samples[0], "uniform", args=(-1, 2)).statistic == pytest.approx(
-        _distance(samples[0])
-    )
+    assert kstest(drawn[0], "uniform", args=(-1, 2)).statistic == pytest.approx(_distance(drawn[0]))
 
 
-def test_no_sound_adapter_of_many_is_called_wrong():
-    """300 adapters of 126 tensors: 0.03 false alarms are expected at the stated rate."""
+@pytest.mark.parametrize("adapters", [60, long(300)])
+def test_no_sound_adapter_of_many_is_called_wrong(adapters):
+    """Of 300 adapters of 126 tensors 0.03 false alarms are expected at the stated rate."""
     rng = np.random.default_rng(1)
     alarms = sum(
         not all(metric.verdict.green for metric in distribution("subject", drawn(rng)))
-        for _ in range(300)
+        for _ in range(adapters)
     )
     assert ALPHA == 1e-4
     assert alarms <= 1

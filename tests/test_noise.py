@@ -24,6 +24,7 @@ from parity.judge.noise import (
 from parity.record import Verdict
 from parity.report.text import describe
 from parity.stages import find
+from tests.cost import long
 
 RNG = np.random.default_rng(1)
 X = RNG.normal(0, 1, (6, 10)).astype(np.float32)
@@ -194,7 +195,7 @@ def test_no_tolerance_makes_what_cannot_be_compared_green():
 # Nothing of the subject's own excuses it
 
 
-@pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
+@pytest.mark.parametrize("reference", [long("mlx-lm"), "hf"])
 def test_logits_that_see_the_future_diverge(reference, engine, small):
     path = "tests.noisy_paths:LeakyFuture"
     record = run_cell(engine, Cell(find("10"), path, reference, small))
@@ -204,7 +205,7 @@ def test_logits_that_see_the_future_diverge(reference, engine, small):
     assert metric_of(record, "logits when the forward goes on, reference").verdict.green
 
 
-@pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
+@pytest.mark.parametrize("reference", [long("mlx-lm"), "hf"])
 def test_dropout_left_on_diverges(reference, engine, small):
     recipe = small.override({"lora.dropout": 0.1})
     path = "tests.noisy_paths:DropoutLeftOn"
@@ -213,7 +214,7 @@ def test_dropout_left_on_diverges(reference, engine, small):
     assert metric_of(record, "turns fed at once, subject").tolerance < 1e-3
 
 
-@pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
+@pytest.mark.parametrize("reference", ["mlx-lm", long("hf")])
 def test_margins_are_compared_and_excuse_nothing(reference, engine, small):
     path = "tests.noisy_paths:WideMargins"
     record = run_cell(engine, Cell(find("08"), path, reference, small))
@@ -225,6 +226,7 @@ def test_margins_are_compared_and_excuse_nothing(reference, engine, small):
     assert tokens.verdict is Verdict.DIVERGE, describe(record)
 
 
+@pytest.mark.long
 def test_decoding_goes_beyond_a_sliding_window(engine, small):
     path = "tests.cache_paths:UncutCache"
     record = run_cell(engine, Cell(find("08"), path, "hf", small))
@@ -274,9 +276,9 @@ def test_sides_that_repeat_themselves_are_held_to_bits(engine, small):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"train.gradient_checkpointing": True},
+        long({"train.gradient_checkpointing": True}),
         {"lora.dropout": 0.1},
-        {"train.accumulation": 2, "optim.clip": "norm"},
+        long({"train.accumulation": 2, "optim.clip": "norm"}),
     ],
     ids=lambda changes: next(iter(changes)),
 )

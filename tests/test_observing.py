@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
@@ -92,12 +91,12 @@ def test_the_cli_as_a_black_box_agrees_with_what_is_read_at_its_door(engine, sma
         np.testing.assert_array_equal(value, init[name] - gradient[name], err_msg=name)
 
 
-def test_a_worker_gives_the_same_bits_again_and_after_other_work(engine, small):
+def test_a_worker_gives_the_same_bits_again_and_after_other_work(engine, empty_cache, small):
     """One process lives through all seeds: nothing of one run may reach the next."""
     from parity.capture.engine import Engine
 
     first = engine.capture("mlx", "train", small, Trace())
-    with Engine(cache=engine.cache / "fresh" / str(os.getpid())) as other:
+    with Engine(cache=empty_cache) as other:
         other.capture("mlx", "train", small.override({"seed.value": 1}), Trace())
         other.capture(
             "mlx", "train", small.override({"train.gradient_checkpointing": True}), Trace()

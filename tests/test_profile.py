@@ -18,6 +18,7 @@ from parity.recipe import Recipe
 from parity.report.profile import bars, profile, rows, save, text, ticks
 from parity.timing import CAPTURE, COMPARE, COMPILE, IMPORT, LOAD, PROCESS, READ, WAIT, Span
 from parity.trace import Trace
+from tests.cost import long
 
 PATH = "tests.third_party:NumpyAdamW"
 
@@ -145,7 +146,7 @@ def test_a_profiled_worker_reports_its_time_and_computes_the_same(tmp_path, time
     assert timeline.spans == []
 
 
-@pytest.mark.parametrize("command", ["run", "bisect"])
+@pytest.mark.parametrize("command", ["run", long("bisect")])
 def test_a_command_explains_its_wall_time(tmp_path, command):
     words = ["--subject", PATH, "--reference", "hf", "--set-subject", "optim.lr=0.5"]
     words += ["--probes", "06", "--seeds", "1"] * (command == "run")

@@ -114,6 +114,7 @@ def test_a_path_that_is_not_there_is_not_run(case, engine):
     assert "tests.nowhere" in outcome.found
 
 
+@pytest.mark.long
 def test_every_point_of_a_sweep_is_searched(case, engine):
     text = CASE.replace(
         "[set]\n", '[sweep]\n"lora.scale" = [1.0, 2.0]\n"train.steps" = [2]\n[set]\n'
@@ -122,6 +123,7 @@ def test_every_point_of_a_sweep_is_searched(case, engine):
     assert (outcome.status, outcome.points) == (ScenarioStatus.AS_EXPECTED, 2)
 
 
+@pytest.mark.long
 def test_a_gate_is_counted_over_the_seeds(case, engine, small):
     text = """
 title = "Untrained"

@@ -19,6 +19,7 @@ from parity.recipe import Recipe
 from parity.record import Verdict
 from parity.report.text import describe
 from parity.stages import find
+from tests.cost import long
 
 STAGE = find("11")
 MODULES, UPDATE, LOGITS, EFFECT = (
@@ -70,6 +71,7 @@ def test_what_is_lost_is_named(path, metric, words, engine, small):
     assert not any(m.name.endswith(", reference") for m in record.metrics if not m.verdict.green)
 
 
+@pytest.mark.long
 def test_layers_from_the_wrong_end_are_named(engine, small):
     recipe = small.override({"lora.num_layers": 4})
     record = run(engine, recipe, "FirstLayers")
@@ -113,7 +115,7 @@ def test_other_operations_that_are_declared_are_held_to_the_floor(engine, small)
 CLEAN = [
     ("mlx", "mlx-lm", Verdict.IDENTICAL),
     ("mlx", "hf", Verdict.AGREE),
-    ("trl", "hf", Verdict.IDENTICAL),
+    long("trl", "hf", Verdict.IDENTICAL),
     ("unsloth", "mlx-lm", Verdict.IDENTICAL),
 ]
 PATHS = ["mlx", "mlx-lm", "hf", "trl", "unsloth"]
@@ -125,7 +127,9 @@ def needs(path):
 
 
 @pytest.mark.parametrize(
-    ("subject", "reference", "verdict"), CLEAN, ids=["-".join(pair[:2]) for pair in CLEAN]
+    ("subject", "reference", "verdict"),
+    CLEAN,
+    ids=["mlx-mlx-lm", "mlx-hf", "trl-hf", "unsloth-mlx-lm"],
 )
 def test_a_clean_round_trip_is_green(subject, reference, verdict, engine, small):
     needs(subject)
@@ -168,7 +172,7 @@ else:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(path, marks=[pytest.mark.long] * (path in ("mlx", "trl"))) for path in PATHS],
+    [path if path == "mlx-lm" else long(path) for path in PATHS],
 )
 def test_a_fresh_process_loads_the_same(name, engine, tmp_path):
     """The stage loads in the process that saved: here another one loads what one has left."""

@@ -13,6 +13,7 @@ from parity.cells.run import context_of
 from parity.stages import find
 from parity.stages.logits import Logits
 from parity.trace import Trace
+from tests.cost import long
 
 
 def place(engine, planted, reference, recipe):
@@ -40,11 +41,11 @@ def test_a_recorded_output_is_what_the_module_gave(path, engine, small):
     assert "layers.3.mlp.up_proj" in trace.scalars["called"]
 
 
-@pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
+@pytest.mark.parametrize("reference", [long("mlx-lm"), "hf"])
 @pytest.mark.parametrize(
     ("planted", "name", "says"),
     [
-        (
+        long(
             "EmbeddingScale", "layers.0",
             ["the input of layers.0 (differs)", "the subject's is 0.5 times the reference's"],
         ),

@@ -8,6 +8,7 @@ from parity.bisect.locate_step import step
 from parity.cells.cell import Cell
 from parity.cells.run import context_of
 from parity.stages import find
+from tests.cost import long
 
 FEW = {"train.steps": 4, "optim.lr": 3e-3}
 BATCHES, REPORTED, GRADIENT = "the batches", "the loss that is reported", "the gradient"
@@ -24,11 +25,11 @@ def equal(found):
     return said.split(", ") if said else []
 
 
-@pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
+@pytest.mark.parametrize("reference", [long("mlx-lm"), "hf"])
 @pytest.mark.parametrize(
     ("planted", "at", "says", "before"),
     [
-        (
+        long(
             "search_faults:LateLoss", 2,
             [f"{REPORTED} differs", "it is the loss of step 1", "only the report differs"],
             [BATCHES],
@@ -38,12 +39,12 @@ def equal(found):
 [f"{GRADIENT} differs at equal weights", "tensors"],
             [BATCHES, REPORTED],
         ),
-        (
+        long(
             "search_faults:LoopDecay", 2,
             ["the adapter after it is not what the subject's own clip and optimizer make", "252 of 252"],
             [BATCHES, REPORTED, GRADIENT, LOOP, CLIP, UPDATE],
         ),
-        (
+        long(
             "planted_paths:BadThirdStep", 3,
             [f"{UPDATE} differs on equal gradients"],
             [BATCHES, REPORTED, GRADIENT, LOOP, CLIP],
@@ -61,31 +62,43 @@ def test_the_first_part_that_differs_is_named(planted, at, says, before, referen
     assert "not compared" not in found.sentence
 
 
+@pytest.mark.long
 def test_a_loop_that_trains_on_other_batches_than_it_draws(engine, small):
     found = place(engine, small, "search_faults:OtherBatches", "mlx-lm", **{"data.source": "mixed"})
     assert "it is that of the batch drawn for step 4: the loop trains on that one" in found.sentence
-    found = place(engine, small, "planted_paths:LazyLoop", "mlx-lm")
-    assert "step 2 of 4: the batches differ: the subject drew no batch for step 2" in found.sentence
 
 
-def test_every_micro_batch_is_compared(engine, small):
+def test_a_loop_that_draws_no_batch(engine, small):
+    found = place(engine, small, "planted_paths:LazyLoop", "mlx-lm", **{"train.steps": 2})
+    assert "step 2 of 2: the batches differ: the subject drew no batch for step 2" in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("planted", "says"),
+    [
+        (
+            "search_faults:LoopGradient",
+            f"{GRADIENT} of micro-batch 1 of 2 differs at equal weights",
+        ),
+        long("planted_paths:LouderLoss", "the loss of micro-batch 1 of 2 differs"),
+    ],
+)
+def test_every_micro_batch_is_compared(planted, says, engine, small):
     changes = {"train.accumulation": 2, "train.batch_size": 2, "data.source": "mixed"}
-    found = place(engine, small, "search_faults:LoopGradient", "hf", **changes)
-    assert f"{GRADIENT} of micro-batch 1 of 2 differs at equal weights" in found.sentence
-    found = place(engine, small, "planted_paths:LouderLoss", "hf", **changes)
-    assert "the loss of micro-batch 1 of 2 differs" in found.sentence
+    assert says in place(engine, small, planted, "hf", **changes).sentence
 
 
 def test_what_could_not_be_compared_is_said(engine, small):
     """With dropout no gradient can be taken again, so that only the batches are known to agree."""
-    found = place(engine, small, "search_faults:LoopGradient", "mlx-lm", **{"lora.dropout": 0.1})
+    once = {"lora.dropout": 0.1, "train.steps": 2}
+    found = place(engine, small, "search_faults:LoopGradient", "mlx-lm", **once)
     assert "not compared: " in found.sentence
     assert "dropout draws another mask in each run" in found.sentence
     assert f"{GRADIENT} differs" not in found.sentence
 
 
-@pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
+@pytest.mark.parametrize("reference", [long("mlx-lm"), long("hf")])
 def test_no_part_of_an_equal_step_is_named(reference, engine, small):
-    found = place(engine, small, "search_faults:NoSeed", reference)
+    found = place(engine, small, "search_faults:NoSeed", reference, **{"train.steps": 2})
     assert found.name == ""
     assert "could not be found" in found.sentence

@@ -13,6 +13,7 @@ from parity.commands.bisect import bisect
 from parity.recipe import Recipe
 from parity.record import Verdict
 from parity.stages import find
+from tests.cost import long
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +53,7 @@ def test_agreement_of_some_stages_names_the_others(engine, few):
 @pytest.mark.parametrize(
     ("subject", "code"),
     [
-        ("tests.search_faults:Silent", 3),
+        long("tests.search_faults:Silent", 3),
         ("tests.third_party:NumpyAdamW", 3),
         ("tests.faulty_paths:Faulty", 1),
     ],
@@ -74,7 +75,7 @@ def test_a_seed_without_effect_comes_first(engine, few):
     assert "the seed of tests.search_faults:NoSeed has no effect" in answer(report).splitlines()[0]
 
 
-@pytest.mark.parametrize("subject", ["mlx", "mlx-lm", "hf"])
+@pytest.mark.parametrize("subject", [long("mlx"), "mlx-lm", "hf"])
 def test_nothing_is_said_of_a_steady_subject(subject, engine, few):
     reference = "hf" if subject != "hf" else "mlx"
     assert search(engine, few, subject, reference, probes=["03"]).repeats == []
@@ -103,6 +104,7 @@ def test_agreement_says_which_settings_differ(engine, few):
     assert "differs, with no effect on what was compared: compiled step" in answer(report)
 
 
+@pytest.mark.long
 def test_a_hybrid_that_fails_is_no_evidence(engine, few):
     subject = "tests.search_faults:NoLoss"
     report = search(engine, few, subject, probes=["05"])
@@ -130,8 +132,8 @@ def test_a_mean_over_padding_is_no_clip(reference, engine, few):
     assert "clip" not in hint
 
 
-@pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
-@pytest.mark.parametrize("probe", ["03", "09"])
+@pytest.mark.parametrize("reference", ["mlx-lm", long("hf")])
+@pytest.mark.parametrize("probe", [long("03"), "09"])
 def test_shifted_targets_are_no_missing_token(probe, reference, engine, few):
     cell = Cell(find(probe), "tests.search_faults:ShiftedTargets", reference, few)
     record = run_cell(engine, cell)

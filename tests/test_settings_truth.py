@@ -14,6 +14,7 @@ from parity.report.text import describe
 from parity.stages import find
 from parity.stages.settings import TITLES
 from parity.trace import Trace
+from tests.cost import long
 
 PROBE = find("00")
 PATHS = "tests.settings_paths"
@@ -83,18 +84,18 @@ def test_a_path_without_training_has_unknown_settings(engine, small):
 
 CLEAN = [
     ("mlx", "mlx-lm", {}),
-    ("mlx", "mlx-lm", {"train.accumulation": 3, "train.gradient_checkpointing": True}),
+    long("mlx", "mlx-lm", {"train.accumulation": 3, "train.gradient_checkpointing": True}),
     ("mlx", "hf", {}),
-    ("mlx", "hf", {"model.source": "tiny-llama"}),
+    long("mlx", "hf", {"model.source": "tiny-llama"}),
     ("mlx", "hf", {"model.source": "tiny-qwen3"}),
     ("mlx", "hf", {"optim.clip": "norm", "optim.clip_value": 0.7, "lora.dropout": 0.1}),
-    ("mlx", "hf", {"train.accumulation": 3, "train.accumulation_weighting": "token"}),
-    ("mlx", "hf", {"optim.name": "sgd", "mask.end_shift": 0, "optim.clip": "value"}),
-    ("mlx", "hf", {"model.dtype": "bfloat16", "train.gradient_checkpointing": True}),
-    ("trl", "hf", {}),
-    ("trl", "hf", {"optim.clip": "norm", "train.autocast": "bfloat16"}),
-    ("mlx", "hf", {"model.dtype": "float16"}),
-    ("unsloth", "mlx-lm", {"mask.end_shift": 1}),
+    long("mlx", "hf", {"train.accumulation": 3, "train.accumulation_weighting": "token"}),
+    long("mlx", "hf", {"optim.name": "sgd", "mask.end_shift": 0, "optim.clip": "value"}),
+    long("mlx", "hf", {"model.dtype": "bfloat16", "train.gradient_checkpointing": True}),
+    long("trl", "hf", {}),
+    long("trl", "hf", {"optim.clip": "norm", "train.autocast": "bfloat16"}),
+    long("mlx", "hf", {"model.dtype": "float16"}),
+    long("unsloth", "mlx-lm", {"mask.end_shift": 1}),
 ]
 
 

@@ -13,6 +13,7 @@ from parity.stages import find
 from parity.stages.supervised import batches, draws, matched
 from parity.stages.targets import TargetDifference, TrainingRow, patterns, place
 from parity.trace import Trace
+from tests.cost import long
 
 PROBE = find("09")
 CHAT = {"data.source": "chat", "mask.prompt": True}
@@ -126,7 +127,7 @@ CHAT_ROWS = {"data.source": "chat"}
     [
         ("OneRow", "the subject never trains on 23 of 24 distinct rows"),
         ("ForeverTheSameRows", "the subject never trains on 18 of 24 distinct rows"),
-        ("RowsWithReplacement", "times in the subject's batches and"),
+        long("RowsWithReplacement", "times in the subject's batches and"),
     ],
 )
 def test_rows_that_one_side_never_trains_on_are_counted(path, words, engine, small):
@@ -137,6 +138,7 @@ def test_rows_that_one_side_never_trains_on_are_counted(path, words, engine, sma
     assert "2 passes over 24 rows" in record.reason
 
 
+@pytest.mark.long
 def test_a_dropped_last_batch_is_no_missing_row(engine, small):
     """24 rows in batches of 5: four rows are left over in each pass, shuffled anew."""
     recipe = small.override({**CHAT_ROWS, "train.batch_size": 5, "data.pad_extra": 0})

@@ -28,6 +28,7 @@ from parity.paths.unsloth.parts import CLIPPED, clip_in_effect
 from parity.paths.unsloth.path import UnslothPath
 from parity.recipe import Recipe
 from parity.trace import Trace
+from tests.cost import long
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("unsloth_zoo") is None,
@@ -199,7 +200,7 @@ def test_aligned_it_is_the_loop_on_mlx_lms_parts_bit_for_bit(engine, few):
 
 
 @installed
-@pytest.mark.parametrize("way", ["Borrowed", "Lent"])
+@pytest.mark.parametrize("way", [long("Borrowed"), "Lent"])
 def test_parts_go_into_the_other_stacks_loop_both_ways(engine, few, way):
     """Sound ones leave the result as it is, and a faulty one must show (below)."""
     theirs = engine.capture("mlx", "train", few, Trace())
@@ -208,7 +209,7 @@ def test_parts_go_into_the_other_stacks_loop_both_ways(engine, few, way):
 
 
 @installed
-@pytest.mark.parametrize("part", ["loss", "optimizer", "clip"])
+@pytest.mark.parametrize("part", ["loss", long("optimizer"), long("clip")])
 def test_a_faulty_part_that_is_lent_to_the_trainer_shows(engine, few, part):
     faulty = engine.capture(f"tests.unsloth_paths:Faulty{part.title()}", "train", few, Trace())
     own = engine.capture("unsloth", "train", few, Trace())
@@ -241,6 +242,7 @@ print("REPORTED", json.dumps(reported))
 """
 
 
+@pytest.mark.long
 @installed
 def test_an_instrumented_run_ends_like_a_bare_one(engine, small, tmp_path):
     """Its default loss (CCE) and clip, compiled, with dropout, on rows of unlike lengths."""
@@ -276,6 +278,7 @@ def test_an_instrumented_run_ends_like_a_bare_one(engine, small, tmp_path):
     np.testing.assert_allclose(trace.arrays["loss"], json.loads(line.split(" ", 1)[1]), rtol=1e-6)
 
 
+@pytest.mark.long
 @installed
 def test_checkpointing_of_one_run_does_not_reach_the_next(engine, few):
     """It recomputes the forward, so that what is left of it shows in the masks of the dropout."""
@@ -305,6 +308,7 @@ def test_what_is_in_effect_is_read_from_the_trainer(engine, few):
     )} == {1}  # fmt: skip
 
 
+@pytest.mark.long
 @installed
 def test_a_constant_norm_becomes_an_error_that_names_it(engine, few):
     with pytest.raises(CaptureError, match=r"WrongChannel in train: .* at each of 4 steps"):

@@ -28,8 +28,8 @@ TEXTS = Trace(scalars={"texts": [], "conversations": []})
 
 
 @pytest.fixture
-def fresh(tmp_path):
-    with Engine(cache=tmp_path, timeout=60) as engine:
+def fresh(empty_cache):
+    with Engine(cache=empty_cache, timeout=60) as engine:
         yield engine
 
 
@@ -75,10 +75,10 @@ def test_a_crash_becomes_the_record_of_its_cell(fresh):
     assert "has no config" in record.reason
 
 
-def test_what_was_captured_is_not_run_again(fresh, tmp_path):
+def test_what_was_captured_is_not_run_again(fresh, empty_cache):
     first = pid(fresh, 1)
     assert fresh.captured == 1
-    with Engine(cache=tmp_path) as other:
+    with Engine(cache=empty_cache) as other:
         assert pid(other, 1) == first
         assert other.captured == 0
 
@@ -89,9 +89,9 @@ def test_a_subject_that_is_the_reference_proves_nothing(fresh):
     assert "the subject is the reference" in record.reason
 
 
-def test_what_does_not_repeat_itself_is_inconclusive(tmp_path, small):
+def test_what_does_not_repeat_itself_is_inconclusive(empty_cache, small):
     sgd_free = small.override({"optim.weight_decay": 0.1})  # one round: both decays are the same
-    with Engine(cache=tmp_path) as engine:
+    with Engine(cache=empty_cache) as engine:
         record = run_cell(
             engine, Cell(find("optimizer_step"), "tests.faulty_paths:Moody", "hf", sgd_free), True
         )
@@ -104,10 +104,10 @@ def test_what_does_not_repeat_itself_is_inconclusive(tmp_path, small):
         assert all(file.endswith(".safetensors") for file in record.artifacts)
 
 
-def test_only_so_many_processes_stay_alive(tmp_path, monkeypatch):
+def test_only_so_many_processes_stay_alive(empty_cache, monkeypatch):
     """Memory must not grow with the paths that take part."""
     monkeypatch.setattr("parity.capture.engine.MOST_WORKERS", 1)
-    with Engine(cache=tmp_path, timeout=60, jobs=0) as engine:
+    with Engine(cache=empty_cache, timeout=60, jobs=0) as engine:
         engine._pool._alive = 1
         first = pid(engine, 1)
         other = engine.capture("tests.faulty_paths:Packaging", "defaults", Recipe(), Trace())
@@ -118,9 +118,9 @@ def test_only_so_many_processes_stay_alive(tmp_path, monkeypatch):
         assert pid(engine, 2) not in (first, alone.environment["pid"])
 
 
-def test_paths_on_the_same_libraries_share_a_process(tmp_path):
+def test_paths_on_the_same_libraries_share_a_process(empty_cache):
     recipe, texts = Recipe(), TEXTS
-    with Engine(cache=tmp_path, jobs=1) as engine:
+    with Engine(cache=empty_cache, jobs=1) as engine:
         pids = [
             engine.capture(path, "tokenization", recipe, texts).environment["pid"]
             for path in ("mlx", "mlx-lm", "mlx+loss=mlx-lm")
@@ -140,10 +140,10 @@ def test_paths_on_the_same_libraries_share_a_process(tmp_path):
         ("Variable", "variable MLX_PARITY_TEST"),
     ],
 )
-def test_a_path_that_changes_its_libraries_gets_a_process_of_its_own(tmp_path, name, what):
+def test_a_path_that_changes_its_libraries_gets_a_process_of_its_own(empty_cache, name, what):
     notices: list[str] = []
     changing, clean = f"tests.patching_paths:{name}", "tests.patching_paths:Clean"
-    with Engine(cache=tmp_path, notice=notices.append, jobs=1) as engine:
+    with Engine(cache=empty_cache, notice=notices.append, jobs=1) as engine:
         before = engine.capture(clean, "tokenization", Recipe(), TEXTS)
         once = engine.capture(changing, "tokenization", Recipe(), TEXTS)
         after = engine.capture(clean, "tokenization", Recipe(), TEXTS, "-again")
@@ -155,10 +155,10 @@ def test_a_path_that_changes_its_libraries_gets_a_process_of_its_own(tmp_path, n
     assert what in told
 
 
-def test_a_path_that_does_not_seed_does_not_repeat_itself_in_a_shared_process(tmp_path):
+def test_a_path_that_does_not_seed_does_not_repeat_itself_in_a_shared_process(empty_cache):
     """What an earlier call left in a generator must not decide what is drawn."""
     one = Trace(scalars={"texts": ["a"], "conversations": []})
-    with Engine(cache=tmp_path, jobs=1) as engine:
+    with Engine(cache=empty_cache, jobs=1) as engine:
         drawn = [
             engine.capture(
                 "tests.patching_paths:Unseeded", "tokenization", Recipe(), one, attempt
