@@ -29,7 +29,7 @@ def cached(kind: type[Entry]) -> type[MlxPath]:
     return Path
 
 
-@planted("cache", "kv_cache", hints="cache")
+@planted("cache", "kv_cache", parts="loop", hints="cache")
 def positions_one_too_far() -> type[MlxPath]:
     """From the second call on positions are one too far."""
 
@@ -41,7 +41,7 @@ def positions_one_too_far() -> type[MlxPath]:
     return cached(Shifted)
 
 
-@planted("cache", "kv_cache", hints="cache")
+@planted("cache", "kv_cache", parts="loop", hints="cache")
 def second_turn_lost() -> type[MlxPath]:
     """What the second call brings is seen by that call and then lost."""
 
@@ -54,7 +54,7 @@ def second_turn_lost() -> type[MlxPath]:
     return cached(Forgetful)
 
 
-@planted("cache", "kv_cache")
+@planted("cache", "kv_cache", parts="loop")
 def keys_in_bfloat16() -> type[MlxPath]:
     """Keys are kept in bfloat16."""
 
@@ -68,7 +68,7 @@ def keys_in_bfloat16() -> type[MlxPath]:
     return cached(Rounded)
 
 
-@planted("cache", "kv_cache", {"1e-2": 1.01, "1e-4": 1.0001})
+@planted("cache", "kv_cache", {"1e-2": 1.01, "1e-4": 1.0001}, parts="loop")
 def values_scaled(factor: float) -> type[MlxPath]:
     """Values that come out of the cache are scaled."""
 
@@ -80,7 +80,7 @@ def values_scaled(factor: float) -> type[MlxPath]:
     return cached(Scaled)
 
 
-@planted("cache", "kv_cache", model="tiny-gemma3", hints="cache")
+@planted("cache", "kv_cache", parts="loop", model="tiny-gemma3", hints="cache")
 def window_never_cut() -> type[MlxPath]:
     """Sliding layers keep everything and attend to all of it."""
 
@@ -97,7 +97,7 @@ def window_never_cut() -> type[MlxPath]:
     return Path
 
 
-@planted("cache", "kv_cache", model="tiny-gemma3", hints="cache")
+@planted("cache", "kv_cache", parts="loop", model="tiny-gemma3", hints="cache")
 def window_one_short() -> type[MlxPath]:
     """Sliding layers keep one token less than their window."""
 
@@ -115,7 +115,7 @@ def window_one_short() -> type[MlxPath]:
     return Path
 
 
-@planted("cache", "greedy_decode")
+@planted("cache", "greedy_decode", parts="loop")
 def decodes_without_the_adapter() -> type[MlxPath]:
     """Decoding halves the scale of the adapter."""
 

@@ -294,8 +294,8 @@ class CauseSearch:
         place = found.sentence
         what = f"{stage.name} (probe {stage.number:02d})"
         if parts:
-            whose = " with the ".join(f"{part} of {self._own[part]}" for part in parts)
-            what = f"the {whose} makes {what} diverge under equal recipes"
+            whose = " with ".join(self._whose(part, stage) for part in parts)
+            what = f"{whose} makes {what} diverge under equal recipes"
         else:
             what += " diverges under equal recipes"
         words = [f"{what}: {place or record.reason}"]
@@ -315,6 +315,14 @@ class CauseSearch:
         # With the place named, other settings of the model have been computed as well.
         drawn = hints(record, (rope,) if found.name else ())
         return Cause(stage.name, {}, sentence, parts, place, drawn, reproduce(cell))
+
+    def _whose(self, part: str, stage: Stage) -> str:
+        """A part of the subject in words; beside the loss curve the loop stands for all but the parts."""
+        own = self._own[part]
+        if part != names_of_parts.LOOP or stage.name == "loss_curve":
+            return f"the {part} of {own}"
+        *some, last = names_of_parts.PARTS
+        return f"the code of {own} beside its {', '.join(some)} and {last}"
 
     def _factors(self, stage: Stage, names: tuple[str, ...], unproven: Sequence[str]) -> Cause:
         record = self.record(stage, names)
