@@ -33,7 +33,7 @@ from parity.cells.run import run_cell
 from parity.files import write_atomically
 from parity.judge import hints
 from parity.record import Record
-from parity.stages import find
+from parity.stages import STAGES, find
 
 STEPS = 6
 OBVIOUS = 10.0
@@ -41,6 +41,7 @@ OBVIOUS = 10.0
 MODULE = re.compile(
     r"layers\.\d+(?:\.\w+)*|embed_tokens|(?<![\w.])norm(?![\w.])|(?<=module )the loss"
 )
+ORDER = [stage.name for stage in STAGES]
 EFFECT = re.compile(r"of the adapter's gradients [^;]*|, most [\w.]+: greatest")
 STEP = re.compile(r"\bstep (\d+)(?! of)")
 
@@ -86,7 +87,7 @@ def floors(record: Record) -> float:
 
 
 def claims(
-    fault: Planted, report: SearchReport, names: Mapping[str, str]
+    fault: Planted, report: SearchReport, names: Mapping[str, str], size: float
 ) -> Iterator[tuple[str, bool]]:
     """Each claim of the final sentences in words, and whether it is true.
 
@@ -94,11 +95,14 @@ def claims(
         fault: What is true.
         report: What was found.
         names: Hint to the name of its rule.
+        size: Floors that the fault makes at the stage where it shows.
     """
     for text in report.repeats:
         yield f"repeats: {text}", False
     for cause in report.causes:
-        yield f"stage {cause.stage}", cause.stage == fault.stage
+        # What is too small for the stage where it is made may well show at a later one.
+        late = bool(fault.stage) and ORDER.index(cause.stage) >= ORDER.index(fault.stage)
+        yield f"stage {cause.stage}", late and (size < OBVIOUS or cause.stage == fault.stage)
         for part in cause.parts:
             yield f"part {part}", part in fault.parts
         for factor in cause.factors:
@@ -137,7 +141,7 @@ def run(engine: Engine, fault: Planted, reference: str) -> Outcome:
     record = run_cell(engine, Cell(shown, fault.spec, reference, recipe))
     distance = floors(record)
     names = {text: rule.__name__ for rule in hints.RULES if (text := rule(record))}
-    checked = list(claims(fault, report, names))
+    checked = list(claims(fault, report, names, distance))
     wrong = [text for text, true in checked if not true]
     return Outcome(
         name=fault.name,

@@ -41,7 +41,9 @@ def test_each_claim_of_a_sentence_is_held_against_what_was_planted(sentence, hin
     fault = FAULTS["one_row_of_up_proj_0"]
     cause = Cause("logits", {}, sentence, ("loader",), hints=hints)
     report = SearchReport("planted", "mlx-lm", FOUND, causes=[cause])
-    found = [text for text, true in claims(fault, report, {"is it the clip?": "clip"}) if not true]
+    found = [
+        text for text, true in claims(fault, report, {"is it the clip?": "clip"}, 20.0) if not true
+    ]
     assert [text.split()[0] for text in found] == wrong
 
 

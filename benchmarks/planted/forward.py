@@ -44,7 +44,7 @@ def one_row_of_up_proj(factor: float) -> type[MlxPath]:
     "logits",
     {"layer 5": (5,), "all layers": tuple(range(LAYERS))},
     parts="loader",
-    modules=r"layers\.(5|0)\.self_attn\.rope.*",
+    modules=r"layers\.(5|0)\.self_attn(\.rope.*)?",
     hints="rope",
     settings="rope.theta rope.frequencies",
 )
@@ -98,7 +98,7 @@ def norm_offset(amount: float) -> type[MlxPath]:
     "logits",
     {"1e-3": 1e-3, "1e-5": 1e-5},
     parts="loader",
-    modules=r"layers\.0\..*norm.*",
+    modules=r"layers\.0\..*norm.*|norm",
 )
 def norm_eps(eps: float) -> type[MlxPath]:
     """All norms have another eps."""

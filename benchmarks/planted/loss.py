@@ -89,9 +89,9 @@ def label_smoothing(amount: float) -> type[MlxPath]:
     return Path
 
 
-@planted("loss", "cross_entropy", {"1e-2": 1e-2, "1e-5": 1e-5}, parts="loss")
+@planted("loss", "supervised_positions", {"1e-2": 1e-2, "1e-5": 1e-5}, parts="loss")
 def z_loss(weight: float) -> type[MlxPath]:
-    """The squared logarithm of the normaliser is added."""
+    """The squared logarithm of the normaliser is added, of padding as well."""
 
     class Path(MlxPath):
         def loss(self, recipe: Any) -> Any:
