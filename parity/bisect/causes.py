@@ -237,7 +237,8 @@ class CauseSearch:
         if found.verdict != FOUND:
             report.verdict, report.reason = INCONCLUSIVE, found.reason
             return False
-        report.causes += [self._factors(stage, names, found.unproven) for names in found.causes]
+        for names in found.causes:
+            report.causes.append(self._factors(stage, names, found.unproven.get(names, ())))
         causes = {name for names in found.causes for name in names}
         self.rest = tuple(name for name in self.rest if name not in causes)
         return bool(causes)
@@ -274,7 +275,7 @@ class CauseSearch:
             return [f"which part it is could not be found: {found.reason}"]
         for names in found.causes:
             parts = tuple(name.removeprefix(PART) for name in names)
-            report.causes.append(self._place(stage, report, parts, found.unproven))
+            report.causes.append(self._place(stage, report, parts, found.unproven.get(names, ())))
             self.parts -= set(parts)
         if not self._same(self.cell(stage, self.rest)):
             self._visit(stage, report)

@@ -71,7 +71,7 @@ class Search:
     Attributes:
         verdict: `found`, `agree` (nothing to find) or `inconclusive`.
         causes: Sets, each of which makes the runs differ by itself; minimal unless `unproven`.
-        unproven: What the causes lean on and could not be asked, in words.
+        unproven: Cause to what it leans on and could not be asked, in words.
         ledger: Every hypothesis with its evidence.
         runs: Questions that were asked; asking the same again costs nothing.
         questions: These, in their order.
@@ -80,7 +80,7 @@ class Search:
     verdict: str = "inconclusive"
     reason: str = ""
     causes: list[tuple[str, ...]] = field(default_factory=list)
-    unproven: list[str] = field(default_factory=list)
+    unproven: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
     ledger: list[Hypothesis] = field(default_factory=list)
     runs: int = 0
     questions: list[Question] = field(default_factory=list)
@@ -281,7 +281,7 @@ def _prove(together: Hypothesis, ask: CachedOracle, result: Search) -> None:
         f"{f': {why}' if why else ''}, so the set may not be minimal"
     )
     together.evidence += ["together they make the runs differ", doubt]
-    result.unproven.append(doubt)
+    result.unproven.setdefault(members, []).append(doubt)
 
 
 def _halve(changes: list[str], ask: CachedOracle, weights: Mapping[str, float]) -> str | None:
