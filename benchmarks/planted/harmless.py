@@ -59,8 +59,11 @@ def loss_by_log_softmax() -> type[MlxPath]:
         steps = mx.arange(1, targets.shape[1] + 1)
         mask = mx.logical_and(steps >= lengths[:, 0:1], steps <= lengths[:, 1:])
         logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        losses = -mx.take_along_axis(logs, targets[..., None], axis=-1)[..., 0]
-        return (losses * mask).sum() / mask.sum(), mask.sum()
+        # Taking the entry out of it instead is what mlx 0.32.4 cannot compile.
+        entry = mx.arange(logits.shape[-1]) == targets[..., None]
+        losses = -mx.where(entry, logs, 0.0).sum(axis=-1)
+        count = mask.sum()
+        return (losses * mask).sum() / count, count
 
     return lossy(loss)
 
@@ -72,7 +75,8 @@ def loss_summed_backwards() -> type[MlxPath]:
     def loss(model: Any, batch: Any, lengths: Any) -> Any:
         losses, mask = token_losses(model, batch, lengths)
         whole = (losses * mask).reshape(-1)[::-1]
-        return whole.sum() / mask.sum(), mask.sum()
+        count = mask.sum()
+        return whole.sum() / count, count
 
     return lossy(loss)
 
@@ -83,7 +87,8 @@ def loss_by_row_sums() -> type[MlxPath]:
 
     def loss(model: Any, batch: Any, lengths: Any) -> Any:
         losses, mask = token_losses(model, batch, lengths)
-        return (losses * mask).sum(1).sum() / mask.sum(), mask.sum()
+        count = mask.sum()
+        return (losses * mask).sum(1).sum() / count, count
 
     return lossy(loss)
 
@@ -117,7 +122,8 @@ def logsumexp_in_blocks() -> type[MlxPath]:
         blocks = mx.logsumexp(padded.reshape(*logits.shape[:-1], -1, 64), axis=-1)
         losses = mx.logsumexp(blocks, axis=-1)
         losses = losses - mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return (losses * mask).sum() / mask.sum(), mask.sum()
+        count = mask.sum()
+        return (losses * mask).sum() / count, count
 
     return lossy(loss)
 
@@ -238,7 +244,8 @@ def adam(step: Callable[..., Any]) -> type[MlxPath]:
     class Path(MlxPath):
         def optimizer(self, recipe: Any) -> Any:
             optimizer = super().optimizer(recipe)
-            optimizer.apply_single = lambda g, p, s: step(optimizer, recipe.optim, g, p, s)
+            if recipe.optim.name != "sgd":
+                optimizer.apply_single = lambda g, p, s: step(optimizer, recipe.optim, g, p, s)
             return optimizer
 
     return Path
@@ -292,18 +299,6 @@ def wider_batches() -> type[MlxPath]:
     return Path
 
 
-@planted("harmless", references=ROUNDS, recipe={"data.source": "mixed", "train.batch_size": 4})
-def rows_of_a_batch_turned() -> type[MlxPath]:
-    """The loss sees the rows of a batch in the opposite order."""
-
-    def loss(model: Any, batch: Any, lengths: Any) -> Any:
-        from mlx_lm.tuner.trainer import default_loss
-
-        return default_loss(model, batch[::-1], lengths[::-1])
-
-    return lossy(loss)
-
-
 @planted("harmless", references=ROUNDS)
 def residual_in_another_order() -> type[MlxPath]:
     """The output of layer 3 is taken apart and put together again."""
@@ -315,14 +310,15 @@ def residual_in_another_order() -> type[MlxPath]:
 
 
 @planted("harmless", references=ROUNDS)
-def scale_of_queries_first() -> type[MlxPath]:
-    """Keys are scaled up and the scale of attention down by the same factor of two."""
+def attention_doubled_and_halved() -> type[MlxPath]:
+    """The output of attention in layer 8 is added to itself and halved."""
 
     def change(model: Any) -> None:
-        attention = model.layers[8].self_attn
-        weights = attention.o_proj.weight
-        attention.o_proj.weight = weights * 2
-        call(attention.v_proj, lambda own, linear, x: own(x) / 2)
+        def run(own: Any, attention: Any, *arguments: Any, **named: Any) -> Any:
+            result = own(*arguments, **named)
+            return (result + result) / 2
+
+        call(model.layers[8].self_attn, run)
 
     return modelled(change)
 
@@ -350,8 +346,7 @@ def learning_rate_as_a_schedule() -> type[MlxPath]:
             import mlx.core as mx
 
             optimizer = super().optimizer(recipe)
-            rate = mx.array(recipe.optim.lr)
-            optimizer._schedulers["learning_rate"] = lambda step: rate
+            optimizer._schedulers["learning_rate"] = lambda step: mx.array(recipe.optim.lr)
             return optimizer
 
     return Path

@@ -25,7 +25,7 @@ def reports_the_loss_before() -> type[MlxPath]:
     return Path
 
 
-@planted("loop", "loss_curve", {"half": 0.5, "1e-4": 1.0001}, parts="loop", steps=(1,))
+@planted("loop", "gradient", {"half": 0.5, "1e-4": 1.0001}, parts="loop", steps=(1,))
 def reports_a_scaled_loss(factor: float) -> type[MlxPath]:
     """The loss that is reported is a multiple of the real one."""
 
@@ -108,7 +108,7 @@ def each_batch_twice() -> type[MlxPath]:
     return Path
 
 
-@planted("loop", "loss_curve", {"5 %": 1.05, "1e-4": 1.0001}, parts="loop", steps=(1, 2))
+@planted("loop", "gradient", {"5 %": 1.05, "1e-4": 1.0001}, parts="loop", steps=(1, 2))
 def gradient_scaled(factor: float) -> type[MlxPath]:
     """The gradient is scaled between loss and optimizer."""
 

@@ -82,7 +82,8 @@ def label_smoothing(amount: float) -> type[MlxPath]:
                 steps = mx.arange(1, targets.shape[1] + 1)
                 mask = mx.logical_and(steps >= lengths[:, 0:1], steps <= lengths[:, 1:])
                 losses = nn.losses.cross_entropy(logits, targets, label_smoothing=amount)
-                return (losses.astype(mx.float32) * mask).sum() / mask.sum(), mask.sum()
+                count = mask.sum()
+                return (losses.astype(mx.float32) * mask).sum() / count, count
 
             return loss
 
@@ -239,7 +240,8 @@ def end_of_sequence_ignored() -> type[MlxPath]:
             def loss(model: Any, batch: Any, lengths: Any) -> Any:
                 losses, mask = token_losses(model, batch, lengths)
                 mask = mask * (batch[:, 1:] > 2)
-                return (losses * mask).sum() / mask.sum(), mask.sum()
+                count = mask.sum()
+                return (losses * mask).sum() / count, count
 
             return loss
 
@@ -257,7 +259,8 @@ def focal(gamma: float) -> type[MlxPath]:
 
                 losses, mask = token_losses(model, batch, lengths)
                 losses = losses * mx.power(mx.maximum(1 - mx.exp(-losses), 1e-6), gamma)
-                return (losses * mask).sum() / mask.sum(), mask.sum()
+                count = mask.sum()
+                return (losses * mask).sum() / count, count
 
             return loss
 

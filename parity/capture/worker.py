@@ -273,6 +273,8 @@ def serve(framework: str, cache: Path, hidden: Collection[str] = ()) -> None:
                 "message": f"{type(error).__name__} in {request['method']}: {error}",
                 "detail": traceback.format_exc()[-TAIL:],
             }
+            # What broke off in the middle may have left anything in its model.
+            paths.pop(request["path"], None)
         with timing.span(timing.COMPARE, "footprint of the process"):
             after = Footprint()
         answer["changed"] = before.changed(after) if before else []

@@ -209,11 +209,12 @@ def divisor(record: Record) -> str | None:
         [f"{what} ratio, B {b} 0" for what in ("gradient", "loss") for b in "=≠"],
     )
     ratios = [facts[name] for name in names if name in facts]
+    # How far they are from one must be alike, not only what they are.
     if len(ratios) < len(names) or not all(
-        isclose(r, ratios[0], rel_tol=NEAR / 10) for r in ratios
+        isclose(r - 1, ratios[0] - 1, rel_tol=NEAR) for r in ratios
     ):
         return None
-    much = f"loss and gradient are {ratios[0]:.4g}× the reference's whatever B is"
+    much = f"loss and gradient are {ratios[0]:.6g}× the reference's whatever B is"
     if isclose(ratios[0], facts.get("share of positions supervised", 0.0), rel_tol=NEAR / 10):
         return f"{much}, which is supervised tokens / all positions: does its mean count padding as well?"
     return f"{much}: is its loss divided by another count?"
