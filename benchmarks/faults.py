@@ -42,7 +42,10 @@ MODULE = re.compile(
     r"layers\.\d+(?:\.\w+)*|embed_tokens|(?<![\w.])(?<!gradient )(?<!its )norm(?![\w.])|(?<=module )the loss"
 )
 ORDER = [stage.name for stage in STAGES]
-EFFECT = re.compile(r"of the adapter's gradients [^;]*|, most [\w.]+: greatest")
+EFFECT = re.compile(
+    r"of the adapter's gradients [^;]*|, most [\w.]+: greatest| at [\w./]+ at \([\d, ]*\)"
+)
+"""Where a fault shows most, which was measured and is no claim of its place."""
 STEP = re.compile(r"\bstep (\d+)(?! of)")
 
 

@@ -188,7 +188,7 @@ def starts_again_at_five() -> type[MlxPath]:
     return Path
 
 
-@planted("loop", "loss_curve", parts="loop", steps=(1,))
+@planted("loop", "gradient", parts="loop", steps=(1,))
 def dropout_in_the_loop() -> type[MlxPath]:
     """Training drops a tenth of the adapters' inputs, though nobody asked for it."""
 
