@@ -201,3 +201,13 @@ def test_unknown_is_a_value():
     assert not measured.known(measured.unknown("why"))
     assert measured.known(None)
     assert Trace(scalars={"x": measured.unknown("why")}).scalars["x"] == "unknown (why)"
+
+
+@pytest.mark.parametrize(
+    ("factor", "usual", "mode"),
+    [(1.05, 1.05, "none"), (0.9, 0.9, "none"), (1.05, 1.0, "unknown"), (0.5, 1.0, "norm")],
+)
+def test_a_factor_on_every_update_is_no_clip(factor, usual, mode):
+    gradient = {"a": np.full(4, 100.0), "b": np.full(3, -50.0)}
+    given = {name: factor * value for name, value in gradient.items()}
+    assert measured.clip_of(gradient, given, 0.01, usual)[0].startswith(mode)

@@ -144,8 +144,10 @@ def _loop_facts(
     one = micro_batches(1).with_group("adapter", start)
     clipped, _ = _update(path, loud, one, start)
     full = {name: value * (LOUD / QUIET) for name, value in gradients[0].items()}
-    mode, limit = clip_of(full, clipped, slack)
     shares, residual = combination(update, gradients)
+    # What a short gradient is multiplied by as well is no clip.
+    usual = 1.0 if residual > slack else float(shares.sum())
+    mode, limit = clip_of(full, clipped, slack, usual)
     if residual > slack:
         steps: Any = unknown("an update of SGD is no sum of the gradients of its micro-batches")
         weighting: Any = steps
@@ -234,9 +236,15 @@ def weighting_of(shares: Array, tokens: Iterable[int], slack: float) -> tuple[in
 
 
 def clip_of(
-    gradient: Mapping[str, Array], given: Mapping[str, Array], slack: float
+    gradient: Mapping[str, Array], given: Mapping[str, Array], slack: float, usual: float = 1.0
 ) -> tuple[str, float | None]:
     """Clip and limit by which a long gradient became what the optimizer was given.
+
+    Args:
+        gradient: The long gradient.
+        given: What became of it.
+        slack: How exactly a factor must be met, relatively.
+        usual: The factor between the two for a short gradient.
 
     Returns:
         `none`, `norm` (of all tensors), `leaf_norm` (of each) or `value` (of each element), or unknown.
@@ -253,8 +261,10 @@ def clip_of(
         rests[name] = float(np.linalg.norm(after - factors[name] * before) / np.linalg.norm(before))
     values = np.array([*factors.values()])
     if all(rest <= slack * abs(factors[name]) for name, rest in rests.items()):
-        if np.allclose(values, 1, rtol=slack):
+        if np.allclose(values, 1, rtol=slack) or np.allclose(values, usual, rtol=slack):
             return "none", None
+        if (values > 1).any():
+            return unknown(f"a long gradient becomes {values.max():.3g} times as long"), None
         norms = np.array([np.linalg.norm(given[name]) for name in names])
         if np.allclose(values, values[0], rtol=slack):
             return "norm", float(np.sqrt((norms**2).sum()))
