@@ -226,6 +226,21 @@ _ALL = (
         ignores=("lora.dropout",),
     ),
     Method(
+        "save_adapter", "", "the files that the path's own saver leaves of an adapter",
+        inputs=(
+            *_adapter("adapter", "what the live model is given"),
+            array("ids", "(B, T)", "int", "token ids"),
+            scalar("layout", str, "`mlx` or `peft`: the files to write, else the path's own", "layout"),
+        ),
+        outputs=(
+            array("live", "(B, T, V)", "float", "logits of the live model, in evaluation mode"),
+            array("files/<name>", "(n)", "int", "bytes of a file"),
+            scalar("dtype", str | _NAMES, "dtype of the logits as they are computed"),
+        ),
+        reads=_ADAPTED,
+        ignores=("lora.dropout",),
+    ),
+    Method(
         "load_adapter", "", "a folder with an adapter, loaded by the path's own loader",
         inputs=(
             array("ids", "(B, T)", "int", "token ids"),

@@ -8,6 +8,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from parity.errors import Unsupported
 from parity.paths.protocol import TrainingPath
 from parity.recipe import Recipe
 from parity.trace import Array, Trace
@@ -28,6 +31,12 @@ class RoundTrips(TrainingPath):
         self, recipe: Recipe, adapter: Mapping[str, Array], see: Callable[[Any], None]
     ) -> AbstractContextManager[Path]:
         """A folder with an adapter as the path saves it from its live model, which `see` is given."""
+
+    def exported(
+        self, recipe: Recipe, adapter: Mapping[str, Array], layout: str, see: Callable[[Any], None]
+    ) -> AbstractContextManager[Path]:
+        """As `saved`, by what the path ships that writes the files of another stack."""
+        raise Unsupported(f"{self.name} ships nothing that writes files of {layout}")
 
     @abstractmethod
     def reloaded(self, recipe: Recipe, folder: Path) -> Any:
@@ -56,6 +65,24 @@ class RoundTrips(TrainingPath):
             trace.scalars["files"] = sorted(str(f.relative_to(folder)) for f in folder.rglob("*"))
         trace.arrays["live"] = live[0]
         return trace
+
+    def save_adapter(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `parity contract save_adapter`."""
+        ids, live = inputs.arrays["ids"], list[Logits]()
+        adapter, layout = inputs.group("adapter"), inputs.scalars.get("layout", "")
+
+        def see(model: Any) -> None:
+            live.append(self.forward(model, ids))
+
+        made = self.exported(recipe, adapter, layout, see) if layout else None
+        with made or self.saved(recipe, adapter, see) as folder:
+            files = {
+                str(file.relative_to(folder)): np.frombuffer(file.read_bytes(), np.uint8)
+                for file in sorted(folder.rglob("*"))
+                if file.is_file()
+            }
+        trace = Trace({"live": live[0].values}, {"dtype": live[0].dtype})
+        return trace.with_group("files", files)
 
     def load_adapter(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `parity contract load_adapter`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -12,7 +13,7 @@ from parity.judge.updates import Updates, compare_modules, compare_updates
 from parity.record import Metric, Verdict
 from parity.stages.context import Comparison, Context, Pair, measured
 from parity.stages.gradient import filled
-from parity.trace import Trace
+from parity.trace import Array, Trace
 
 ROWS, WIDTH = 2, 40
 
@@ -31,9 +32,11 @@ class RoundTrip:
         result = Comparison()
         for side, trace in (("subject", pair.subject), ("reference", pair.reference)):
             given = Updates(inputs.group("adapter"), context.recipes[side].lora.scale)
-            result.metrics += _loaded_adapter(side, given, trace)
-            result.metrics.append(_loaded_logits(side, trace, pair))
-            result.metrics.append(_effect(context, side, trace, inputs))
+            result.metrics += loaded_adapter(side, given, trace, trace.scalars["files"])
+            why = trace.scalars.get("operations", "")
+            noise = own_noise(side, "live", trace.arrays, pair, why)
+            result.metrics.append(loaded_logits(side, trace, trace.arrays["live"], noise))
+            result.metrics.append(effect(context, side, trace, inputs))
         _across(pair, result)
         return result
 
@@ -45,35 +48,51 @@ class RoundTrip:
         return Trace({"ids": ids}).with_group("adapter", filled(init, rng))
 
 
-def _loaded_adapter(side: str, given: Updates, trace: Trace) -> list[Metric]:
+def loaded_adapter(side: str, given: Updates, trace: Trace, files: Iterable[str]) -> list[Metric]:
     """Which modules have an adapter after loading, and what each of them adds to its weight."""
     loaded = Updates(trace.group("adapter"), trace.scalars["scales"])
-    note = f"{len(given)} modules, loaded from {', '.join(trace.scalars['files'])}"
+    note = f"{len(given)} modules, loaded from {', '.join(files)}"
     return [
         compare_modules(f"modules with an adapter, {side}", loaded, given, note),
         compare_updates(f"scale · A · B after loading, {side}", loaded, given),
     ]
 
 
-def _loaded_logits(side: str, trace: Trace, pair: Pair) -> Metric:
-    """The loaded model against the live one: bits, unless one of them cannot give the same bits."""
-    live, loaded = trace.arrays["live"], trace.arrays["loaded"]
+def own_noise(
+    side: str, name: str, arrays: Mapping[str, Array], pair: Pair, why: str = ""
+) -> Noise:
+    """Bits, unless the live or the loaded model cannot give the same bits; then the floor.
+
+    Args:
+        side: Whose live model it is.
+        name: Of its live logits; those of the loaded model are `loaded`.
+        arrays: Both.
+        pair: Both sides' traces; that of `side` has the array `name`.
+        why: Why the two cannot give the same bits, where that is declared.
+    """
+    live, loaded = arrays[name], arrays["loaded"]
     absent = dict.fromkeys((REFEREE, PERTURBED), "not asked for: bits decide")
-    noise, why = Noise(exact=True, absent=absent), trace.scalars.get("operations", "")
     if not why and not np.array_equal(live, loaded):
         again = pair.measured(REPEATS[side]).trace
-        if again is not None and not np.array_equal(live, again.arrays["live"]):
+        if again is not None and not np.array_equal(live, again.arrays[name]):
             why = f"the {side} does not repeat itself bit for bit on this device"
     if why:
-        noise = Noise(False, given={"loaded": pair.rounding("loaded")}, why_floor=why)
-    metric = compare("loaded", loaded, live, noise)
+        return Noise(False, given={"loaded": pair.rounding(name)}, why_floor=why)
+    return Noise(exact=True, absent=absent)
+
+
+def loaded_logits(
+    side: str, trace: Trace, live: Array, noise: Noise, name: str = "loaded"
+) -> Metric:
+    """The loaded model against a live one that has the adapter; `name` is what the noise has them by."""
+    metric = compare(name, trace.arrays["loaded"], live, noise)
     update = {"name": f"logits after loading, {side}"}
     if metric.verdict is Verdict.DIVERGE and not metric.note:
         update["note"] = f"{metric.value:.3g} off from the live model's"
     return metric.model_copy(update=update)
 
 
-def _effect(context: Context, side: str, trace: Trace, inputs: Trace) -> Metric:
+def effect(context: Context, side: str, trace: Trace, inputs: Trace) -> Metric:
     """Whether the loaded adapter changes what the model gives: equal zeros prove nothing."""
     name, loaded = f"effect of the adapter, {side}", trace.arrays["loaded"]
     given = Trace({"ids.0": inputs.arrays["ids"]}, {"modules": False})

@@ -210,7 +210,7 @@ class HfPath(TorchStages):
         """By `PeftModel.from_pretrained`."""
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(self.load(recipe), folder)
+        return PeftModel.from_pretrained(self.load(recipe), str(folder))
 
     def iterate(self, recipe: Recipe, tokenizer: Any) -> Iterator[Batch]:
         """Endless batches: all rows shuffled anew each epoch, an incomplete batch dropped."""

@@ -7,6 +7,7 @@ optimizer's state. All that it computes with is its own, but for parts taken fro
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import json
 import tempfile
@@ -189,6 +190,21 @@ class UnslothPath(MlxPath):
             )
             live.save_model(folder)
             yield Path(folder)
+
+    @contextlib.contextmanager
+    def exported(
+        self, recipe: Recipe, adapter: Mapping[str, Array], layout: str, see: Callable[[Any], None]
+    ) -> Iterator[Path]:
+        """By its `save_lora_adapters`, which newer releases let write PEFT's files."""
+        save = library().utils.save_lora_adapters
+        if layout != "peft" or "adapter_format" not in inspect.signature(save).parameters:
+            raise Unsupported(f"this {PACKAGE} ships nothing that writes files of {layout}")
+        model = self.setup(recipe, adapter).model
+        see(model)
+        with tempfile.TemporaryDirectory() as folder:
+            # It makes its folder itself.
+            save(model, str(Path(folder) / layout), adapter_format=layout)
+            yield Path(folder) / layout
 
     def reloaded(self, recipe: Recipe, folder: Path) -> Any:
         """By `FastMLXModel.from_pretrained`, which reads from the adapter which base it needs."""
