@@ -6,7 +6,7 @@ import hashlib
 import re
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -14,10 +14,12 @@ import numpy as np
 
 from parity import resources
 from parity.errors import CaptureError, Unsupported, UsageError
-from parity.judge.compare import compare_exact
+from parity.judge.compare import compare, compare_exact
+from parity.judge.noise import Noise
 from parity.judge.updates import Updates
+from parity.recipe import Recipe
 from parity.record import Metric, Verdict
-from parity.stages.context import Comparison, Context, Pair
+from parity.stages.context import Comparison, Context, Pair, measured
 from parity.stages.round_trip import RoundTrip, effect, loaded_adapter, loaded_logits, own_noise
 from parity.trace import Array, Trace
 
@@ -58,7 +60,7 @@ class Exchange:
     def run(self, context: Context) -> Comparison:
         """The adapter, the modules it is on, and the logits, against the reference's live model."""
         inputs = RoundTrip().inputs(context)
-        pair, result = context.pair("save_adapter", inputs), Comparison()
+        pair, result = _saved(context, inputs), Comparison()
         found = self._loaded(context, pair, inputs, result)
         if found is None:
             result.findings.append(NOT_READ)
@@ -66,8 +68,10 @@ class Exchange:
         result.findings.append(found.way)
         given = Updates(inputs.group("adapter"), context.recipes["reference"].lora.scale)
         result.metrics += loaded_adapter("subject", given, found.trace, found.files)
-        result.metrics.append(_logits(pair, found.trace))
-        result.metrics.append(effect(context, "subject", found.trace, inputs))
+        logits = _logits(pair, found.trace)
+        result.metrics += [logits, effect(context, "subject", found.trace, inputs)]
+        if logits.verdict is Verdict.DIVERGE:
+            result.findings += _bases(context, pair, inputs)
         return result
 
     def _loaded(
@@ -106,6 +110,16 @@ class Exchange:
                 file.name: np.frombuffer(file.read_bytes(), np.uint8)
                 for file in sorted(target.iterdir())
             }
+
+
+def _saved(context: Context, inputs: Trace) -> Pair:
+    """What the reference saved. The subject, which only reads, may be unable to save anything."""
+
+    def both(method: str, recipes: Mapping[str, Recipe], handed: Trace) -> tuple[Trace, Trace]:
+        trace = context.capture("reference", method, recipes["reference"], handed)
+        return trace, trace
+
+    return replace(context, both=both).pair("save_adapter", inputs)
 
 
 def other_layout(files: Files) -> str:
@@ -158,6 +172,24 @@ def _logits(pair: Pair, loaded: Trace) -> Metric:
         noise = own_noise("reference", "live", arrays, pair)
         return loaded_logits("subject", loaded, live, noise)
     return loaded_logits("subject", loaded, live, pair.noise, "live")
+
+
+def _bases(context: Context, pair: Pair, inputs: Trace) -> list[str]:
+    """Whether the models differ without an adapter."""
+    handed = Trace({"ids.0": inputs.arrays["ids"]}, {"modules": False})
+    found = [
+        measured(context.capture, side, "logits", context.recipes[side], handed)
+        for side in ("subject", "reference")
+    ]
+    if any(base.trace is None for base in found):
+        reason = next(base.reason for base in found if base.trace is None)
+        return [f"whether the models differ without an adapter cannot be told: {reason}"]
+    ours, theirs = (base.trace.arrays["logits.0"] for base in found if base.trace is not None)
+    noise = Noise(exact=True) if pair.exact else pair.noise
+    if compare("live", ours, theirs, noise).verdict is Verdict.DIVERGE:
+        gap = float(np.abs(ours.astype(np.float64) - theirs).max())
+        return [f"the models differ without an adapter as well, by up to {gap:.3g}"]
+    return ["without an adapter the models agree"]
 
 
 def _stopped(text: str) -> Metric:
