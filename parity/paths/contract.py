@@ -257,6 +257,27 @@ _ALL = (
         reads=_MODEL,
     ),
     Method(
+        "fuse", "", "an adapter fused into its base by the path's own fuse, and kept apart",
+        inputs=(
+            *_adapter("adapter", "what the live model is given", "adapter"),
+            array("ids", "(B, T)", "int", "token ids"),
+            scalar("folder", str, "in the place of `adapter`: where a saved one is", "saved"),
+            scalar("content", str, "a digest of its files", "saved"),
+        ),
+        outputs=(
+            array("base", "(B, T, V)", "float", "logits without an adapter, in evaluation mode"),
+            array("apart", "(B, T, V)", "float", "logits with the saved adapter loaded beside its base"),
+            array("fused", "(B, T, V)", "float", "logits of the fused model, saved and loaded anew"),
+            array(
+                "dequantized", "(B, T, V)", "float",
+                "the same, fused onto weights that are not quantized again", "quantized",
+            ),
+            scalar("dtype", str | _NAMES, "dtype of the logits as they are computed"),
+        ),
+        reads=_ADAPTED,
+        ignores=("lora.dropout",),
+    ),
+    Method(
         "kv_cache", "kv_cache", "a conversation of T tokens with a KV cache and without one",
         inputs=(
             *_adapter("adapter", _TENSORS),

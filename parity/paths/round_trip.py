@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -64,6 +65,36 @@ class RoundTrips(TrainingPath):
             trace = self._reloaded_trace(recipe, folder, ids)
             trace.scalars["files"] = sorted(str(f.relative_to(folder)) for f in folder.rglob("*"))
         trace.arrays["live"] = live[0]
+        return trace
+
+    def merged(self, recipe: Recipe, folder: Path, dequantize: bool) -> Any:
+        """A model with a saved adapter in its weights, by the path's own fuse, loaded anew.
+
+        With `dequantize` a quantized base is not quantized again.
+        """
+        raise Unsupported(f"{self.name} has no fuse that mlx-parity runs")
+
+    def quantized(self, recipe: Recipe) -> bool:
+        """Whether the base is quantized, so that fusing quantizes again."""
+        return False
+
+    def fuse(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `parity contract fuse`."""
+        ids, adapter = inputs.arrays["ids"], inputs.group("adapter")
+        made = (
+            contextlib.nullcontext(Path(inputs.scalars["folder"]))
+            if "folder" in inputs.scalars
+            else self.saved(recipe, adapter, lambda _: None)
+        )
+        with made as folder:
+            apart = self.forward(self.reloaded(recipe, folder), ids)
+            fused = self.forward(self.merged(recipe, folder, False), ids)
+            trace = Trace({"apart": apart.values, "fused": fused.values}, {"dtype": apart.dtype})
+            if self.quantized(recipe):
+                model = self.merged(recipe, folder, True)
+                trace.arrays["dequantized"] = self.forward(model, ids).values
+        base = self.emit("logits", recipe, Trace({"ids.0": ids}, {"modules": False}))
+        trace.arrays["base"] = base.arrays["logits.0"]
         return trace
 
     def save_adapter(self, recipe: Recipe, inputs: Trace) -> Trace:

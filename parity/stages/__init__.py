@@ -11,6 +11,7 @@ from parity.stages.context import Stage
 from parity.stages.cross_entropy import CrossEntropy
 from parity.stages.decode import GreedyDecode
 from parity.stages.exchange import Exchange
+from parity.stages.fuse import Fuse
 from parity.stages.gradient import Gradient
 from parity.stages.kv_cache import KvCache
 from parity.stages.logits import Logits
@@ -37,8 +38,8 @@ STAGES: tuple[Stage, ...] = (
 )
 """In the order in which data flows, which is the order of the search for a cause."""
 
-ON_DEMAND: tuple[Stage, ...] = (Exchange(),)
-"""Run where they are named. What one stack cannot read of another is no fault of a path by itself."""
+ON_DEMAND: tuple[Stage, ...] = (Exchange(), Fuse())
+"""Run where they are named: what one stack cannot read of another, or does not ship, is no fault of it."""
 
 BY_NUMBER = tuple(sorted(STAGES, key=lambda stage: stage.number))
 """In the order in which they are run and shown; a number stays with its probe for good."""

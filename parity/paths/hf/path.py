@@ -212,6 +212,12 @@ class HfPath(TorchStages):
 
         return PeftModel.from_pretrained(self.load(recipe), str(folder))
 
+    def merged(self, recipe: Recipe, folder: Path, dequantize: bool) -> Any:
+        """By PEFT's `merge_and_unload`, saved and loaded by transformers."""
+        with tempfile.TemporaryDirectory() as saved:
+            self.reloaded(recipe, folder).merge_and_unload().save_pretrained(saved)
+            return self.load(recipe.override({"model.source": saved}))
+
     def iterate(self, recipe: Recipe, tokenizer: Any) -> Iterator[Batch]:
         """Endless batches: all rows shuffled anew each epoch, an incomplete batch dropped."""
         import torch

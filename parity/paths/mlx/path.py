@@ -258,6 +258,24 @@ class MlxPath(MlxStages):
 
         return load_adapters(self.part("loader").load(recipe)[0], str(folder))
 
+    def merged(self, recipe: Recipe, folder: Path, dequantize: bool) -> Any:
+        """By the `fuse` of mlx-lm's layers, in place, as a script calls it."""
+        from mlx.utils import tree_unflatten
+        from mlx_lm.utils import dequantize_model
+
+        model = self.reloaded(recipe, folder)
+        layers = [
+            (name, module.fuse(dequantize=dequantize))
+            for name, module in model.named_modules()
+            if hasattr(module, "fuse")
+        ]
+        model.update_modules(tree_unflatten(layers))
+        return dequantize_model(model) if dequantize else model
+
+    def quantized(self, recipe: Recipe) -> bool:
+        """Whether a module of the base holds packed weights."""
+        return any("scales" in module for module in self.base(recipe)[0].modules())
+
     def loop(
         self, recipe: Recipe, setup: Setup, batches: Iterator[Batch]
     ) -> dict[str, list[float]]:

@@ -153,6 +153,18 @@ class MlxLmPath(MlxPath):
             return super().reloaded(recipe, folder)
         return mlx_lm.load(checkpoint(recipe, self.cache), adapter_path=str(folder))[0]
 
+    def merged(self, recipe: Recipe, folder: Path, dequantize: bool) -> Any:
+        """By `mlx_lm.fuse`, and `mlx_lm.load` of what it saves."""
+        import mlx_lm.fuse
+
+        with tempfile.TemporaryDirectory() as saved:
+            words = ["mlx_lm.fuse", "--model", checkpoint(recipe, self.cache)]
+            words += ["--adapter-path", str(folder), "--save-path", saved]
+            words += ["--dequantize"] * dequantize
+            with mock.patch.object(sys, "argv", words):
+                mlx_lm.fuse.main()
+            return mlx_lm.load(saved)[0]
+
     def kv_cache(self, recipe: Recipe, inputs: Trace) -> Trace:
         """As `mlx_lm.chat` does: the adapter saved and loaded back, one prompt cache for all turns."""
         model, _ = self._reloaded(recipe, inputs.group("adapter"))

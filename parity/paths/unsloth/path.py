@@ -213,6 +213,10 @@ class UnslothPath(MlxPath):
         arguments = {**_unsloth_settings.loading(recipe), "model_name": str(folder)}
         return library().loader.FastMLXModel.from_pretrained(**arguments)[0]
 
+    def merged(self, recipe: Recipe, folder: Path, dequantize: bool) -> Any:
+        """Its own way of merging is not run yet; mlx-lm's would not be its own."""
+        raise Unsupported(f"{self.name} has no fuse that mlx-parity runs")
+
     def loop(
         self, recipe: Recipe, setup: Setup, batches: Iterator[Batch]
     ) -> dict[str, list[float]]:
