@@ -226,6 +226,27 @@ _ALL = (
         ignores=("lora.dropout",),
     ),
     Method(
+        "train_and_load", "", "an adapter as the trainer leaves it, loaded into a fresh model",
+        inputs=(
+            *_adapter("adapter", _TENSORS),
+            array("ids", "(R, T)", "int", "token ids"),
+            *_HANDED,
+        ),
+        outputs=(
+            array("live", "(R, T, V)", "float", "logits of the live model after training"),
+            array("loaded", "(R, T, V)", "float", "logits of the model with the adapter loaded back"),
+            *_adapter("trained", "the adapter that the live model has", rank="t"),
+            *_adapter("adapter", "the adapter that the loaded model has", "adapted", rank="s"),
+            scalar("scales", dict[str, float], "module to the scale that the loaded model has"),
+            scalar("live_scales", dict[str, float], "module to the scale that the live model has"),
+            scalar("files", _NAMES, "names of the files that were written"),
+            scalar("dtype", str | _NAMES, "dtype of the logits as they are computed"),
+        ),
+        reads=(*_ADAPTED, "mask.", "optim.", "train.", "seed.value"),
+        ignores=("mask.prompt",),
+        without={"batches": _BATCHING},
+    ),
+    Method(
         "save_adapter", "", "the files that the path's own saver leaves of an adapter",
         inputs=(
             *_adapter("adapter", "what the live model is given"),

@@ -39,6 +39,12 @@ class RoundTrips(TrainingPath):
         """As `saved`, by what the path ships that writes the files of another stack."""
         raise Unsupported(f"{self.name} ships nothing that writes files of {layout}")
 
+    def trained(
+        self, recipe: Recipe, inputs: Trace, see: Callable[[Any], None]
+    ) -> AbstractContextManager[Path]:
+        """A folder as the path's trainer leaves it; `see` is given the live model after training."""
+        raise Unsupported(f"{self.name} has no training whose files mlx-parity loads")
+
     @abstractmethod
     def reloaded(self, recipe: Recipe, folder: Path) -> Any:
         """A model, loaded anew, with a saved adapter as the path loads it."""
@@ -114,6 +120,24 @@ class RoundTrips(TrainingPath):
             }
         trace = Trace({"live": live[0].values}, {"dtype": live[0].dtype})
         return trace.with_group("files", files)
+
+    def train_and_load(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `parity contract train_and_load`."""
+        ids, live = inputs.arrays["ids"], dict[str, Array]()
+        adapter, scales = dict[str, Array](), dict[str, float]()
+
+        def see(model: Any) -> None:
+            found, factors = self.adapter_of(model)
+            adapter.update(found)
+            scales.update(factors)
+            live["live"] = self.forward(model, ids).values
+
+        with self.trained(recipe, inputs, see) as folder:
+            trace = self._reloaded_trace(recipe, folder, ids)
+            trace.scalars["files"] = sorted(str(f.relative_to(folder)) for f in folder.rglob("*"))
+        trace.arrays |= live
+        trace.scalars["live_scales"] = scales
+        return trace.with_group("trained", adapter)
 
     def load_adapter(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `parity contract load_adapter`."""

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
 
+from parity.errors import Unsupported
 from parity.judge.compare import compare, compare_exact, nothing
 from parity.judge.noise import PERTURBED, REFEREE, REPEATS, Noise
 from parity.judge.updates import Updates, compare_modules, compare_updates
 from parity.record import Metric, Verdict
 from parity.stages.context import Comparison, Context, Pair, measured
 from parity.stages.gradient import filled
+from parity.stages.loss_curve import aligned_inputs
 from parity.trace import Array, Trace
 
 ROWS, WIDTH = 2, 40
+STEPS = 2  # of training, before a trainer leaves its files
 
 
 class RoundTrip:
@@ -38,6 +42,10 @@ class RoundTrip:
             result.metrics.append(loaded_logits(side, trace, trace.arrays["live"], noise))
             result.metrics.append(effect(context, side, trace, inputs))
         _across(pair, result)
+        try:
+            _trained(context, inputs.arrays["ids"], result)
+        except Unsupported as error:
+            result.findings.append(f"after training it was not asked: {error}")
         return result
 
     def inputs(self, context: Context) -> Trace:
@@ -119,3 +127,29 @@ def _across(pair: Pair, result: Comparison) -> None:
         result.findings.append(
             "the logits before saving differ as well: not saving and loading alone"
         )
+
+
+def _trained(context: Context, ids: Array, result: Comparison) -> None:
+    """The same after a few steps: the files that the trainer leaves, against its live model."""
+    few = {"train.steps": STEPS}
+    handed = aligned_inputs(replace(context, recipe=context.recipe.override(few)), batches_too=True)
+    handed.arrays["ids"] = ids
+    pair = context.pair("train_and_load", handed, few)
+    for side, trace in (("subject", pair.subject), ("reference", pair.reference)):
+        live = Updates(trace.group("trained"), trace.scalars["live_scales"])
+        metrics = [_changed(side, handed.group("adapter"), trace.group("trained"))]
+        metrics += loaded_adapter(side, live, trace, trace.scalars["files"])
+        noise = own_noise(side, "live", trace.arrays, pair)
+        metrics.append(loaded_logits(side, trace, trace.arrays["live"], noise))
+        result.metrics += [
+            m.model_copy(update={"name": f"{m.name}, trained for {STEPS} steps"}) for m in metrics
+        ]
+
+
+def _changed(side: str, start: Mapping[str, Array], end: Mapping[str, Array]) -> Metric:
+    """Whether training changed the adapter: without that the rest proves nothing."""
+    changed = [n for n in end if n not in start or not np.array_equal(start[n], end[n])]
+    note = f"{len(changed)} of {len(end)} tensors changed"
+    moved = np.array([bool(changed)])
+    metric = compare_exact(f"training changes the adapter, {side}", moved, np.array([True]), note)
+    return metric.model_copy(update={"note": note})

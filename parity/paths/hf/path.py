@@ -24,7 +24,7 @@ from parity.paths.hf.stages import TorchStages
 from parity.paths.hf.work import accumulate
 from parity.recipe import Recipe
 from parity.timing import LOAD, timed
-from parity.trace import Array
+from parity.trace import Array, Trace
 
 KEPT = 2
 """Base models kept in memory: the float32 run and its float64 referee take turns."""
@@ -202,6 +202,17 @@ class HfPath(TorchStages):
     ) -> Iterator[Path]:
         """By PEFT's `save_pretrained`."""
         with self.adapted(recipe, adapter) as model, tempfile.TemporaryDirectory() as folder:
+            see(model)
+            model.save_pretrained(folder)
+            yield Path(folder)
+
+    @contextlib.contextmanager
+    def trained(self, recipe: Recipe, inputs: Trace, see: Callable[[Any], None]) -> Iterator[Path]:
+        """As `saved`, after the path's loop."""
+        batches = _torch.given(inputs, recipe) or self.iterate(recipe, self.tokenizer(recipe))
+        adapter = inputs.group("adapter") or None
+        with self.adapted(recipe, adapter) as model, tempfile.TemporaryDirectory() as folder:
+            self.loop(recipe, model, batches)
             see(model)
             model.save_pretrained(folder)
             yield Path(folder)

@@ -26,9 +26,10 @@ from parity.paths.mlx.live import Batch, Loss, Setup
 from parity.paths.mlx.round_trip import save_by_train
 from parity.paths.mlx.settings import lora_parameters, lr_schedule, optimizer_config, pad
 from parity.paths.mlx.stages import MlxStages
+from parity.paths.mlx.traces import given
 from parity.recipe import Recipe
 from parity.timing import LOAD, timed
-from parity.trace import Array
+from parity.trace import Array, Trace
 
 
 class MlxPath(MlxStages):
@@ -243,6 +244,21 @@ class MlxPath(MlxStages):
         """By mlx-lm's `train`, with the settings that its command line writes beside it."""
         setup = self.setup(recipe, adapter)
         see(setup.model)
+        with self._left(recipe, setup) as folder:
+            yield folder
+
+    @contextlib.contextmanager
+    def trained(self, recipe: Recipe, inputs: Trace, see: Callable[[Any], None]) -> Iterator[Path]:
+        """As `saved`, after the path's loop."""
+        setup = self.setup(recipe, inputs.group("adapter"))
+        with _mlx.compiled(recipe.train.compile), _mlx.restored_layer_class(setup.model):
+            self.loop(recipe, setup, given(inputs, recipe) or setup.iterate())
+        see(setup.model)
+        with self._left(recipe, setup) as folder:
+            yield folder
+
+    @contextlib.contextmanager
+    def _left(self, recipe: Recipe, setup: Setup) -> Iterator[Path]:
         settings = {
             "fine_tune_type": "lora",
             "num_layers": recipe.lora.num_layers,

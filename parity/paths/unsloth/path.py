@@ -26,7 +26,7 @@ from parity.paths.mlx.live import Batch, Loss, Setup
 from parity.paths.mlx.observed import seeding
 from parity.paths.mlx.path import MlxPath
 from parity.paths.mlx.settings import one_step
-from parity.paths.mlx.traces import config_trace
+from parity.paths.mlx.traces import config_trace, given
 from parity.paths.unsloth import settings as _unsloth_settings
 from parity.paths.unsloth import trainer as _unsloth_trainer
 from parity.paths.unsloth.knobs import UnslothKnobs
@@ -192,6 +192,18 @@ class UnslothPath(MlxPath):
             yield Path(folder)
 
     @contextlib.contextmanager
+    def trained(self, recipe: Recipe, inputs: Trace, see: Callable[[Any], None]) -> Iterator[Path]:
+        """As `MLXTrainer.train` leaves it."""
+        setup = self.setup(recipe, inputs.group("adapter"))
+        count = recipe.train.steps * recipe.train.accumulation
+        batches = given(inputs, recipe) or setup.iterate()
+        with tempfile.TemporaryDirectory() as folder:
+            drawn = list(itertools.islice(batches, count))
+            self._run(recipe, setup, drawn, keep=Path(folder))
+            see(setup.model)
+            yield Path(folder)
+
+    @contextlib.contextmanager
     def exported(
         self, recipe: Recipe, adapter: Mapping[str, Array], layout: str, see: Callable[[Any], None]
     ) -> Iterator[Path]:
@@ -299,7 +311,12 @@ class UnslothPath(MlxPath):
     # The trainer -------------------------------------------------------------------------------
 
     def _run(
-        self, recipe: Recipe, setup: Setup, batches: list[Batch], gradients: bool = False
+        self,
+        recipe: Recipe,
+        setup: Setup,
+        batches: list[Batch],
+        gradients: bool = False,
+        keep: Path | None = None,
     ) -> Run:
         replaced = ReplacedParts(
             loss=setup.loss if "loss" in self.donors else None,
@@ -311,7 +328,7 @@ class UnslothPath(MlxPath):
             # The trainer keeps norms in float32 from then on: the next run loads anew.
             self._loaded.clear()
         return _unsloth_trainer.run(
-            library(), recipe, setup.model, setup.tokenizer, batches, replaced, gradients
+            library(), recipe, setup.model, setup.tokenizer, batches, replaced, gradients, keep=keep
         )
 
     def _fed(
