@@ -198,3 +198,25 @@ class SwitchedOff(HfPath):
         model = super().reloaded(recipe, folder)
         model.base_model.disable_adapter_layers()
         return model
+
+
+class SavedTooEarly(MlxPath):
+    """The trainer saves what it started from."""
+
+    name = "saved-too-early"
+
+    @contextlib.contextmanager
+    def trained(self, recipe, inputs, see):
+        with super().trained(recipe, inputs, see):
+            pass
+        with self.saved(recipe, inputs.group("adapter"), lambda _: None) as folder:
+            yield folder
+
+
+class NotTrained(MlxPath):
+    """The trainer takes no step."""
+
+    name = "not-trained"
+
+    def loop(self, recipe, setup, batches):
+        return {}

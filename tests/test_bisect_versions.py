@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from parity.bisect.search import ChangePoint, SameEnds
-from parity.bisect.versions import Change, VersionSearch
+from parity.bisect.versions import Change, VersionEngine, VersionSearch
 from parity.capture import environments
 from parity.capture.engine import Engine
 from parity.capture.environments import (
@@ -326,3 +326,13 @@ def test_commits_that_do_not_follow_each_other_are_refused(repo, tmp_path):
         commits(repo, "HEAD", "HEAD~1")
     with pytest.raises(UsageError, match="does not come after"):
         commits(tmp_path, "HEAD~1", "HEAD")
+
+
+def test_a_release_of_the_other_side_stays_where_a_repeat_captures_afresh(
+    uv, tmp_path, monkeypatch
+):
+    place = environments.Interpreter(tmp_path / "python", "key", {})
+    monkeypatch.setattr("parity.capture.engine.pinned", lambda spec, cache: place)
+    with Engine(tmp_path) as base, VersionEngine(base, {}, attempt=1) as afresh:
+        assert afresh._interpreter("unsloth@2026.5.3") == base._interpreter("unsloth@2026.5.3")
+        assert afresh._interpreter("unsloth@2026.5.3")[1] == str(place.python)

@@ -143,6 +143,38 @@ def test_a_clean_round_trip_is_green(subject, reference, verdict, engine, small)
         assert "adapter_config.json" in found.note
 
 
+TRAINED = "trained for 2 steps"
+
+
+@pytest.mark.parametrize(
+    ("subject", "reference"), [("mlx", "mlx-lm"), ("unsloth", "hf"), ("trl", "hf")]
+)
+def test_what_a_trainer_leaves_is_what_it_trained(subject, reference, engine, small):
+    needs(subject)
+    record = run(engine, small, subject, reference)
+    found = {m.name: m for m in record.metrics if m.name.endswith(TRAINED)}
+    assert [m.verdict for m in found.values()] == [Verdict.IDENTICAL] * 8, describe(record)
+    assert (
+        "of 252 tensors changed" in found[f"training changes the adapter, subject, {TRAINED}"].note
+    )
+    assert found[f"logits after loading, subject, {TRAINED}"].tolerance == 0
+
+
+@pytest.mark.parametrize(
+    ("subject", "metric", "words"),
+    [
+        ("SavedTooEarly", "scale · A · B after loading", ["all 126 modules", "B is zero"]),
+        ("NotTrained", "training changes the adapter", ["0 of 252 tensors changed"]),
+    ],
+)
+def test_a_trainer_that_leaves_something_else_is_found(subject, metric, words, engine, small):
+    record = run(engine, small, subject)
+    assert record.verdict is Verdict.DIVERGE, describe(record)
+    assert record.first_divergence["metric"] == f"{metric}, subject, {TRAINED}"
+    for word in words:
+        assert word in record.reason, describe(record)
+
+
 def test_each_side_is_held_to_its_own_recipe(engine, small):
     record = run(engine, small, "mlx", changes={"subject": {"lora.scale": 4.0}})
     assert {m.verdict for m in subject_metrics(record).values()} == {Verdict.IDENTICAL}

@@ -104,6 +104,8 @@ class VersionEngine(Engine):
         return self.base.cache
 
     def _interpreter(self, spec: str) -> tuple[str, str]:
+        if "@" in spec:  # a release of its own, whatever the other side runs
+            return self.base._interpreter(spec)
         # Entry points are not known in another interpreter: the class is named.
         target = registered().get(spec, spec)
         return target, str(self.places[spec].python if spec in self.places else sys.executable)

@@ -74,7 +74,9 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 def parse_probes(names: Iterable[str]) -> tuple[Stage, ...]:
     """Stages by number or name in the order of their numbers; none given means all."""
     wanted = [find(part) for name in names for part in name.split(",")]
-    return tuple(stage for stage in BY_NUMBER if stage in wanted) if wanted else BY_NUMBER
+    if not wanted:
+        return BY_NUMBER
+    return tuple(sorted(dict.fromkeys(wanted), key=lambda stage: stage.number))
 
 
 def default_folder() -> Path:

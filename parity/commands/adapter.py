@@ -1,4 +1,4 @@
-"""`parity adapter check`: an adapter that somebody hands over, checked without training anything."""
+"""`parity adapter`: adapters that are saved: checked, converted, exchanged between stacks."""
 
 from __future__ import annotations
 
@@ -99,6 +99,98 @@ def check(
     if result.findings:
         sys.exit(EXIT_NOT_GREEN)
     sys.exit(EXIT_MISSING if result.lacking else EXIT_GREEN)
+
+
+@adapter.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--to", "stack", required=True, type=click.Choice(["peft", "mlx-lm"]),
+              help="The stack that is to read it.")  # fmt: skip
+@click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path),
+              help="A folder that does not exist yet.")  # fmt: skip
+def convert(folder: Path, stack: str, out: Path) -> None:
+    """Rewrite an adapter of mlx-lm in the files of PEFT, or the other way round.
+
+    Neither of the two ships such a conversion: this one is mlx-parity's own. Values keep their bits
+    (bfloat16 becomes float32); A and B are transposed, scale = alpha / r. What the other files
+    cannot hold is refused. No loader is started: `parity adapter check OUT --base MODEL --against
+    DIR` compares the two.
+
+    \b
+    Examples:
+      parity adapter convert adapters --to peft --out adapters-for-peft
+      parity adapter convert adapter-of-peft --to mlx-lm --out adapters
+    """  # noqa: D301
+    from parity.adapters.convert import LAYOUTS, convert
+
+    written = convert(folder, LAYOUTS[stack], out)
+    click.echo(
+        f"wrote {out}: {len(written.modules)} modules in the files of {stack}, converted by "
+        "mlx-parity: no conversion of mlx-lm's or PEFT's own"
+    )
+
+
+@adapter.command()
+@click.option("--model", default="tiny-gemma3", show_default=True, metavar="MODEL",
+              help="The base: a fixture's name, a folder or a hub id.")  # fmt: skip
+@click.option("--path", "paths", multiple=True, metavar="PATH",
+              help="A writer and reader; may be repeated.  [default: mlx-lm, unsloth, hf, trl]")  # fmt: skip
+@click.option(
+    "--json", "as_json", is_flag=True, help="The records as JSON in the place of Markdown."
+)
+@device_option
+@timeout_option
+def matrix(model: str, paths: tuple[str, ...], as_json: bool, timeout: float) -> None:
+    """Load what each stack writes with the loader of each: a table of writers and readers.
+
+    Every path saves the same kind of adapter, with its own saver, from its live model. Every path loads
+    these files with its own loader: as they are, else as the writer exports them for the other
+    stack, else after mlx-parity's own conversion. Compared are scale · A · B of each module, and the
+    logits with those of the model that was saved.
+
+    Exit codes: 0 every pair is read in some way and does the same, 1 one is not, 3 one could not
+    be run.
+
+    \b
+    Examples:
+      parity adapter matrix
+      parity adapter matrix --model tiny-qwen3 --path mlx-lm --path hf
+      parity adapter matrix --path mlx-lm@0.29.1 --path unsloth
+    """  # noqa: D301
+    from itertools import product
+
+    from parity.adapters.convert import convert
+    from parity.capture.engine import Engine
+    from parity.capture.engine import check as find_wrong_use
+    from parity.cells.cell import Cell
+    from parity.cells.run import run_cell
+    from parity.files import to_json
+    from parity.paths.registry import knobs
+    from parity.recipe import DEFAULT, load
+    from parity.record import Verdict
+    from parity.report.exchange import table
+    from parity.stages.exchange import Exchange
+
+    chosen = paths or ("mlx-lm", "unsloth", "hf", "trl")
+    recipe = load(DEFAULT, [f"model.source={model}"], knobs(chosen))
+    find_wrong_use(chosen, recipe)
+    records = []
+    with Engine(timeout=timeout) as engine:
+        for writer, reader in product(chosen, repeat=2):
+            record = run_cell(engine, Cell(Exchange(convert), reader, writer, recipe))
+            both = " ".join(f"--path {path}" for path in dict.fromkeys((writer, reader)))
+            again = f"parity adapter matrix --model {model} {both}"
+            record = record.model_copy(update={"reproduce": again})
+            click.echo(f"{writer} → {reader}: {record.verdict}", err=True)
+            records.append(record)
+    click.echo(
+        to_json([r.model_dump(mode="json") for r in records]).decode()
+        if as_json
+        else table(records)
+    )
+    verdicts = {record.verdict for record in records}
+    if verdicts & {Verdict.DIVERGE, Verdict.INCONCLUSIVE}:
+        sys.exit(EXIT_NOT_GREEN)
+    sys.exit(EXIT_GREEN if all(verdict.green for verdict in verdicts) else EXIT_MISSING)
 
 
 def lines(result: Result) -> list[str]:

@@ -226,6 +226,42 @@ _ALL = (
         ignores=("lora.dropout",),
     ),
     Method(
+        "train_and_load", "", "an adapter as the trainer leaves it, loaded into a fresh model",
+        inputs=(
+            *_adapter("adapter", _TENSORS),
+            array("ids", "(R, T)", "int", "token ids"),
+            *_HANDED,
+        ),
+        outputs=(
+            array("live", "(R, T, V)", "float", "logits of the live model after training"),
+            array("loaded", "(R, T, V)", "float", "logits of the model with the adapter loaded back"),
+            *_adapter("trained", "the adapter that the live model has", rank="t"),
+            *_adapter("adapter", "the adapter that the loaded model has", "adapted", rank="s"),
+            scalar("scales", dict[str, float], "module to the scale that the loaded model has"),
+            scalar("live_scales", dict[str, float], "module to the scale that the live model has"),
+            scalar("files", _NAMES, "names of the files that were written"),
+            scalar("dtype", str | _NAMES, "dtype of the logits as they are computed"),
+        ),
+        reads=(*_ADAPTED, "mask.", "optim.", "train.", "seed.value"),
+        ignores=("mask.prompt",),
+        without={"batches": _BATCHING},
+    ),
+    Method(
+        "save_adapter", "", "the files that the path's own saver leaves of an adapter",
+        inputs=(
+            *_adapter("adapter", "what the live model is given"),
+            array("ids", "(B, T)", "int", "token ids"),
+            scalar("layout", str, "`mlx` or `peft`: the files to write, else the path's own", "layout"),
+        ),
+        outputs=(
+            array("live", "(B, T, V)", "float", "logits of the live model, in evaluation mode"),
+            array("files/<name>", "(n)", "int", "bytes of a file"),
+            scalar("dtype", str | _NAMES, "dtype of the logits as they are computed"),
+        ),
+        reads=_ADAPTED,
+        ignores=("lora.dropout",),
+    ),
+    Method(
         "load_adapter", "", "a folder with an adapter, loaded by the path's own loader",
         inputs=(
             array("ids", "(B, T)", "int", "token ids"),
@@ -240,6 +276,27 @@ _ALL = (
             scalar("dtype", str | _NAMES, "dtype of the logits as they are computed"),
         ),
         reads=_MODEL,
+    ),
+    Method(
+        "fuse", "", "an adapter fused into its base by the path's own fuse, and kept apart",
+        inputs=(
+            *_adapter("adapter", "what the live model is given", "adapter"),
+            array("ids", "(B, T)", "int", "token ids"),
+            scalar("folder", str, "in the place of `adapter`: where a saved one is", "saved"),
+            scalar("content", str, "a digest of its files", "saved"),
+        ),
+        outputs=(
+            array("base", "(B, T, V)", "float", "logits without an adapter, in evaluation mode"),
+            array("apart", "(B, T, V)", "float", "logits with the saved adapter loaded beside its base"),
+            array("fused", "(B, T, V)", "float", "logits of the fused model, saved and loaded anew"),
+            array(
+                "dequantized", "(B, T, V)", "float",
+                "the same, fused onto weights that are not quantized again", "quantized",
+            ),
+            scalar("dtype", str | _NAMES, "dtype of the logits as they are computed"),
+        ),
+        reads=_ADAPTED,
+        ignores=("lora.dropout",),
     ),
     Method(
         "kv_cache", "kv_cache", "a conversation of T tokens with a KV cache and without one",

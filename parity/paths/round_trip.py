@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from parity.errors import Unsupported
 from parity.paths.protocol import TrainingPath
 from parity.recipe import Recipe
 from parity.trace import Array, Trace
@@ -28,6 +32,18 @@ class RoundTrips(TrainingPath):
         self, recipe: Recipe, adapter: Mapping[str, Array], see: Callable[[Any], None]
     ) -> AbstractContextManager[Path]:
         """A folder with an adapter as the path saves it from its live model, which `see` is given."""
+
+    def exported(
+        self, recipe: Recipe, adapter: Mapping[str, Array], layout: str, see: Callable[[Any], None]
+    ) -> AbstractContextManager[Path]:
+        """As `saved`, by what the path ships that writes the files of another stack."""
+        raise Unsupported(f"{self.name} ships nothing that writes files of {layout}")
+
+    def trained(
+        self, recipe: Recipe, inputs: Trace, see: Callable[[Any], None]
+    ) -> AbstractContextManager[Path]:
+        """A folder as the path's trainer leaves it; `see` is given the live model after training."""
+        raise Unsupported(f"{self.name} has no training whose files mlx-parity loads")
 
     @abstractmethod
     def reloaded(self, recipe: Recipe, folder: Path) -> Any:
@@ -56,6 +72,72 @@ class RoundTrips(TrainingPath):
             trace.scalars["files"] = sorted(str(f.relative_to(folder)) for f in folder.rglob("*"))
         trace.arrays["live"] = live[0]
         return trace
+
+    def merged(self, recipe: Recipe, folder: Path, dequantize: bool) -> Any:
+        """A model with a saved adapter in its weights, by the path's own fuse, loaded anew.
+
+        With `dequantize` a quantized base is not quantized again.
+        """
+        raise Unsupported(f"{self.name} has no fuse that mlx-parity runs")
+
+    def quantized(self, recipe: Recipe) -> bool:
+        """Whether the base is quantized, so that fusing quantizes again."""
+        return False
+
+    def fuse(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `parity contract fuse`."""
+        ids, adapter = inputs.arrays["ids"], inputs.group("adapter")
+        made = (
+            contextlib.nullcontext(Path(inputs.scalars["folder"]))
+            if "folder" in inputs.scalars
+            else self.saved(recipe, adapter, lambda _: None)
+        )
+        with made as folder:
+            apart = self.forward(self.reloaded(recipe, folder), ids)
+            fused = self.forward(self.merged(recipe, folder, False), ids)
+            trace = Trace({"apart": apart.values, "fused": fused.values}, {"dtype": apart.dtype})
+            if self.quantized(recipe):
+                model = self.merged(recipe, folder, True)
+                trace.arrays["dequantized"] = self.forward(model, ids).values
+        base = self.emit("logits", recipe, Trace({"ids.0": ids}, {"modules": False}))
+        trace.arrays["base"] = base.arrays["logits.0"]
+        return trace
+
+    def save_adapter(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `parity contract save_adapter`."""
+        ids, live = inputs.arrays["ids"], list[Logits]()
+        adapter, layout = inputs.group("adapter"), inputs.scalars.get("layout", "")
+
+        def see(model: Any) -> None:
+            live.append(self.forward(model, ids))
+
+        made = self.exported(recipe, adapter, layout, see) if layout else None
+        with made or self.saved(recipe, adapter, see) as folder:
+            files = {
+                str(file.relative_to(folder)): np.frombuffer(file.read_bytes(), np.uint8)
+                for file in sorted(folder.rglob("*"))
+                if file.is_file()
+            }
+        trace = Trace({"live": live[0].values}, {"dtype": live[0].dtype})
+        return trace.with_group("files", files)
+
+    def train_and_load(self, recipe: Recipe, inputs: Trace) -> Trace:
+        """See `parity contract train_and_load`."""
+        ids, live = inputs.arrays["ids"], dict[str, Array]()
+        adapter, scales = dict[str, Array](), dict[str, float]()
+
+        def see(model: Any) -> None:
+            found, factors = self.adapter_of(model)
+            adapter.update(found)
+            scales.update(factors)
+            live["live"] = self.forward(model, ids).values
+
+        with self.trained(recipe, inputs, see) as folder:
+            trace = self._reloaded_trace(recipe, folder, ids)
+            trace.scalars["files"] = sorted(str(f.relative_to(folder)) for f in folder.rglob("*"))
+        trace.arrays |= live
+        trace.scalars["live_scales"] = scales
+        return trace.with_group("trained", adapter)
 
     def load_adapter(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `parity contract load_adapter`."""

@@ -161,7 +161,7 @@ def _search_versions(scenario: Scenario, engine: Engine, notice: Notice) -> Iter
                 {side: values for side, values in changes.items() if values},
                 scenario.recipe,
             )
-            search = VersionSearch(engine, cell, progress=progress)
+            search = VersionSearch(engine, cell, scenario.side, progress=progress)
             for change in search.each(*map(parse_range, scenario.package.split(","))):
                 where = change.found.first_bad
                 sentence = change.sentence()

@@ -87,6 +87,7 @@ class Scenario(Table):
         source: Where it happened.
         about: The question, in a sentence or two.
         package: A range of releases to be searched, as `parity bisect --package` takes it.
+        side: Which side runs them. At probe 12 the reference writes an adapter that the subject reads.
         sweep: Factor to values, set on both sides; every combination must come out as expected.
         set: Factors changed on both sides.
         set_subject: Factors changed in the subject; the search looks for the cause among them.
@@ -102,6 +103,7 @@ class Scenario(Table):
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (3407,)
     probes: tuple[str, ...] = ()
     package: str = ""
+    side: Literal["subject", "reference", "both"] = "subject"
     set: Factors = {}
     set_subject: Factors = {}
     set_reference: Factors = {}

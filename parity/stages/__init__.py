@@ -10,6 +10,8 @@ from parity.stages.config import Config
 from parity.stages.context import Stage
 from parity.stages.cross_entropy import CrossEntropy
 from parity.stages.decode import GreedyDecode
+from parity.stages.exchange import Exchange
+from parity.stages.fuse import Fuse
 from parity.stages.gradient import Gradient
 from parity.stages.kv_cache import KvCache
 from parity.stages.logits import Logits
@@ -36,6 +38,9 @@ STAGES: tuple[Stage, ...] = (
 )
 """In the order in which data flows, which is the order of the search for a cause."""
 
+ON_DEMAND: tuple[Stage, ...] = (Exchange(), Fuse())
+"""Run where they are named: what one stack cannot read of another, or does not ship, is no fault of it."""
+
 BY_NUMBER = tuple(sorted(STAGES, key=lambda stage: stage.number))
 """In the order in which they are run and shown; a number stays with its probe for good."""
 
@@ -51,8 +56,8 @@ def find(name: str) -> Stage:
     Raises:
         UsageError: There is none.
     """
-    for stage in STAGES:
+    for stage in (*STAGES, *ON_DEMAND):
         if name in (stage.name, str(stage.number), f"{stage.number:02d}"):
             return stage
-    known = ", ".join(f"{stage.number:02d} {stage.name}" for stage in BY_NUMBER)
+    known = ", ".join(f"{stage.number:02d} {stage.name}" for stage in (*BY_NUMBER, *ON_DEMAND))
     raise UsageError(f"unknown probe {name!r}: give a number or name of {known}")

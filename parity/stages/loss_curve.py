@@ -177,14 +177,14 @@ def aligned_changes(context: Context) -> dict[str, float]:
     return {"lora.dropout": 0.0} if across(context) else {}
 
 
-def aligned_inputs(context: Context) -> Trace:
-    """What both loops are handed: the adapter, and batches where each would draw its own.
+def aligned_inputs(context: Context, batches_too: bool = False) -> Trace:
+    """What both loops are handed: the adapter, and batches where each would draw its own, or always.
 
     Where the sizes of batches differ both are handed the larger ones, which a path cuts to its size.
     """
     inputs = Trace().with_group("adapter", context.given("lora_init").group("adapter"))
     sizes = {recipe.train.batch_size: recipe.train for recipe in context.recipes.values()}
-    if not context.exact or len(sizes) > 1:
+    if batches_too or not context.exact or len(sizes) > 1:
         largest = sizes[max(sizes)]
         batches = _shared_batches(
             context,

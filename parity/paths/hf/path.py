@@ -24,7 +24,7 @@ from parity.paths.hf.stages import TorchStages
 from parity.paths.hf.work import accumulate
 from parity.recipe import Recipe
 from parity.timing import LOAD, timed
-from parity.trace import Array
+from parity.trace import Array, Trace
 
 KEPT = 2
 """Base models kept in memory: the float32 run and its float64 referee take turns."""
@@ -206,11 +206,28 @@ class HfPath(TorchStages):
             model.save_pretrained(folder)
             yield Path(folder)
 
+    @contextlib.contextmanager
+    def trained(self, recipe: Recipe, inputs: Trace, see: Callable[[Any], None]) -> Iterator[Path]:
+        """As `saved`, after the path's loop."""
+        batches = _torch.given(inputs, recipe) or self.iterate(recipe, self.tokenizer(recipe))
+        adapter = inputs.group("adapter") or None
+        with self.adapted(recipe, adapter) as model, tempfile.TemporaryDirectory() as folder:
+            self.loop(recipe, model, batches)
+            see(model)
+            model.save_pretrained(folder)
+            yield Path(folder)
+
     def reloaded(self, recipe: Recipe, folder: Path) -> Any:
         """By `PeftModel.from_pretrained`."""
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(self.load(recipe), folder)
+        return PeftModel.from_pretrained(self.load(recipe), str(folder))
+
+    def merged(self, recipe: Recipe, folder: Path, dequantize: bool) -> Any:
+        """By PEFT's `merge_and_unload`, saved and loaded by transformers."""
+        with tempfile.TemporaryDirectory() as saved:
+            self.reloaded(recipe, folder).merge_and_unload().save_pretrained(saved)
+            return self.load(recipe.override({"model.source": saved}))
 
     def iterate(self, recipe: Recipe, tokenizer: Any) -> Iterator[Batch]:
         """Endless batches: all rows shuffled anew each epoch, an incomplete batch dropped."""

@@ -26,9 +26,10 @@ from parity.paths.mlx.live import Batch, Loss, Setup
 from parity.paths.mlx.round_trip import save_by_train
 from parity.paths.mlx.settings import lora_parameters, lr_schedule, optimizer_config, pad
 from parity.paths.mlx.stages import MlxStages
+from parity.paths.mlx.traces import given
 from parity.recipe import Recipe
 from parity.timing import LOAD, timed
-from parity.trace import Array
+from parity.trace import Array, Trace
 
 
 class MlxPath(MlxStages):
@@ -243,6 +244,21 @@ class MlxPath(MlxStages):
         """By mlx-lm's `train`, with the settings that its command line writes beside it."""
         setup = self.setup(recipe, adapter)
         see(setup.model)
+        with self._left(recipe, setup) as folder:
+            yield folder
+
+    @contextlib.contextmanager
+    def trained(self, recipe: Recipe, inputs: Trace, see: Callable[[Any], None]) -> Iterator[Path]:
+        """As `saved`, after the path's loop."""
+        setup = self.setup(recipe, inputs.group("adapter"))
+        with _mlx.compiled(recipe.train.compile), _mlx.restored_layer_class(setup.model):
+            self.loop(recipe, setup, given(inputs, recipe) or setup.iterate())
+        see(setup.model)
+        with self._left(recipe, setup) as folder:
+            yield folder
+
+    @contextlib.contextmanager
+    def _left(self, recipe: Recipe, setup: Setup) -> Iterator[Path]:
         settings = {
             "fine_tune_type": "lora",
             "num_layers": recipe.lora.num_layers,
@@ -257,6 +273,24 @@ class MlxPath(MlxStages):
         from mlx_lm.tuner.utils import load_adapters
 
         return load_adapters(self.part("loader").load(recipe)[0], str(folder))
+
+    def merged(self, recipe: Recipe, folder: Path, dequantize: bool) -> Any:
+        """By the `fuse` of mlx-lm's layers, in place, as a script calls it."""
+        from mlx.utils import tree_unflatten
+        from mlx_lm.utils import dequantize_model
+
+        model = self.reloaded(recipe, folder)
+        layers = [
+            (name, module.fuse(dequantize=dequantize))
+            for name, module in model.named_modules()
+            if hasattr(module, "fuse")
+        ]
+        model.update_modules(tree_unflatten(layers))
+        return dequantize_model(model) if dequantize else model
+
+    def quantized(self, recipe: Recipe) -> bool:
+        """Whether a module of the base holds packed weights."""
+        return any("scales" in module for module in self.base(recipe)[0].modules())
 
     def loop(
         self, recipe: Recipe, setup: Setup, batches: Iterator[Batch]

@@ -145,6 +145,25 @@ class MlxLmPath(MlxPath):
         with self._main(recipe, adapter, at_train) as folder:
             yield folder
 
+    @contextlib.contextmanager
+    def trained(self, recipe: Recipe, inputs: Trace, see: Callable[[Any], None]) -> Iterator[Path]:
+        """By the CLI, from `main()` to the files that it leaves."""
+        count = recipe.train.steps * recipe.train.accumulation
+
+        def at_train(**handed: Any) -> None:
+            from mlx_lm.tuner.trainer import train
+
+            handed = self._swapped(recipe, handed)
+            if (batches := given(inputs, recipe)) is not None:
+                handed["iterate_batches"] = lambda **_: itertools.islice(batches, count)
+            _mlx.clip_before(handed["optimizer"], self.part("clip").clip(recipe))
+            with _mlx.restored_layer_class(handed["model"]):
+                train(**handed)
+            see(handed["model"])
+
+        with self._main(recipe, inputs.group("adapter"), at_train) as folder:
+            yield folder
+
     def reloaded(self, recipe: Recipe, folder: Path) -> Any:
         """By `mlx_lm.load`; with the loader of another path, by the second half of it."""
         import mlx_lm
@@ -152,6 +171,18 @@ class MlxLmPath(MlxPath):
         if "loader" in self.donors:
             return super().reloaded(recipe, folder)
         return mlx_lm.load(checkpoint(recipe, self.cache), adapter_path=str(folder))[0]
+
+    def merged(self, recipe: Recipe, folder: Path, dequantize: bool) -> Any:
+        """By `mlx_lm.fuse`, and `mlx_lm.load` of what it saves."""
+        import mlx_lm.fuse
+
+        with tempfile.TemporaryDirectory() as saved:
+            words = ["mlx_lm.fuse", "--model", checkpoint(recipe, self.cache)]
+            words += ["--adapter-path", str(folder), "--save-path", saved]
+            words += ["--dequantize"] * dequantize
+            with mock.patch.object(sys, "argv", words):
+                mlx_lm.fuse.main()
+            return mlx_lm.load(saved)[0]
 
     def kv_cache(self, recipe: Recipe, inputs: Trace) -> Trace:
         """As `mlx_lm.chat` does: the adapter saved and loaded back, one prompt cache for all turns."""

@@ -178,6 +178,20 @@ class TrlPath(HfPath):
             yield Path(folder)
 
     @contextlib.contextmanager
+    def trained(self, recipe: Recipe, inputs: Trace, see: Callable[[Any], None]) -> Iterator[Path]:
+        """By `SFTTrainer.train` and the same trainer's `save_model`."""
+        batches = list(_torch.given(inputs, recipe) or ())
+        if not batches:
+            self._check_own_batches(recipe)
+        batches = batches[: recipe.train.steps * recipe.train.accumulation]
+        live = self.trainer(recipe, inputs.group("adapter"), batches)
+        with live as trainer, tempfile.TemporaryDirectory() as folder:
+            trainer.train()
+            see(trainer.model)
+            trainer.save_model(folder)
+            yield Path(folder)
+
+    @contextlib.contextmanager
     def criterion(self, recipe: Recipe) -> Iterator[Loss]:
         """`SFTTrainer.compute_loss`, taking logits."""
         with self.trainer(recipe) as trainer:

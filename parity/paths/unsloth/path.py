@@ -7,6 +7,7 @@ optimizer's state. All that it computes with is its own, but for parts taken fro
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import json
 import tempfile
@@ -25,7 +26,7 @@ from parity.paths.mlx.live import Batch, Loss, Setup
 from parity.paths.mlx.observed import seeding
 from parity.paths.mlx.path import MlxPath
 from parity.paths.mlx.settings import one_step
-from parity.paths.mlx.traces import config_trace
+from parity.paths.mlx.traces import config_trace, given
 from parity.paths.unsloth import settings as _unsloth_settings
 from parity.paths.unsloth import trainer as _unsloth_trainer
 from parity.paths.unsloth.knobs import UnslothKnobs
@@ -190,12 +191,43 @@ class UnslothPath(MlxPath):
             live.save_model(folder)
             yield Path(folder)
 
+    @contextlib.contextmanager
+    def trained(self, recipe: Recipe, inputs: Trace, see: Callable[[Any], None]) -> Iterator[Path]:
+        """As `MLXTrainer.train` leaves it."""
+        setup = self.setup(recipe, inputs.group("adapter"))
+        count = recipe.train.steps * recipe.train.accumulation
+        batches = given(inputs, recipe) or setup.iterate()
+        with tempfile.TemporaryDirectory() as folder:
+            drawn = list(itertools.islice(batches, count))
+            self._run(recipe, setup, drawn, keep=Path(folder))
+            see(setup.model)
+            yield Path(folder)
+
+    @contextlib.contextmanager
+    def exported(
+        self, recipe: Recipe, adapter: Mapping[str, Array], layout: str, see: Callable[[Any], None]
+    ) -> Iterator[Path]:
+        """By its `save_lora_adapters`, which newer releases let write PEFT's files."""
+        save = library().utils.save_lora_adapters
+        if layout != "peft" or "adapter_format" not in inspect.signature(save).parameters:
+            raise Unsupported(f"this {PACKAGE} ships nothing that writes files of {layout}")
+        model = self.setup(recipe, adapter).model
+        see(model)
+        with tempfile.TemporaryDirectory() as folder:
+            # It makes its folder itself.
+            save(model, str(Path(folder) / layout), adapter_format=layout)
+            yield Path(folder) / layout
+
     def reloaded(self, recipe: Recipe, folder: Path) -> Any:
         """By `FastMLXModel.from_pretrained`, which reads from the adapter which base it needs."""
         if "loader" in self.donors:
             raise Unsupported(f"{PACKAGE} loads an adapter with its own loader of the base alone")
         arguments = {**_unsloth_settings.loading(recipe), "model_name": str(folder)}
         return library().loader.FastMLXModel.from_pretrained(**arguments)[0]
+
+    def merged(self, recipe: Recipe, folder: Path, dequantize: bool) -> Any:
+        """Its own way of merging is not run yet; mlx-lm's would not be its own."""
+        raise Unsupported(f"{self.name} has no fuse that mlx-parity runs")
 
     def loop(
         self, recipe: Recipe, setup: Setup, batches: Iterator[Batch]
@@ -279,7 +311,12 @@ class UnslothPath(MlxPath):
     # The trainer -------------------------------------------------------------------------------
 
     def _run(
-        self, recipe: Recipe, setup: Setup, batches: list[Batch], gradients: bool = False
+        self,
+        recipe: Recipe,
+        setup: Setup,
+        batches: list[Batch],
+        gradients: bool = False,
+        keep: Path | None = None,
     ) -> Run:
         replaced = ReplacedParts(
             loss=setup.loss if "loss" in self.donors else None,
@@ -291,7 +328,7 @@ class UnslothPath(MlxPath):
             # The trainer keeps norms in float32 from then on: the next run loads anew.
             self._loaded.clear()
         return _unsloth_trainer.run(
-            library(), recipe, setup.model, setup.tokenizer, batches, replaced, gradients
+            library(), recipe, setup.model, setup.tokenizer, batches, replaced, gradients, keep=keep
         )
 
     def _fed(

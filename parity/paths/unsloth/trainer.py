@@ -6,6 +6,7 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -67,6 +68,7 @@ def run(
     replaced: ReplacedParts,
     gradients: bool = False,
     fed: Sequence[Any] = (),
+    keep: Path | None = None,
 ) -> Run:
     """Trains on these batches, each as it is.
 
@@ -80,6 +82,7 @@ def run(
         gradients: Whether to keep the last gradient before any clip.
         fed: Gradients that stand in for those of the loss, one for each step; training ends with
             them.
+        keep: Takes the files that the trainer saves at its end; None: it saves none.
 
     Raises:
         Unsupported: A part has no place in this release, or the trainer refuses the recipe.
@@ -106,7 +109,9 @@ def run(
             return super()._apply_coupled_weight_decay(model, gradient)
 
         def save_model(self, output_dir: str | None = None) -> None:
-            """The adapter is read from the live model."""
+            """The adapter is read from the live model, unless its files are asked for."""
+            if keep is not None:
+                super().save_model(str(keep))
 
     def after(*report: Any) -> None:
         # The trainer swallows what a callback raises: it only collects.
