@@ -46,7 +46,7 @@ EFFECT = re.compile(
     r"of the adapter's gradients [^;]*|, most [\w.]+: greatest| at [\w./]+ at \([\d, ]*\)"
 )
 """Where a fault shows most, which was measured and is no claim of its place."""
-STEP = re.compile(r"\bstep (\d+)(?! of)")
+STEP = re.compile(r"first divergent step (\d+) of \d+: (.+?)(?: differs?| is not|,? or the norm)")
 
 
 @dataclass
@@ -125,8 +125,9 @@ def _places(fault: Planted, sentence: str) -> Iterator[tuple[str, bool]]:
     between = "between" in sentence
     for name in sorted(named):
         yield f"module {name}", bool(re.fullmatch(fault.modules, name)) or (between and right)
-    for step in sorted({int(number) for number in STEP.findall(sentence)}):
-        yield f"step {step}", not fault.steps or step in fault.steps
+    for step, what in STEP.findall(sentence):
+        yield f"step {step}", int(step) in fault.steps
+        yield f"what differs first: {what}", bool(re.fullmatch(fault.differs, what))
 
 
 def run(engine: Engine, fault: Planted, reference: str) -> Outcome:

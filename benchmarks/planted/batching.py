@@ -149,6 +149,7 @@ def rows_cut() -> type[MlxPath]:
     references=("mlx-lm",),
     settings="batch.rows",
     steps=(1,),
+    differs="the batches",
 )
 def another_order() -> type[MlxPath]:
     """Batches come in another order: the generator is seeded otherwise."""

@@ -12,7 +12,7 @@ ROWS = {"data.source": "mixed", "train.batch_size": 2}
 ALL_STEPS = tuple(range(1, 31))
 
 
-@planted("loop", "loss_curve", parts="loop", steps=(1,))
+@planted("loop", "loss_curve", parts="loop", steps=(2,), differs="the loss that is reported")
 def reports_the_loss_before() -> type[MlxPath]:
     """The loss that is reported is that of the step before."""
 
@@ -38,7 +38,9 @@ def reports_a_scaled_loss(factor: float) -> type[MlxPath]:
     return Path
 
 
-@planted("loop", "loss_curve", parts="loop", steps=(1,))
+@planted(
+    "loop", "loss_curve", parts="loop", steps=(1,), differs="the gradient norm that is reported"
+)
 def reports_a_squared_norm() -> type[MlxPath]:
     """The gradient norm that is reported is squared."""
 
@@ -51,7 +53,7 @@ def reports_a_squared_norm() -> type[MlxPath]:
     return Path
 
 
-@planted("loop", "loss_curve", parts="loop", steps=(3, 4))
+@planted("loop", "loss_curve", parts="loop", steps=(3, 4), differs="the adapter after it")
 def skips_the_third_update() -> type[MlxPath]:
     """The third update is not made."""
 
@@ -72,7 +74,13 @@ def skips_the_third_update() -> type[MlxPath]:
     return Path
 
 
-@planted("loop", "loss_curve", parts="loop", steps=(1, 2))
+@planted(
+    "loop",
+    "loss_curve",
+    parts="loop",
+    steps=(1, 2),
+    differs="the gradient that the loop makes|the adapter after it",
+)
 def only_lora_b_is_trained() -> type[MlxPath]:
     """Updates of `lora_a` are dropped."""
 
@@ -95,7 +103,14 @@ def only_lora_b_is_trained() -> type[MlxPath]:
     return Path
 
 
-@planted("loop", "loss_curve", parts="loop", steps=(1, 2), recipe=ROWS)
+@planted(
+    "loop",
+    "loss_curve",
+    parts="loop",
+    steps=(1, 2),
+    recipe=ROWS,
+    differs="the batches|the loss that is reported",
+)
 def each_batch_twice() -> type[MlxPath]:
     """Each batch is trained on twice in a row, every other one never."""
 
@@ -135,6 +150,7 @@ def gradient_scaled(factor: float) -> type[MlxPath]:
     steps=(1,),
     recipe={**ROWS, "train.accumulation": 3},
     settings="accumulation.steps accumulation.weighting",
+    differs="the batches|the loss that is reported|the gradient that the loop makes",
 )
 def accumulation_ignored() -> type[MlxPath]:
     """Three micro-batches are asked for, one is used."""
@@ -153,6 +169,7 @@ def accumulation_ignored() -> type[MlxPath]:
     steps=(1,),
     recipe={**ROWS, "train.accumulation": 2},
     settings="accumulation.weighting",
+    differs="the loss that is reported|the gradient that the loop makes",
 )
 def weighted_by_token() -> type[MlxPath]:
     """Micro-batches are weighted by their tokens, though a plain mean is asked for."""
@@ -166,7 +183,7 @@ def weighted_by_token() -> type[MlxPath]:
     return Path
 
 
-@planted("loop", "loss_curve", parts="loop", steps=(5, 6))
+@planted("loop", "loss_curve", parts="loop", steps=(5, 6), differs="the loss that is reported")
 def starts_again_at_five() -> type[MlxPath]:
     """After the fourth step the adapter is what it was at the start."""
 

@@ -26,7 +26,8 @@ class Planted:
         stage: The earliest stage at which it shows; empty for a harmless variant.
         parts: Parts of the path that may be blamed.
         modules: Regular expression of the modules (or tensors) that may be named as the place.
-        steps: Training steps that may be named as the first.
+        steps: Training steps that may be named as the first that diverges.
+        differs: Regular expression of what may be said to differ first in that step.
         hints: Names of the hints that are right.
         settings: Settings of probe 00 that may be said to differ.
         spec: `module:Class`, as `--subject` takes it.
@@ -43,6 +44,7 @@ class Planted:
     parts: frozenset[str]
     modules: str
     steps: frozenset[int]
+    differs: str
     hints: frozenset[str]
     settings: frozenset[str]
     spec: str
@@ -61,6 +63,7 @@ def planted(
     parts: str = "",
     modules: str = "(?!)",
     steps: tuple[int, ...] = (),
+    differs: str = "(?!)",
     hints: str = "",
     settings: str = "",
     references: tuple[str, ...] = REFERENCES,
@@ -93,6 +96,7 @@ def planted(
                     parts=frozenset(parts.split()),
                     modules=modules,
                     steps=frozenset(steps),
+                    differs=differs,
                     hints=frozenset(hints.split()),
                     settings=frozenset(settings.split()),
                     spec=f"{make.__module__}:{target}",

@@ -197,7 +197,7 @@ def _norm_agrees(run: TrainingSteps, at: int) -> str:
         return ""
     if off is None:
         return "; the gradient norm is that of its weights and batch: only the report differs"
-    return "; so does the gradient norm: what the loop trains on is not what it drew"
+    return "; so does the gradient norm: the loop trains on another batch, or from other weights, than these"
 
 
 def _gradient(run: TrainingSteps, at: int) -> StepDifference | None:
