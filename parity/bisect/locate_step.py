@@ -219,21 +219,9 @@ def _gradient(run: TrainingSteps, at: int) -> StepDifference | None:
                 f"the loss{where}", f"differs at equal weights: {how_much(metric)}"
             )
         groups = ours.group("gradient"), theirs.group("gradient")
-        # One tensor of hundreds that is a little over its floor explains no step that differs.
-        if (detail := _tensors(pair, groups, "gradient")) and _beyond(pair, groups, "gradient"):
+        if detail := _tensors(pair, groups, "gradient"):
             return StepDifference(f"the gradient{where}", f"differs at equal weights: {detail}")
     return None
-
-
-def _beyond(pair: Pair, groups: tuple[dict[str, Array], dict[str, Array]], group: str) -> bool:
-    """Whether tensors as a whole are farther apart than `HEADROOM` floors, by their norm."""
-    ours, theirs = groups
-    if pair.exact or ours.keys() != theirs.keys():
-        return True
-    noise = pair.noise_of(group)
-    apart = sum(float(((ours[n].astype(np.float64) - v) ** 2).sum()) for n, v in theirs.items())
-    floor = sum(v.size * noise.floor(n, v) ** 2 for n, v in theirs.items())
-    return not apart <= HEADROOM**2 * floor
 
 
 def _norm(run: TrainingSteps, at: int) -> float | None:
@@ -349,7 +337,10 @@ def _after(run: TrainingSteps, at: int) -> StepDifference | None:
 
 
 def _tensors(pair: Pair, groups: tuple[dict[str, Array], dict[str, Array]], group: str) -> str:
-    """Which tensors differ and how far; empty if none does."""
+    """Which tensors differ and how far; empty if none does.
+
+    Against a floor they have to differ as a whole, by their norm, or one of them by far.
+    """
     ours, theirs = groups
     if ours.keys() != theirs.keys():
         return f"{len(ours.keys() ^ theirs.keys())} tensors have no like on the other side"
@@ -365,6 +356,12 @@ def _tensors(pair: Pair, groups: tuple[dict[str, Array], dict[str, Array]], grou
     if not off:
         return ""
     worst = max(off, key=lambda n: found[n].value / (found[n].floor or 1e-300))
+    # A tensor of hundreds that is a little over its floor explains no step that differs.
+    if not pair.exact and found[worst].value <= HEADROOM**2 * found[worst].floor:
+        apart = sum(float(((ours[n].astype(np.float64) - v) ** 2).sum()) for n, v in theirs.items())
+        floor = sum(v.size * found[n].floor ** 2 for n, v in theirs.items())
+        if apart <= HEADROOM**2 * floor:
+            return ""
     return f"{tensors(off, theirs)}, most {worst}: {how_much(found[worst])}"
 
 
