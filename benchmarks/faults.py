@@ -39,7 +39,7 @@ STEPS = 6
 OBVIOUS = 10.0
 """Floors from which on a fault has to be found."""
 MODULE = re.compile(
-    r"layers\.\d+(?:\.\w+)*|embed_tokens|(?<![\w.])(?<!gradient )(?<!its )norm(?![\w.])|(?<=module )the loss"
+    r"layers\.\d+(?:\.\w+)*|embed_tokens|(?:(?<=module )|(?<=put of )|(?<=layers, ))norm(?![\w.])|(?<=module )the loss"
 )
 ORDER = [stage.name for stage in STAGES]
 EFFECT = re.compile(

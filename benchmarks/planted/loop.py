@@ -166,6 +166,7 @@ def accumulation_ignored() -> type[MlxPath]:
     "loop",
     "loss_curve",
     parts="loop",
+    references=("hf",),  # against mlx-lm the rounding of g * tokens / tokens shows at once
     steps=(1,),
     recipe={**ROWS, "train.accumulation": 2},
     settings="accumulation.weighting",
