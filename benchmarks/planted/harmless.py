@@ -35,6 +35,11 @@ def wired(change: Callable[[Any], None]) -> type[MlxPath]:
         def change(self, model: Any) -> None:
             change(model)
 
+        def reloaded(self, recipe: Any, folder: Any) -> Any:
+            model = super().reloaded(recipe, folder)
+            change(model)
+            return model
+
     return Path
 
 

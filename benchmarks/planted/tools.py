@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from parity.paths.mlx.path import MlxPath
@@ -31,11 +30,6 @@ class ChangedAdapter(MlxPath):
     def wire(self, model: Any, recipe: Recipe) -> None:
         super().wire(model, recipe)
         self.change(model)
-
-    def reloaded(self, recipe: Recipe, folder: Path) -> Any:
-        model = super().reloaded(recipe, folder)
-        self.change(model)
-        return model
 
     def base(self, recipe: Recipe) -> tuple[Any, Any]:
         self._loaded = {}  # what was changed cannot be taken out again

@@ -70,6 +70,7 @@ def rank_halved() -> type[MlxPath]:
     "lora_init",
     parts="wiring",
     hints="last_layers",
+    modules=r"layers\.[01]\..*",
     settings="lora.layers lora.trainable lora.parameters",
 )
 def last_sixteen() -> type[MlxPath]:
@@ -78,7 +79,11 @@ def last_sixteen() -> type[MlxPath]:
 
 
 @planted(
-    "wiring", "lora_init", parts="wiring", settings="lora.modules lora.trainable lora.parameters"
+    "wiring",
+    "lora_init",
+    parts="wiring",
+    modules=r".*k_proj.*",
+    settings="lora.modules lora.trainable lora.parameters",
 )
 def no_keys() -> type[MlxPath]:
     """k_proj gets no adapter."""
