@@ -101,7 +101,7 @@ def claims(
         size: Floors that the fault makes at the stage where it shows.
     """
     for text in report.repeats:
-        yield f"repeats: {text}", False
+        yield f"repeats: {text}", "repeats" in fault.hints
     for cause in report.causes:
         # What is too small for the stage where it is made may well show at a later one.
         late = bool(fault.stage) and ORDER.index(cause.stage) >= ORDER.index(fault.stage)

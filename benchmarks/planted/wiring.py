@@ -143,7 +143,7 @@ def b_not_zero(amount: float) -> type[MlxPath]:
     "wiring",
     "lora_init",
     parts="wiring loop",
-    hints="seed_placement",
+    hints="seed_placement repeats",
     references=("mlx-lm",),
     settings="seed.rng seed.value seed.placement",
     modules=r".*lora_a",
