@@ -201,12 +201,13 @@ def markdown(rows: pd.DataFrame) -> str:
         "Made by `python benchmarks/faults.py`. Each fault stands in the real path `mlx` on a tiny "
         f"model and is searched for as `parity bisect` does it, {STEPS} training steps, one seed. Each "
         "claim of the final sentences is held against what the program that planted the fault knows: "
-        "stage, part, module, step, what differs first in it, hint. Where a sentence was right and that "
+        "stage, part, module, step, what differs first in it, hint; settings that a sentence lists are "
+        "not scored. Where a sentence was right and that "
         "knowledge was not (a fault that shows a stage earlier, a harmless variant that is none), the "
         "knowledge was corrected and the search was run again. Seconds are of searches two at a time on "
         "a machine with other work.",
         "",
-        f"- Searches: {len(rows)}, of {len(faults)} faults and {len(clean)} harmless variants; "
+        f"- Searches: {len(rows)}, {len(faults)} for faults and {len(clean)} for harmless variants; "
         f"{(rows.reference == 'mlx-lm').sum()} against mlx-lm, {(rows.reference == 'hf').sum()} against hf",
         f"- Faults at {OBVIOUS:g} floors and more that are detected: {share(obvious.detected)}; at the "
         f"right stage: {share(obvious.stage_right)}",
