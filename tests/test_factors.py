@@ -306,8 +306,8 @@ def test_recipes_that_differ_in_what_is_not_read_share_a_capture(engine):
     other = Recipe().override({**BASE, "optim.lr": 0.5, "train.steps": 3, "seed.value": 2})
     assert engine.capture("mlx", "logits", other, rows).file == once.file
     assert engine.captured == count
-    engine.capture("mlx", "logits", other.override({"model.weights": "float16"}), rows)
-    assert engine.captured == count + 1
+    rounded = engine.capture("mlx", "logits", other.override({"model.weights": "float16"}), rows)
+    assert rounded.file != once.file
 
 
 @pytest.mark.long
