@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parents[1]
+from benchmarks.checkouts import before_and_now
 
 
 def timed(checkout: Path, arguments: list[str], out: Path) -> float:
@@ -62,14 +62,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("arguments", nargs="*", help="of `parity run`, after --")
     options = parser.parse_args()
-    git = ("git", "-C", str(HERE), "worktree")
-    with tempfile.TemporaryDirectory() as scratch:
-        before = Path(scratch) / "before"
-        subprocess.run([*git, "add", "-q", "--detach", str(before), options.before], check=True)
-        try:
-            compare({"before": before, "now": HERE}, options.rounds, options.arguments, scratch)
-        finally:
-            subprocess.run([*git, "remove", "--force", str(before)], check=True)
+    with tempfile.TemporaryDirectory() as scratch, before_and_now(options.before) as checkouts:
+        compare(checkouts, options.rounds, options.arguments, scratch)
 
 
 def compare(checkouts: dict[str, Path], rounds: int, arguments: list[str], scratch: str) -> None:

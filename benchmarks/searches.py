@@ -22,10 +22,10 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.checkouts import before_and_now
 from benchmarks.planted.registry import Planted, everything
 from parity import resources
 
-HERE = Path(__file__).resolve().parents[1]
 PARTS = ("temperature_0", "longer_rate_0", "rank_halved", "hidden_clip_0", "accumulation_ignored")
 FACTORS = ("lora.num_layers=16", "optim.bias_correction=false", "mask.end_shift=0",
            "train.accumulation=2", "optim.eps=0.0001")  # fmt: skip
@@ -95,15 +95,8 @@ def main() -> None:
     parser.add_argument("--before", required=True, metavar="REV", help="the commit to compare with")
     parser.add_argument("searches", nargs="*", help="planted faults by name, or FACTOR=VALUE")
     options = parser.parse_args()
-    git = ("git", "-C", str(HERE), "worktree")
-    with tempfile.TemporaryDirectory() as scratch:
-        before = Path(scratch) / "before"
-        subprocess.run([*git, "add", "-q", "--detach", str(before), options.before], check=True)
-        try:
-            wanted = options.searches or [*PARTS, *FACTORS]
-            compare({"before": before, "now": HERE}, wanted)
-        finally:
-            subprocess.run([*git, "remove", "--force", str(before)], check=True)
+    with before_and_now(options.before) as checkouts:
+        compare(checkouts, options.searches or [*PARTS, *FACTORS])
 
 
 if __name__ == "__main__":
