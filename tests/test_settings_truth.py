@@ -211,3 +211,12 @@ def test_a_factor_on_every_update_is_no_clip(factor, usual, mode):
     gradient = {"a": np.full(4, 100.0), "b": np.full(3, -50.0)}
     given = {name: factor * value for name, value in gradient.items()}
     assert measured.clip_of(gradient, given, 0.01, usual)[0].startswith(mode)
+
+
+def test_an_adapter_that_does_not_start_at_zero_is_no_clip(engine, small):
+    """With B other than zero a gradient is not proportional to the scale at which clips are looked for."""
+    scalars = engine.capture(
+        "benchmarks.planted.wiring:b_not_zero_0", "config", small, Trace()
+    ).scalars
+    assert scalars["clip.mode"] == "none"
+    assert scalars["clip.value"] is None

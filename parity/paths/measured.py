@@ -133,7 +133,9 @@ def _loop_facts(
     half = recipe.model.dtype in HALF or recipe.train.autocast in HALF
     slack = 0.1 if half else 0.01
     quiet = probing(recipe, QUIET, **{"optim.clip": "none"})
-    start = _call(path, "lora_init", quiet, Trace()).group("adapter")
+    drawn_start = _call(path, "lora_init", quiet, Trace()).group("adapter")
+    # Where B is zero the forward pass knows nothing of the scale, and the gradient grows with it.
+    start = {n: v * 0 if n.endswith("lora_b") else v for n, v in drawn_start.items()}
     handed = micro_batches(2 * parts).with_group("adapter", start)
     with watched:
         update, drawn = _update(path, quiet, handed, start)
