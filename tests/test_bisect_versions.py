@@ -336,3 +336,20 @@ def test_a_release_of_the_other_side_stays_where_a_repeat_captures_afresh(
     with Engine(tmp_path) as base, VersionEngine(base, {}, attempt=1) as afresh:
         assert afresh._interpreter("unsloth@2026.5.3") == base._interpreter("unsloth@2026.5.3")
         assert afresh._interpreter("unsloth@2026.5.3")[1] == str(place.python)
+
+
+def test_a_finished_check_is_run_again_once_a_module_that_the_path_imports_was_edited(here, repo):
+    repo, made = repo
+    Path("toy_helper.py").write_text("def legacy(value):\n    return value\n")
+    Path("toy_paths.py").write_text(
+        PATHS.replace("return Trace(scalars={\"legacy\": [toy.legacy]})",
+                      "import toy_helper\n        "
+                      "return Trace(scalars={\"legacy\": [toy_helper.legacy(toy.legacy)]})")
+    )  # fmt: skip
+    cell = Cell(Legacy(), "toy_paths:Toy", "toy_paths:Fixed", Recipe())
+    search = VersionSearch(here, cell, "subject")
+    assert search.commit(repo, "HEAD~9", "HEAD").found.first_bad == made[6]
+    assert search.commit(repo, "HEAD~9", "HEAD").runs == 0
+    Path("toy_helper.py").write_text("def legacy(value):\n    return 0\n")
+    with Engine(cache=here.cache, timeout=120) as later, pytest.raises(SameEnds):
+        VersionSearch(later, cell, "subject").commit(repo, "HEAD~9", "HEAD")

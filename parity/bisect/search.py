@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from parity.errors import UsageError
 from parity.files import write_atomically
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 class Outcome(StrEnum):
@@ -30,11 +30,13 @@ Quantities = dict[str, tuple[str, float]]
 
 
 class CheckResult(NamedTuple):
-    """The outcome of one check, why in a sentence, and what was measured."""
+    """The outcome of one check, why in a sentence, what was measured, and by which code."""
 
     outcome: str
     reason: str = ""
     quantities: Quantities = {}  # noqa: RUF012 - a default that nobody changes
+    loaded: Mapping[str, str] = {}
+    """Manifests of the captures that it leaned on, to their interpreters."""
 
 
 class FinishedCheck(NamedTuple):
@@ -60,12 +62,24 @@ class SameEnds(UsageError):
 class Ledger:
     """Finished checks in a JSON file (None: in memory only), so that none is run twice.
 
+    Args:
+        file: Where they are kept.
+        about: What the search is about; a file holds the checks of one search.
+        current: Whether the code that a check leaned on (`CheckResult.loaded`) is what would run now.
+
     Raises:
         UsageError: The file is no ledger, or its search is not what this one is `about`.
     """
 
-    def __init__(self, file: Path | None = None, about: str = "") -> None:
+    def __init__(
+        self,
+        file: Path | None = None,
+        about: str = "",
+        current: Callable[[Mapping[str, str]], bool] = lambda _: True,
+    ) -> None:
         self.file, self.about, self.checks = file, about, list[dict[str, Any]]()
+        self.current = current
+        self._own = list[dict[str, Any]]()  # checks of this search
         self.computed = 0  # checks that were run, not found in the file
         if file is not None and file.exists():
             try:
@@ -80,14 +94,19 @@ class Ledger:
         """The same check, run only when its answer is not known."""
 
         def remembered(candidate: str, attempt: int) -> CheckResult:
-            for done in self.checks:
-                if (done["candidate"], done["attempt"]) == (candidate, attempt):
+            asked = candidate, attempt
+            found = [c for c in self.checks if (c["candidate"], c["attempt"]) == asked]
+            for done in found:
+                if done in self._own or self.current(done["loaded"]):
                     measured = {k: (v[0], v[1]) for k, v in done["quantities"].items()}
-                    return CheckResult(done["outcome"], done["reason"], measured)
+                    return CheckResult(done["outcome"], done["reason"], measured, done["loaded"])
+                self.checks.remove(done)
             started = time.perf_counter()
             answer = check(candidate, attempt)
             entry = {"candidate": candidate, "attempt": attempt, **answer._asdict()}
-            self.checks.append({**entry, "seconds": round(time.perf_counter() - started, 3)})
+            entry["seconds"] = round(time.perf_counter() - started, 3)
+            self.checks.append(entry)
+            self._own.append(entry)
             self.computed += 1
             if self.file is not None:
                 data = {"schema_version": SCHEMA, "about": self.about, "checks": self.checks}

@@ -175,6 +175,7 @@ class VersionSearch:
             specs = {getattr(cell, side): where for side in sides}
             with VersionEngine(self.engine, specs, attempt) as elsewhere:
                 record = run_cell(elsewhere, cell)
+                loaded = {**self.engine.loaded, **elsewhere.loaded}
             kind = (
                 re.search(r"(\w+) in \w+: ", record.reason) if record.verdict == "error" else None
             )
@@ -183,12 +184,13 @@ class VersionSearch:
             state = f"{state} ({kind[1]})" if kind else state
             gates = (metric for metric in record.metrics if metric.gate)
             measured = {metric.name: (str(metric.verdict), metric.value) for metric in gates}
-            return CheckResult(state, record.reason, measured)
+            return CheckResult(state, record.reason, measured, loaded)
 
         paths = map(content.of_path, (cell.subject, cell.reference))
         identity = package, cell.stage.name, cell.changes, self.side, about
         key = digest(*identity, *paths, content.of_recipe(cell.recipe), _code())
-        book = Ledger(self.ledger or self.engine.cache / "bisect" / f"{key}.json", key)
+        file = self.ledger or self.engine.cache / "bisect" / f"{key}.json"
+        book = Ledger(file, key, self.engine.current)
         remembered = book.remember(run)
 
         def verdict(version: str, attempt: int = 0) -> CheckResult:

@@ -81,6 +81,8 @@ class Engine:
         self._use = contextlib.ExitStack()
         self._use.enter_context(storage.in_use(self.cache))
         self.captured = 0  # captures that were run, not found in the cache
+        # Manifests of the captures that were used, to their interpreters.
+        self.loaded: dict[str, str] = {}
         self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="capture")
         self._check = Check(self.shared)
         self._pool = Pool(
@@ -158,15 +160,15 @@ class Engine:
             if not name.startswith(f"{key}-") or not name.endswith(".safetensors"):
                 continue
             file, manifest = folder / name, Path(name).stem.rpartition("-")[2]
-            if not self._check.holds(manifest, self._interpreter(spec)[1]):
+            python = self._interpreter(spec)[1]
+            if not self._check.holds(manifest, python):
                 continue
             if not storage.used(file):  # removed by another process
                 continue
             trace = Trace.load(file)
-            if spec not in self._present:
-                return trace
-            present = self._present[spec]
+            present = self._present.get(spec, trace.environment)
             if present is not None and not machine.differences(trace.environment, present):
+                self.loaded[manifest] = python
                 return trace
         return None
 
@@ -185,11 +187,20 @@ class Engine:
             file = slot.with_name(f"{slot.name}-{manifest}.safetensors")
             output.replace(file)
             trace = Trace.load(file)
-            self._present[spec] = trace.environment
+            self._present[spec], self.loaded[manifest] = trace.environment, python
             return trace
         finally:
             source.unlink(missing_ok=True)
             output.unlink(missing_ok=True)
+
+    def current(self, loaded: Mapping[str, str]) -> bool:
+        """Whether manifests are of what processes of their interpreters would load now.
+
+        Where there is none, as of a check that failed before anything was captured, nobody knows.
+        """
+        return bool(loaded) and all(
+            self._check.holds(manifest, python) for manifest, python in loaded.items()
+        )
 
     def renew(self, spec: str) -> None:
         """From now on uses captures of the environment alone that the path's process has now."""
