@@ -260,11 +260,11 @@ FAULTS = {
     "rank lost": ("mlx-lm", without("rank"), "rank", "lora_parameters.rank: missing"),
     "default rank": ("peft-patterns", both(without("r"), top(rank_pattern={})), "rank", "r: missing: PEFT takes its default, 8"),
     # Layers (unsloth-zoo#669)
-    "fewer layers counted": ("mlx-lm", top(num_layers=2), "layers", "2 counts from the last layer and means layers 16 to 17 of 18, but layers 14 to 17 have tensors"),
-    "first layers": ("mlx-lm", moved(-14), "layers", "layers 0 to 3 have tensors: they were counted from the wrong end"),
+    "fewer layers counted": ("mlx-lm", top(num_layers=2), "layers", "2 counts from the last layer and means layers 16 to 17 of 18, but there are tensors for layers 14 to 17"),
+    "first layers": ("mlx-lm", moved(-14), "layers", "there are tensors for layers 0 to 3: they were counted from the wrong end"),
     "more than there are": ("mlx-lm", top(num_layers=40), "layers", "40, but the base has 18 layers"),
     "layers lost": ("mlx-lm", without("num_layers"), "layers", "num_layers: missing"),
-    "first layers of PEFT": ("peft", top(layers_to_transform=[0, 1, 2, 3]), "layers", "layers 0 to 3, but layers 14 to 17 have tensors: they were counted from the wrong end"),
+    "first layers of PEFT": ("peft", top(layers_to_transform=[0, 1, 2, 3]), "layers", "layers 0 to 3, but there are tensors for layers 14 to 17: they were counted from the wrong end"),
     "no such layer": ("peft", top(layers_to_transform=[17, 18]), "layers", "layer 18 is named, the base has 18 layers"),
     # Modules
     "auto": ("mlx-lm", lora(keys=["auto"]), "modules", "lora_parameters.keys: auto: matches no tensor"),
@@ -378,7 +378,7 @@ LOADED = {
     "a name that mlx-lm refuses": ("mlx-lm", renamed("layers.16.self_attn.q_proj", "layers.16.self_attn.query"), "loading", "the loader of mlx does not take it"),
     "a fuse that changed nothing": ("fused", the_base, "logits", "the logits are those of the base"),
     "names that PEFT does not read": ("peft", as_peft_without_prefix, "logits", "the logits are those of the base"),
-    "layers that PEFT does not read": ("peft", top(layers_to_transform=[0, 1, 2, 3]), "loading", "layers 0 to 3 have an adapter after loading, layers 14 to 17 were handed over"),
+    "layers that PEFT does not read": ("peft", top(layers_to_transform=[0, 1, 2, 3]), "loading", "adapted after loading: layers 0 to 3; handed over: layers 14 to 17"),
 }  # fmt: skip
 
 

@@ -97,10 +97,7 @@ def test_settings_that_a_release_wrote_wrong_are_named(golden, engine):
     found = {finding.check: finding.text for finding in result.findings}
     assert "18 counts from the last layer and means layers 0 to 17 of 18" in found["layers"]
     assert "4 modules of the base should be adapted and have no tensors" in found["modules"]
-    assert (
-        "layers 0 to 17 have an adapter after loading, layers 17 were handed over"
-        in found["loading"]
-    )
+    assert "adapted after loading: layers 0 to 17; handed over: layer 17" in found["loading"]
     assert found["loading"].endswith("those it has beside do nothing, B is zero")
 
 

@@ -77,9 +77,7 @@ def test_layers_from_the_wrong_end_are_named(engine, small):
     record = run(engine, recipe, "FirstLayers")
     assert record.verdict is Verdict.DIVERGE, describe(record)
     assert record.first_divergence["metric"] == MODULES
-    assert (
-        "layers 0 to 3 have an adapter after loading, layers 14 to 17 were handed" in record.reason
-    )
+    assert "adapted after loading: layers 0 to 3; handed over: layers 14 to 17" in record.reason
 
 
 def test_a_file_that_the_loader_refuses_is_an_error_that_names_the_tensor(engine, small):

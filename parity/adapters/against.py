@@ -116,7 +116,7 @@ def _sets(ours: Updates, theirs: Updates) -> str:
         return ""
     levels = [{layer_of(name) for name in names} for names in (mine, other)]
     if levels[0] != levels[1]:
-        return f"{layers(mine)} are adapted, {layers(other)} in the other"
+        return f"adapted: {layers(mine)}; in the other: {layers(other)}"
     parts = []
     for names, where in ((mine - other, "here"), (other - mine, "in the other")):
         if names:

@@ -217,7 +217,7 @@ def describe(adapter: Adapter) -> dict[str, str]:
         "rank": ", ".join(ranks) or "none",
         "scale": "; ".join(scales),
         "modules": f"{len(names)}: {', '.join(kinds)}" if names else "none",
-        "layers": layers(names).removeprefix("layers "),
+        "layers": layers(names).removeprefix("layers ").removeprefix("layer "),
         "dtype": ", ".join(dtypes) or "no tensor",
         "base": adapter.base or "not named",
     }

@@ -208,13 +208,15 @@ class MlxAdapter(Adapter):
         have = in_words(f"layers.{n}." for n in layers)
         if count is None:
             if 0 < number < len(layers):
-                return [Finding("layers", "num_layers", f"{number}, but {have} have tensors")]
+                return [
+                    Finding("layers", "num_layers", f"{number}, but there are tensors for {have}")
+                ]
             return f"num_layers, {number}, counts from the last layer; how many the model has needs --base"
         last = set(range(count)[-max(number, 0) :])
         if layers == last:
             return []
         should = in_words(f"layers.{n}." for n in last)
-        text = f"{number} counts from the last layer and means {should} of {count}, but {have} have tensors"
+        text = f"{number} counts from the last layer and means {should} of {count}, but there are tensors for {have}"
         if layers == set(range(number)):
             text += ": they were counted from the wrong end"
         return [Finding("layers", "num_layers", text)]

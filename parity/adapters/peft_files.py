@@ -274,7 +274,7 @@ class PeftAdapter(Adapter):
         if given == layers:
             return []
         should = in_words(f"layers.{n}." for n in given)
-        text = f"{should}, but {have} have tensors"
+        text = f"{should}, but there are tensors for {have}"
         if count is not None and {count - 1 - n for n in given} == layers:
             text += ": they were counted from the wrong end"
         return [Finding("layers", where, text)]

@@ -105,7 +105,7 @@ def _modules(given: Iterable[str], loaded: Iterable[str]) -> str:
         return f"none has an adapter after loading, {len(wanted)} were handed over"
     have, should = layers(found), layers(wanted)
     if have != should:
-        return f"{have} have an adapter after loading, {should} were handed over"
+        return f"adapted after loading: {have}; handed over: {should}"
     parts = []
     for names, what in ((wanted - found, "have none after loading"), (found - wanted, "have one")):
         if names:
@@ -114,12 +114,13 @@ def _modules(given: Iterable[str], loaded: Iterable[str]) -> str:
 
 
 def layers(modules: Iterable[str]) -> str:
-    """In words, the layers of these modules: `layers 14 to 17`."""
+    """In words, the layers of these modules: `layers 14 to 17`, `layer 17`."""
     numbers = sorted({n for name in modules if (n := layer_of(name)) is not None})
     if not numbers:
         return "no layers"
     run = numbers == list(range(numbers[0], numbers[-1] + 1)) and len(numbers) > 1
-    return "layers " + (f"{numbers[0]} to {numbers[-1]}" if run else ", ".join(map(str, numbers)))
+    shown = f"{numbers[0]} to {numbers[-1]}" if run else ", ".join(map(str, numbers))
+    return f"layer{'s' if len(numbers) > 1 else ''} {shown}"
 
 
 def named(modules: list[str]) -> str:
