@@ -13,7 +13,9 @@ from parity.adapters.against import compare_artefacts
 from parity.adapters.artefact import Adapter, Finding
 from parity.adapters.base import Base, read_base
 from parity.adapters.checks import check_files
+from parity.adapters.export import check_export
 from parity.adapters.fused import Model
+from parity.adapters.gguf_file import SUFFIX
 from parity.adapters.outcome import NO_BASE, Outcome
 from parity.adapters.settings import CONFIG
 from parity.capture.engine import Engine
@@ -144,6 +146,8 @@ def check(
     Raises:
         UsageError: Files are missing or damaged, or the base does not fit.
     """
+    if folder.suffix == SUFFIX:
+        return _export(folder, source, against, engine)
     found = read(folder)
     other = read(against) if against else None
     base = read_base(source) if source else None
@@ -164,6 +168,21 @@ def check(
             other, _ = fused.check_model(other, base)
         outcomes.append(compare_artefacts(found, other, base))
     return Result(str(folder), described, outcomes, base is not None and engine is not None, notes)
+
+
+def _export(
+    file: Path,
+    source: str | None,
+    against: Path | None,
+    engine: Callable[[], AbstractContextManager[Engine]] | None,
+) -> Result:
+    """As `check`, of a GGUF file."""
+    if source is not None:
+        raise UsageError(f"--base is of no use for {file.name}: give --against, the exported model")
+    if engine is None or against is None:
+        return Result(str(file), *check_export(file, against, None))
+    with engine() as running:
+        return Result(str(file), *check_export(file, against, running), loaded=True)
 
 
 def _loaded(

@@ -69,13 +69,18 @@ def load_and_measure(engine: Engine, path: str, adapter: Adapter, base: Base) ->
 
 def measure_model(engine: Engine, path: str, folder: Path, base: Base) -> Outcome:
     """Whether a fused or fully trained model gives other logits than its base."""
-    ids, found = _ids(base), list[Array]()
+    found = list[Array]()
     for source in (base.source, str(folder.resolve())):
-        logits, reason = _logits(engine, path, Recipe().override({"model.source": source}), ids)
-        if logits is None:
+        values, reason = logits(engine, path, source, base)
+        if values is None:
             return Outcome("logits", MOVES, [], f"{path} does not run {source}: {reason}")
-        found.append(logits)
+        found.append(values)
     return _moved(path, folder.name, *found)
+
+
+def logits(engine: Engine, path: str, source: str, base: Base) -> tuple[Array | None, str]:
+    """Logits (B, T, V) of a model on rows of a base's vocabulary, or why there are none."""
+    return _logits(engine, path, Recipe().override({"model.source": source}), _ids(base))
 
 
 def content(folder: Path) -> str:

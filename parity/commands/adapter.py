@@ -57,7 +57,8 @@ def check(
 ) -> None:
     """Check an adapter, or a fused model, that is saved in DIR.
 
-    DIR is what mlx-lm, PEFT, unsloth-zoo or TRL leave. The answer says what it is and what is wrong: settings that contradict the tensors, a lost scale, layers counted from the wrong
+    DIR is what mlx-lm, PEFT, unsloth-zoo or TRL leave, or a GGUF file: its names, settings and
+    values are compared with those of the model that was exported (--against), and transformers' GGUF reader runs both. The answer says what it is and what is wrong: settings that contradict the tensors, a lost scale, layers counted from the wrong
     end, names that no module takes, wrong shapes, NaN, no effect, a fuse that changed nothing.
 
     With --base its names and shapes are compared with the model's, and a real loader loads both and
@@ -74,6 +75,7 @@ def check(
       parity adapter check adapters --base my-org/my-model --files-only --junit adapter.xml
       parity adapter check adapters --base tiny-gemma3 --against adapters-of-peft
       parity adapter check fused_model --base tiny-gemma3 --against adapters
+      parity adapter check fused_model/ggml-model-f16.gguf --against fused_model
     """  # noqa: D301
     from parity.adapters import check as checks
     from parity.adapters.junit import to_junit

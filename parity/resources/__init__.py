@@ -18,6 +18,7 @@ __all__ = [
     "EXTRA_MODELS",
     "cache",
     "data_dir",
+    "exported",
     "fingerprint",
     "fixtures",
     "model_dir",
@@ -73,7 +74,7 @@ def model_dir(source: str) -> str:
     folder = fixtures() / "models" / source
     if (folder / "config.json").is_file():
         return str(folder)
-    if (Path(source) / "config.json").is_file():
+    if (Path(source) / "config.json").is_file() or exported(source):
         return str(Path(source).resolve())
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
         return source
@@ -81,6 +82,12 @@ def model_dir(source: str) -> str:
         f"no model {source!r}: give one of {', '.join([*names('models'), *EXTRA_MODELS])}, "
         "a folder that holds config.json, or a hub id such as org/name"
     )
+
+
+def exported(folder: str | Path) -> str:
+    """The name of the GGUF file in a folder whose only weights it is; else empty."""
+    files = sorted(Path(folder).glob("*.gguf")) if Path(folder).is_dir() else []
+    return files[0].name if len(files) == 1 and not any(Path(folder).glob("*.safetensors")) else ""
 
 
 def fingerprint(folder: str | Path) -> str:

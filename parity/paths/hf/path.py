@@ -102,10 +102,13 @@ class HfPath(TorchStages):
         from transformers import AutoModelForCausalLM
 
         device, dtype = _torch.device(), getattr(torch, recipe.model.dtype)
+        source = resources.model_dir(recipe.model.source)
+        file = {"gguf_file": name} if (name := resources.exported(source)) else {}
         if device.type == "mps" and dtype is torch.float64:
             raise Unsupported("MPS has no float64")
         model, report = AutoModelForCausalLM.from_pretrained(
-            resources.model_dir(recipe.model.source),
+            source,
+            **file,
             dtype=dtype,
             attn_implementation="eager",
             experts_implementation="eager",

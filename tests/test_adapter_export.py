@@ -1,0 +1,214 @@
+"""A GGUF export of the real mlx-lm against the model that it was made from; planted faults; damage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from parity.adapters.check import check
+from parity.adapters.gguf_file import read
+from parity.capture.engine import Engine
+from parity.errors import UsageError
+from parity.resources import fixtures
+
+gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
+MODEL = fixtures() / "models" / "tiny-llama"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """What `mlx_lm fuse --export-gguf` leaves of an adapter that has an effect."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("export")
+    adapter, fused = folder / "adapter", folder / "fused"
+    adapter.mkdir()
+    keys, rng = ["self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj"], np.random.default_rng(0)
+    base, tensors = load_file(MODEL / "model.safetensors"), {}
+    for key in (f"model.layers.{n}.{name}" for n in (16, 17) for name in keys):
+        outputs, inputs = base[f"{key}.weight"].shape
+        tensors[f"{key}.lora_a"] = rng.normal(size=(inputs, 4)).astype(np.float32) * 0.1
+        tensors[f"{key}.lora_b"] = rng.normal(size=(4, outputs)).astype(np.float32) * 0.1
+    save_file(tensors, adapter / "adapters.safetensors")
+    lora = {"rank": 4, "scale": 4.0, "dropout": 0.0, "keys": keys}
+    config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": lora}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    words = ["--model", MODEL, "--adapter-path", adapter, "--save-path", fused, "--export-gguf"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_lm", "fuse", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert not done.returncode, done.stderr
+    return fused / "ggml-model-f16.gguf", fused
+
+
+def rewritten(source, target, tensors=None, settings=None):
+    """A copy of a file with other tensors (None: left out) and settings (None: left out)."""
+    reader, tensors, settings = gguf.GGUFReader(source), tensors or {}, settings or {}
+    writer = gguf.GGUFWriter(target, "llama")
+    for name, field in reader.fields.items():
+        value = settings.get(name, field.contents())
+        if name.startswith("GGUF.") or name == "general.architecture" or value is None:
+            continue
+        inner = field.types[1] if len(field.types) > 1 else None
+        writer.add_key_value(name, value, field.types[0], inner)
+    for tensor in reader.tensors:
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        value = np.array(tensor.data).reshape(shape)
+        change = tensors.get(tensor.name, lambda v: v)
+        if change is not None:
+            changed = np.ascontiguousarray(change(value))
+            kind = getattr(change, "kind", None)
+            writer.add_tensor(tensor.name, changed, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def interleaved(value, heads):
+    shape = value.shape
+    return value.reshape(heads, 2, shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(shape)
+
+
+def apart(value, heads):
+    shape = value.shape
+    return value.reshape(heads, shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(shape)
+
+
+def on(names, change):
+    return {f"blk.{n}.{name}.weight": change for n in range(18) for name in names}
+
+
+def nan(value):
+    value[0, 0] = np.nan
+    return value
+
+
+FAULTS = {
+    "q and k not permuted": (
+        on(["attn_q"], lambda v: apart(v, 4)) | on(["attn_k"], lambda v: apart(v, 2)), {},
+        "values", "the model's values as it is; llama wants them with the rows of each head permuted",
+    ),
+    "k permuted by the heads of q": (
+        on(["attn_k"], lambda v: interleaved(apart(v, 2), 4)), {},
+        "values", "18 of 164 tensors (blk.0.attn_k.weight",
+    ),
+    "norms with 1 added": (
+        on(["attn_norm", "ffn_norm"], lambda v: v + 1), {},
+        "values", "the model's values with 1 added; llama wants them as it is",
+    ),
+    "o transposed": (
+        on(["attn_output"], lambda v: v.T), {}, "values", "the model's values transposed",
+    ),
+    "a weight of another model": (
+        {"blk.17.ffn_down.weight": lambda v: v + 0.01}, {}, "values", "not the model's values",
+    ),
+    "NaN": ({"blk.3.attn_v.weight": nan}, {}, "values", "1 values are NaN or infinite"),
+    "a layer is missing": (
+        {f"blk.17.{n}.weight": None for n in ("attn_q", "attn_k")}, {},
+        "keys", "is not in the file, nor are 1 others",
+    ),
+    "rope base lost": (
+        {}, {"llama.rope.freq_base": None}, "settings", "missing; the model has rope_theta = 50000",
+    ),
+    "another eps": (
+        {}, {"llama.attention.layer_norm_rms_epsilon": 1e-3},
+        "settings", "0.001, the model has rms_norm_eps = 1e-06",
+    ),
+}  # fmt: skip
+
+
+def findings(result):
+    return {(found.check, f"{found.where}: {found.text}") for found in result.findings}
+
+
+def test_a_real_export_is_the_fused_model(exported):
+    file, fused = exported
+    result = check(file, against=fused, engine=lambda: Engine(timeout=300))
+    assert result.verdict == "clean", result.findings
+    assert result.described["architecture"] == "llama"
+    assert "equal bit for bit (read by hf)" in [outcome.note for outcome in result.outcomes]
+
+
+def test_an_export_from_which_the_adapter_was_lost_is_named(exported):
+    file, _ = exported
+    found = findings(check(file, against=MODEL))
+    assert any(
+        c == "values" and "6 of 164 tensors" in t and "not the model's" in t for c, t in found
+    )
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_named(exported, tmp_path, fault):
+    tensors, settings, kind, words = FAULTS[fault]
+    file = rewritten(exported[0], tmp_path / "x.gguf", tensors, settings)
+    found = findings(check(file, against=exported[1]))
+    assert {check for check, _ in found} == {kind}
+    assert any(words in text for _, text in found), found
+
+
+def test_a_reader_sees_lost_settings_in_the_logits(exported, tmp_path):
+    tensors, settings, *_ = FAULTS["rope base lost"]
+    file = rewritten(exported[0], tmp_path / "x.gguf", tensors, settings)
+    result = check(file, against=exported[1], engine=lambda: Engine(timeout=300))
+    assert any(
+        check == "logits" and "read by hf they are" in text for check, text in findings(result)
+    )
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0"])
+def test_what_the_type_rounds_is_no_finding(exported, tmp_path, kind):
+    kind = gguf.GGMLQuantizationType[kind]
+
+    def rounded(value):
+        return gguf.quants.quantize(value, kind)
+
+    rounded.kind = kind
+    reader = read(exported[0])
+    both = [n for n, t in reader.tensors.items() if len(t.shape) == 2]
+    file = rewritten(exported[0], tmp_path / "x.gguf", dict.fromkeys(both, rounded))
+    assert not findings(check(file, against=exported[1]))
+
+
+def test_without_the_model_nothing_is_green(exported):
+    result = check(exported[0])
+    assert result.verdict == "incomplete"
+    assert all("needs --against" in outcome.unchecked for outcome in result.outcomes)
+    with pytest.raises(UsageError, match="--base is of no use"):
+        check(exported[0], str(MODEL))
+
+
+def test_a_damaged_file_ends_in_one_line(exported, tmp_path):
+    whole, file = exported[0].read_bytes(), tmp_path / "x.gguf"
+    rng, refused = np.random.default_rng(0), 0
+    huge = whole[:8] + struct.pack("<QQ", 2**60, 2**60) + whole[24:]
+    cut = [whole[:n] for n in (0, 3, 10, 100, 5_000, len(whole) // 2)]
+    flipped = []
+    for _ in range(100):
+        data = bytearray(whole)
+        data[int(rng.integers(0, 2_000))] ^= 1 << int(rng.integers(8))
+        flipped.append(bytes(data))
+    for data in [huge, *cut, *flipped]:
+        file.write_bytes(data)
+        try:
+            result = check(file, against=exported[1])
+        except UsageError as error:
+            refused += 1
+            assert "\n" not in str(error)
+            assert str(file) in str(error) or "quantized" in str(error)
+        else:
+            assert result.verdict != "clean" or data in flipped
+    assert refused > 7
+    shutil.rmtree(tmp_path / "missing", ignore_errors=True)
+    with pytest.raises(UsageError, match="No such file"):
+        check(tmp_path / "missing.gguf")
