@@ -25,7 +25,7 @@ TITLES: dict[str, str] = {
     "dtype.parameters": "dtype of the base weights",
     "dtype.adapter": "dtype of the adapter",
     "train.autocast": "autocast of the forward pass",
-    "dtype.activations": "dtype of what the modules give",
+    "dtype.activations": "modules that are called, by the dtype of what they give",
     "lora.layers": "layers with LoRA",
     "lora.scale": "LoRA scale (alpha / rank)",
     "lora.rank": "LoRA rank",
@@ -49,7 +49,7 @@ TITLES: dict[str, str] = {
     "seed.value": "seed",
     "seed.placement": "the seed is set",
     "seed.rng": "state of the random generator after LoRA init",
-    "batch.pad_id": "padding id",
+    "batch.pad_id": "ids behind the end of a row",
     "batch.shapes": "shapes of the micro-batches",
     "batch.rows": "rows of the micro-batches",
 }
