@@ -33,7 +33,7 @@ class Verdict(StrEnum):
 
 
 # From best to worst: the verdict of a record is the worst of its metrics'.
-_SEVERITY = [
+SEVERITY = [
     Verdict.IDENTICAL,
     Verdict.AGREE,
     Verdict.SKIP,
@@ -45,7 +45,7 @@ _SEVERITY = [
 
 def worst(verdicts: list[Verdict]) -> Verdict:
     """The verdict that decides; nothing compared is inconclusive."""
-    return max(verdicts, key=_SEVERITY.index, default=Verdict.INCONCLUSIVE)
+    return max(verdicts, key=SEVERITY.index, default=Verdict.INCONCLUSIVE)
 
 
 # JSON has no NaN: as strings any reader can parse them, and pydantic reads them back as floats.

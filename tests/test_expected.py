@@ -157,7 +157,7 @@ def test_an_expected_divergence_is_a_state_of_its_own_and_not_red(tmp_path):
     assert (found.verdict, found.exit_code, found.problems) == ("expected", 0, ())
     assert found.counts == {"agree": 1, "expected": 1}
     assert not found.failures() and not found.first
-    row = found.summary.frame().set_index("probe").loc[5]
+    row = found.rows.set_index("probe").loc[5]
     assert (row["expected"], row["diverge"], row["pass_rate"]) == (1, 0, 0.0)
     for text in (markdown.render(found), html.render(found), screen(found)):
         for words in ("Expected to diverge", "sums in float32", "x expected"):

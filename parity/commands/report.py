@@ -32,8 +32,7 @@ def report(folder: Path) -> None:
 
     known = expected.kept(folder)
     found, damaged = load_all(folder)
-    records = [expected.mark(record, known) for record in found]
-    result = aggregate(records, read_plan(folder), known, [str(error) for error in damaged])
+    result = aggregate(found, read_plan(folder), known, [str(error) for error in damaged])
     files = write(result, folder)
     terminal.render(result, terminal.console())
     click.echo("wrote " + ", ".join(str(file) for file in files))
