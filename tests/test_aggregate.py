@@ -15,12 +15,13 @@ import pytest
 from markupsafe import escape
 from rich.console import Console
 
-from parity.cells.plan import GridRow, Plan, read_plan, write_plan
+from parity.cells.plan import GridRow, Plan, load_plan, write_plan
 from parity.errors import UsageError
 from parity.record import Metric, Record, Side, Verdict
 from parity.report import html, markdown, terminal
 from parity.report.write import aggregate_json, write
 from parity.results.aggregate import aggregate
+from parity.results.folder import read
 from parity.results.texts import distinct
 
 STAGES = ("config", "tokenization", "logits", "cross_entropy", "lora_init", "gradient",
@@ -191,19 +192,41 @@ def test_a_record_that_contradicts_itself_is_set_aside() -> None:
 
 
 def test_a_plan_round_trips_and_shards_are_put_together(tmp_path: Path) -> None:
-    plan = Plan.product((0, 1), (("mlx", "hf"),), ("tiny",), (0,))
-    assert read_plan(tmp_path) is None
-    write_plan(plan, tmp_path / "a")
-    assert read_plan(tmp_path) == plan
-    write_plan(Plan.product((0, 1), (("mlx", "hf"),), ("tiny",), (7,)), tmp_path / "b")
-    assert read_plan(tmp_path) == Plan.product((0, 1), (("mlx", "hf"),), ("tiny",), (0, 7))
+    plan = Plan.product((0, 1), [("mlx", "hf")], ["tiny"], (0,))
+    assert load_plan(write_plan(plan, tmp_path)) == plan
+    other = Plan.product((0, 2), [("mlx", "hf")], ["tiny"], (7,))
+    both = Plan.union([plan, other])
+    assert (
+        both == Plan.union([other, plan]) and both.to_json() == Plan.union([other, plan]).to_json()
+    )
+    assert {row.probe: seeds for row, seeds in both.rows.items()} == {0: {0, 7}, 1: {0}, 2: {7}}
+    assert load_plan(write_plan(both, tmp_path)) == both
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"schema_version": 2}', '{"schema_version": 1}'])
-def test_what_is_no_plan_is_refused_with_its_name(tmp_path: Path, text: str) -> None:
-    (tmp_path / "plan.json").write_text(text)
-    with pytest.raises(UsageError, match=r"plan\.json: not a plan"):
-        read_plan(tmp_path)
+def test_a_plan_of_schema_1_is_read(tmp_path: Path) -> None:
+    """The product of four lists."""
+    old = {"schema_version": 1, "probes": [0, 1], "pairs": [["mlx", "hf"]], "models": ["tiny"], "seeds": [0]}  # fmt: skip
+    (tmp_path / "plan.json").write_text(json.dumps(old))
+    assert load_plan(tmp_path / "plan.json") == Plan.product(
+        (0, 1), [("mlx", "hf")], ["tiny"], (0,)
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"schema_version": 2}', '{"schema_version": 1}', "\xff"]
+)
+def test_what_is_no_plan_is_named_and_the_run_is_not_green(tmp_path: Path, text: str) -> None:
+    record(1, 0).save(tmp_path / "records")
+    (tmp_path / "plan.json").write_text(text, encoding="latin-1")
+    run, store = read([tmp_path])
+    assert run.damaged[0].startswith("plan.json: not a plan")
+    assert run.aggregate(store).exit_code == 3
+
+
+def test_a_newer_plan_is_wrong_use(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('{"schema_version": 3}')
+    with pytest.raises(UsageError, match="newer than this tool"):
+        read([tmp_path])
 
 
 # Tables

@@ -14,7 +14,8 @@ from parity.record import Metric, Record, Side, Verdict
 from parity.report import html, markdown, terminal
 from parity.report.text import describe
 from parity.results.aggregate import aggregate
-from parity.results.expected import chosen, keep, kept, load, mark
+from parity.results.expected import chosen, keep, load, mark
+from parity.results.folder import read
 
 ENTRY = {
     "probe": "gradient",
@@ -271,9 +272,9 @@ def test_a_run_keeps_its_files(tmp_path):
     entries = known(tmp_path, {})
     for shard in ("a", "b"):
         keep(entries, tmp_path / "run" / shard)
-    assert [(str(k.file), k.entry) for k in kept(tmp_path / "run")] == [
-        ("mlx-vs-hf.toml", entries[0].entry)
-    ]
+    record().save(tmp_path / "run" / "records")
+    run, _ = read([tmp_path / "run"])
+    assert [(str(k.file), k.entry) for k in run.known] == [("mlx-vs-hf.toml", entries[0].entry)]
 
 
 # The command and the plugin

@@ -148,19 +148,3 @@ def load_plan(file: Path) -> Plan:
     return Plan.union(
         Plan({PlannedRow(*row): frozenset(g.seeds) for row in g.rows}) for g in planned
     )
-
-
-def read_plan(folder: Path) -> Plan | None:
-    """Every `plan.json` below a folder (shards have one each) as one plan; None without any.
-
-    Raises:
-        UsageError: One is no plan.
-    """
-    plans = []
-    for file in sorted(folder.rglob(NAME)):
-        try:
-            plans.append(load_plan(file))
-        except (OSError, ValueError) as error:
-            why = str(error).splitlines()[0]
-            raise UsageError(f"{file}: not a plan: {why}; delete it or run again") from None
-    return Plan.union(plans) if plans else None

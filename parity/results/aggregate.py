@@ -183,7 +183,7 @@ def aggregate(
     store = records if isinstance(records, Store) else Store.of(records)
     found = read(store, known)
     damaged = [*damaged, *_contradictions(store, found)]
-    kept, doubled = _kept(found)
+    kept, doubled = _kept(store, found)
     grid, cells = _cells(found, kept, plan)
     rows = _rows(grid, cells)
     counts = Counter({name: int(rows[name].sum()) for name in STATES})
@@ -230,7 +230,7 @@ def _contradictions(store: Store, found: Found) -> list[str]:
     return sorted(f"{record.name}: {record.contradiction()}" for record in wrong)
 
 
-def _kept(found: Found) -> tuple[Array, list[str]]:
+def _kept(store: Store, found: Found) -> tuple[Array, list[str]]:
     """Positions of one record for each cell, by row and seed, and what was said twice.
 
     Of several the worst counts; of two that diverge, the one that is not a known divergence.
@@ -244,22 +244,35 @@ def _kept(found: Found) -> tuple[Array, list[str]]:
     row, seed = found.row[honest], found.seed[honest]
     first = np.ones(len(honest), bool)
     first[1:] = (row[1:] != row[:-1]) | (seed[1:] != seed[:-1])
-    lines: dict[int, dict[int, list[str]]] = {}
+    lines: dict[int, dict[int, list[int]]] = {}
     group = np.cumsum(first) - 1
     several = np.bincount(group, minlength=1)[group] > 1 if len(group) else first
     for r, s, p in zip(row[several], seed[several], honest[several], strict=True):
-        lines.setdefault(int(r), {}).setdefault(int(s), []).append(str(SEVERITY[found.rank[p]]))
-    return honest[first], [_doubled(found.rows[r], by_seed) for r, by_seed in sorted(lines.items())]
+        lines.setdefault(int(r), {}).setdefault(int(s), []).append(int(p))
+    return honest[first], [_doubled(store, found, *item) for item in sorted(lines.items())]
 
 
-def _doubled(row: GridRow, by_seed: Mapping[int, Sequence[str]]) -> str:
-    """`05 gradient, mlx vs hf · tiny, seed 1: 2 records for one cell (agree, diverge): the worst counts`."""
-    seeds = [*by_seed]
+def _doubled(store: Store, found: Found, number: int, by_seed: Mapping[int, Sequence[int]]) -> str:
+    """What is said of the cells of a row that have several records."""
+    seeds, row = [*by_seed], found.rows[number]
     shown = ", ".join(map(str, seeds[:3])) + f" and {len(seeds) - 3} more" * (len(seeds) > 3)
-    most = max(map(len, by_seed.values()))
-    verdicts = ", ".join(sorted({v for of in by_seed.values() for v in of}))
-    start = f"{row.title}, {row.pair}, seed{'s' * (len(seeds) > 1)} {shown}: "
-    return f"{start}{most} records for one cell ({verdicts}), the worst counts"
+    verdicts = sorted({str(SEVERITY[found.rank[p]]) for of in by_seed.values() for p in of})
+    text = (
+        f"{row.title}, {row.pair}, seed{'s' * (len(seeds) > 1)} {shown}: "
+        f"{max(map(len, by_seed.values()))} records for one cell ({', '.join(verdicts)}), the worst counts"
+    )
+    one, *others = store.records(by_seed[seeds[0]])
+    differ = {name for other in others for name in _factors(one, other)}
+    of = f"; they are of different recipes ({', '.join(sorted(differ)[:3])})"
+    return text + of * bool(differ)
+
+
+def _factors(one: Record, other: Record) -> Iterable[str]:
+    """Factors in which two records were run otherwise."""
+    for a, b in ((one.subject, other.subject), (one.reference, other.reference)):
+        for name in a.recipe.keys() | b.recipe.keys():
+            if a.recipe.get(name) != b.recipe.get(name):
+                yield name
 
 
 def _cells(

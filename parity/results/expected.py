@@ -174,13 +174,6 @@ def keep(known: Iterable[KnownDivergence], folder: Path) -> None:
         write_atomically(folder / FOLDER / file.name, file.read_bytes())
 
 
-def kept(folder: Path) -> list[KnownDivergence]:
-    """The known divergences of a run, or of the shards below a folder."""
-    files = {file.name: file for file in sorted(folder.rglob(f"{FOLDER}/*.toml"))}
-    # By name alone: the entry is to be corrected in the original file, not in the run's copy.
-    return [k._replace(file=Path(name)) for name, file in files.items() for k in load(file)]
-
-
 def mark(record: Record, known: Sequence[KnownDivergence]) -> Record:
     """The record with `expected` set: why it diverges, that it no longer does, or nothing.
 

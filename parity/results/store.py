@@ -12,16 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from parity.capture.machine import PEAK_MEMORY
 from parity.files import dumps
-from parity.record import Record
+from parity.record import SCHEMA as RECORD_SCHEMA
+from parity.record import Record, parse
 from parity.results.expected import versions_of
 from parity.results.texts import without_numbers
 
-ROWS = 4096
+ROWS = 1024
 """Records in a row group: a whole record is read with those of its group."""
+BATCH = 64 * ROWS
+"""Records whose columns are read at once."""
 
 STEP_COLUMNS = {
     "loss_subject": "loss subject",
@@ -76,9 +80,12 @@ SCHEMA = pa.schema(
 `memory` the peak of each path in bytes as JSON."""
 
 _REPEATED = [name for name, kind in _PLAIN.items() if kind == pa.string() and name != "reason"]
-_REPEATED += [f"metrics.list.element.{name}" for name in ("name", "verdict")]
-_REPEATED += ["notes.list.element.kind", "notes.list.element.pattern"]
-_REPEATED += ["passes.list.element.side", "passes.list.element.prompt"]
+_DICTIONARIES = [*_REPEATED, "reason"] + [
+    f"{name}.list.element.{field}"
+    for name, of in _LISTS.items()
+    for field, kind in of.items()
+    if kind == pa.string()
+]
 
 
 def table_of(records: Iterable[Record]) -> pa.Table:
@@ -180,9 +187,7 @@ class Store:
     def __init__(self, source: pa.Table | Path) -> None:
         self._file = None
         if isinstance(source, Path):
-            self._file = pq.ParquetFile(
-                source, read_dictionary=_REPEATED, page_checksum_verification=True
-            )
+            self._file = pq.ParquetFile(source, read_dictionary=_REPEATED)
             self._starts, at = [], 0
             for group in range(self._file.num_row_groups):
                 self._starts.append(at)
@@ -200,7 +205,7 @@ class Store:
         """Position of the first record of each batch, and these columns of it."""
         at = 0
         if self._file is not None:
-            found = self._file.iter_batches(16 * ROWS, columns=[*columns])
+            found = self._file.iter_batches(BATCH, columns=[*columns])
         else:
             found = self._table.select([*columns]).to_batches()
         for batch in found:
@@ -229,7 +234,32 @@ class Store:
     def records(self, positions: Sequence[int]) -> list[Record]:
         """The whole records at these positions."""
         texts = self.take(positions, ["json"]).column("json")
-        return [Record.model_validate_json(text.as_py()) for text in texts]
+        return [parse(text.as_py().encode(), whole=False) for text in texts]
+
+
+def without_copies(table: pa.Table) -> tuple[pa.Table, int]:
+    """Records in order without those that follow their equal, and the number of these."""
+    if table.num_rows < 2:
+        return table, 0
+    same = None
+    for name in (*KEY, "seed", "json"):
+        column = table.column(name).combine_chunks()
+        equal = pc.equal(column[1:], column[:-1])
+        same = equal if same is None else pc.and_(same, equal)
+    keep = pa.concat_arrays([pa.array([True]), pc.invert(same)])
+    kept = table.filter(keep)
+    return kept, table.num_rows - kept.num_rows
+
+
+def whole(file: Path, schema: int) -> Iterator[pa.Table]:
+    """All columns of a store on disk, whose records are of this schema, a part at a time."""
+    with pq.ParquetFile(file) as source:
+        for batch in source.iter_batches(2 * ROWS):
+            if schema == RECORD_SCHEMA:
+                yield pa.Table.from_batches([batch]).cast(SCHEMA)
+            else:
+                texts = batch.column("json").to_pylist()
+                yield table_of(parse(text.encode(), whole=False) for text in texts)
 
 
 def write(tables: Iterable[pa.Table], file: Path) -> int:
@@ -240,10 +270,21 @@ def write(tables: Iterable[pa.Table], file: Path) -> int:
         SCHEMA,
         compression="zstd",
         compression_level=3,
-        use_dictionary=[*_REPEATED, "reason"],
-        write_page_checksum=True,
+        use_dictionary=_DICTIONARIES,
     ) as writer:
-        for table in tables:
+        for table in _of_rows(tables, ROWS):
             writer.write_table(table, row_group_size=ROWS)
             count += table.num_rows
     return count
+
+
+def _of_rows(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """The same records in tables of a multiple of `rows`, but for the last."""
+    left = SCHEMA.empty_table()
+    for table in tables:
+        left = pa.concat_tables([left, table])
+        if full := left.num_rows // rows * rows:
+            yield left[:full]
+            left = left[full:]
+    if left.num_rows:
+        yield left
