@@ -79,8 +79,7 @@ SCHEMA = pa.schema(
 """`notes.text` is a hash of the text; `versions` holds JSON by side, `about` the tool and platforms,
 `memory` the peak of each path in bytes as JSON."""
 
-_REPEATED = [name for name, kind in _PLAIN.items() if kind == pa.string() and name != "reason"]
-_DICTIONARIES = [*_REPEATED, "reason"] + [
+_DICTIONARIES = [name for name, kind in _PLAIN.items() if kind == pa.string()] + [
     f"{name}.list.element.{field}"
     for name, of in _LISTS.items()
     for field, kind in of.items()
@@ -187,7 +186,7 @@ class Store:
     def __init__(self, source: pa.Table | Path) -> None:
         self._file = None
         if isinstance(source, Path):
-            self._file = pq.ParquetFile(source, read_dictionary=_REPEATED)
+            self._file = pq.ParquetFile(source)
             self._starts, at = [], 0
             for group in range(self._file.num_row_groups):
                 self._starts.append(at)
