@@ -13,6 +13,7 @@ from parity.commands.adapter import adapter
 from parity.commands.bisect import bisect
 from parity.commands.cache import cache
 from parity.commands.capture import capture
+from parity.commands.merge import merge
 from parity.commands.options import EXIT_GREEN, EXIT_MISSING, EXIT_USAGE
 from parity.commands.replay import replay
 from parity.commands.report import report
@@ -58,6 +59,7 @@ Examples:
   parity bisect --reference hf --shipped       what makes two stacks differ
   parity replay                                known cases with known causes
   parity report reports/run-1                  the report of a folder of records
+  parity merge shards/* --out whole            the runs of several machines as one
   parity adapter check adapters                what a saved adapter is, and what is wrong
   parity cache                                 what is kept of earlier runs, and its size
   parity list                                  paths, probes, models, data, recipes
@@ -77,7 +79,7 @@ def main() -> None:
 
 
 commands = (
-    run, bisect, replay, report, capture, adapter, cache, list_, factors, contract, new_path,
+    run, bisect, replay, report, merge, capture, adapter, cache, list_, factors, contract, new_path,
 )  # fmt: skip
 for command in commands:
     main.add_command(command)

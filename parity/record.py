@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from enum import StrEnum
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
@@ -13,7 +14,7 @@ from pydantic_core import from_json
 from parity.errors import UsageError
 from parity.files import write_atomically
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 class Verdict(StrEnum):
@@ -33,7 +34,7 @@ class Verdict(StrEnum):
 
 
 # From best to worst: the verdict of a record is the worst of its metrics'.
-_SEVERITY = [
+SEVERITY = [
     Verdict.IDENTICAL,
     Verdict.AGREE,
     Verdict.SKIP,
@@ -45,8 +46,10 @@ _SEVERITY = [
 
 def worst(verdicts: list[Verdict]) -> Verdict:
     """The verdict that decides; nothing compared is inconclusive."""
-    return max(verdicts, key=_SEVERITY.index, default=Verdict.INCONCLUSIVE)
+    return max(verdicts, key=SEVERITY.index, default=Verdict.INCONCLUSIVE)
 
+
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 # JSON has no NaN: as strings any reader can parse them, and pydantic reads them back as floats.
 _CONFIG = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
@@ -76,11 +79,11 @@ class Metric(BaseModel):
     """Why two paths of one framework are held to the floor here and not to equal bits."""
     relative: float | None = None
     """Greatest relative difference."""
-    mismatched: int = 0
-    total: int = 0
+    mismatched: Count = 0
+    total: Count = 0
     where: str = ""
     """Name and index of the greatest excess over the tolerance."""
-    step: int | None = None
+    step: Count | None = None
     """First step over the tolerance, in a series."""
     error_subject: float | None = None
     """Greatest distance of the subject from the float64 referee."""
@@ -124,10 +127,10 @@ class Record(BaseModel):
 
     schema_version: int = SCHEMA
     tool: str
-    probe: int
+    probe: Count
     stage: str
     model: str
-    seed: int
+    seed: Count
     subject: Side
     reference: Side
     expectation: str = ""
@@ -167,7 +170,7 @@ class Record(BaseModel):
     def save(self, folder: Path) -> Path:
         """Writes the record atomically; returns its file."""
         file = folder / f"{self.name}.json"
-        write_atomically(file, self.model_dump_json(indent=1).encode())
+        write_atomically(file, sealed(self.model_dump_json(indent=1).encode()))
         return file
 
     def contradiction(self) -> str:
@@ -231,35 +234,76 @@ class DamagedRecord(Exception):
         self.reason = reason
 
 
+_DIGEST = b',\n "digest": "'  # the last entry: of all bytes before it
+
+
+def sealed(text: bytes) -> bytes:
+    """A record's JSON with a digest as its last entry, so that no byte of it can change unnoticed."""
+    head = text.removesuffix(b"\n}")
+    return head + _DIGEST + _digest(head) + b'"\n}'
+
+
+def _digest(head: bytes) -> bytes:
+    return hashlib.sha256(head).hexdigest()[:16].encode()
+
+
 def load(file: Path) -> Record:
     """Reads one record and checks that its verdict follows from its metrics.
 
     Raises:
-        DamagedRecord: It is no record, or its verdict contradicts its metrics.
-        UsageError: It is of a schema version that this tool cannot read.
+        DamagedRecord: It is no record, was changed after it was written, or its verdict contradicts
+            its metrics.
+        UsageError: It was written by a newer version of this tool.
     """
     try:
-        data = from_json(file.read_bytes())
+        record = parse(file.read_bytes())
+    except NewerSchema as error:
+        raise UsageError(f"{file}: {error}") from None
     except (OSError, ValueError) as error:
         raise DamagedRecord(file, f"not a record: {error}") from None
-    version = data.get("schema_version") if isinstance(data, dict) else None
-    if not isinstance(version, int):
-        raise DamagedRecord(file, "not a record: it has no schema_version")
-    if version > SCHEMA:
-        raise UsageError(
-            f"{file}: record schema {version} is newer than this tool's {SCHEMA}: upgrade mlx-parity"
-        )
-    if version < 1:
-        raise UsageError(f"{file}: record schema {version} is older than 1: run it again")
-    try:
-        record = Record.model_validate(_from_schema_1(data) if version == 1 else data)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise DamagedRecord(file, f"not a record: {where}: {first['msg']}") from None
     if why := record.contradiction():
         raise DamagedRecord(file, why)
     return record
+
+
+class NewerSchema(Exception):
+    """Written by a newer version of this tool."""
+
+
+def parse(text: bytes, whole: bool = True) -> Record:
+    """The record of a JSON text, brought up to the present schema; its verdict is not checked.
+
+    Args:
+        text: As `Record.save` writes it, or an older version of this tool.
+        whole: Whether the text ends in its digest; one that lies in a store does not.
+
+    Raises:
+        ValueError: It is none, or it is not as it was written.
+        NewerSchema: Its schema is newer than this tool's.
+    """
+    data = from_json(text)
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool):
+        raise ValueError("it has no schema_version")
+    if version < 1:
+        raise ValueError(f"there is no record schema {version}")
+    head, mark, tail = text.rpartition(_DIGEST)
+    if whole and version >= 3 and (mark or version <= SCHEMA):
+        if tail.rstrip() != _digest(head) + b'"\n}':
+            raise ValueError("it is not as it was written: its digest is of another content")
+        del data["digest"]
+    if version > SCHEMA:
+        raise NewerSchema(
+            f"record schema {version} is newer than this tool's {SCHEMA}: upgrade mlx-parity"
+        )
+    if version == 1:
+        data = _from_schema_1(data)
+    try:
+        return Record.model_validate(data | {"schema_version": SCHEMA})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{where}: {first['msg']}") from None
 
 
 # The reasons that schema 1 gave in a metric's note for a green value over the tolerance.
@@ -281,27 +325,9 @@ def _from_schema_1(data: dict[str, Any]) -> dict[str, Any]:
         tagged = value in ("float:nan", "float:inf", "float:-inf")
         return float(value.removeprefix("float:")) if tagged else value
 
-    data = untagged(data) | {"schema_version": SCHEMA}
+    data = untagged(data)
     metrics = data.get("metrics", [])
     for metric in metrics if isinstance(metrics, list) else []:
         if isinstance(metric, dict) and str(metric.get("note")).endswith(_ACCEPTED_IN_SCHEMA_1):
             metric["accepted"] = metric["note"]
     return data
-
-
-def load_all(folder: Path) -> tuple[list[Record], list[DamagedRecord]]:
-    """Every record below a folder in a fixed order, and apart from them the damaged ones.
-
-    Raises:
-        UsageError: There is none, or one is of another schema version.
-    """
-    files = sorted(folder.rglob("records/*.json"))
-    if not files:
-        raise UsageError(f"{folder}: no records: run `parity run --out {folder}` first")
-    records, damaged = [], []
-    for file in files:
-        try:
-            records.append(load(file))
-        except DamagedRecord as error:
-            damaged.append(error)
-    return records, damaged

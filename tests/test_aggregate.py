@@ -15,12 +15,14 @@ import pytest
 from markupsafe import escape
 from rich.console import Console
 
-from parity.cells.plan import GridRow, Plan, read_plan, write_plan
+from parity.cells.plan import GridRow, Plan, load_plan, write_plan
 from parity.errors import UsageError
 from parity.record import Metric, Record, Side, Verdict
 from parity.report import html, markdown, terminal
 from parity.report.write import aggregate_json, write
-from parity.results.aggregate import aggregate, distinct
+from parity.results.aggregate import aggregate
+from parity.results.folder import read
+from parity.results.texts import distinct
 
 STAGES = ("config", "tokenization", "logits", "cross_entropy", "lora_init", "gradient",
           "optimizer_step", "loss_curve", "greedy_decode", "supervised_positions", "kv_cache")  # fmt: skip
@@ -146,13 +148,13 @@ def test_a_cell_absent_from_the_seed_matrix_is_missing_and_named() -> None:
     assert (found.verdict, found.exit_code) == ("missing", 3)
     (gap,) = found.gaps["missing"]
     assert gap[:2] == (GridRow("tiny", "mlx", "hf", 5, "gradient"), (1,))
-    assert found.grid.frame().set_index(["reference", "probe"]).loc[("hf", 5), "1"] == "missing"
+    assert found.states(gap.row) == {0: "identical", 1: "missing", 3407: "identical"}
     for text in (markdown.render(found), html.render(found)):
         assert re.search(r"05 gradient, mlx vs hf · tiny, seed 1: no record", text)
 
 
 def test_a_planned_row_and_seed_that_never_came_are_missing() -> None:
-    plan = Plan((0, 1), (("mlx", "mlx-lm"), ("mlx", "hf")), ("tiny",), (0, 1))
+    plan = Plan.product((0, 1), (("mlx", "mlx-lm"), ("mlx", "hf")), ("tiny",), (0, 1))
     found = aggregate([record(0, 0), record(1, 0)], plan)
     assert found.exit_code == 3
     assert found.counts == {"identical": 2, "missing": 6}
@@ -165,7 +167,7 @@ def test_two_records_of_one_cell_count_as_the_worse_and_are_named(green: str) ->
     pair = [record(0, 0, green), record(0, 0, "diverge")]
     for records in (pair, pair[::-1]):
         found = aggregate(records)
-        assert (found.exit_code, len(found.records)) == (1, 1)
+        assert (found.exit_code, len(found.cells)) == (1, 1)
         assert "2 records for one cell" in found.problems[0]
         for text in (markdown.render(found), html.render(found)):
             assert "Warnings" in text and "2 records for one cell" in text
@@ -174,7 +176,11 @@ def test_two_records_of_one_cell_count_as_the_worse_and_are_named(green: str) ->
 def test_a_record_that_contradicts_itself_is_set_aside() -> None:
     lying = record(2, 0, metrics=[])
     found = aggregate([record(1, 0), lying])
-    assert (found.verdict, found.exit_code, found.counts) == ("missing", 3, {"identical": 1})
+    assert (found.verdict, found.exit_code, found.counts) == (
+        "missing",
+        3,
+        {"identical": 1, "missing": 1},
+    )
     assert found.damaged == (f"{lying.name}: the verdict is identical, but no metric decides it",)
     assert "1 damaged record set aside" in found.reason
     for text in (html.render(found), screen([record(1, 0), lying], width=200)):
@@ -186,19 +192,41 @@ def test_a_record_that_contradicts_itself_is_set_aside() -> None:
 
 
 def test_a_plan_round_trips_and_shards_are_put_together(tmp_path: Path) -> None:
-    plan = Plan((0, 1), (("mlx", "hf"),), ("tiny",), (0,))
-    assert read_plan(tmp_path) is None
-    write_plan(plan, tmp_path / "a")
-    assert read_plan(tmp_path) == plan
-    write_plan(Plan((0, 1), (("mlx", "hf"),), ("tiny",), (7,)), tmp_path / "b")
-    assert read_plan(tmp_path) == Plan((0, 1), (("mlx", "hf"),), ("tiny",), (0, 7))
+    plan = Plan.product((0, 1), [("mlx", "hf")], ["tiny"], (0,))
+    assert load_plan(write_plan(plan, tmp_path)) == plan
+    other = Plan.product((0, 2), [("mlx", "hf")], ["tiny"], (7,))
+    both = Plan.union([plan, other])
+    assert (
+        both == Plan.union([other, plan]) and both.to_json() == Plan.union([other, plan]).to_json()
+    )
+    assert {row.probe: seeds for row, seeds in both.rows.items()} == {0: {0, 7}, 1: {0}, 2: {7}}
+    assert load_plan(write_plan(both, tmp_path)) == both
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"schema_version": 2}', '{"schema_version": 1}'])
-def test_what_is_no_plan_is_refused_with_its_name(tmp_path: Path, text: str) -> None:
-    (tmp_path / "plan.json").write_text(text)
-    with pytest.raises(UsageError, match=r"plan\.json: not a plan"):
-        read_plan(tmp_path)
+def test_a_plan_of_schema_1_is_read(tmp_path: Path) -> None:
+    """The product of four lists."""
+    old = {"schema_version": 1, "probes": [0, 1], "pairs": [["mlx", "hf"]], "models": ["tiny"], "seeds": [0]}  # fmt: skip
+    (tmp_path / "plan.json").write_text(json.dumps(old))
+    assert load_plan(tmp_path / "plan.json") == Plan.product(
+        (0, 1), [("mlx", "hf")], ["tiny"], (0,)
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"schema_version": 2}', '{"schema_version": 1}', "\xff"]
+)
+def test_what_is_no_plan_is_named_and_the_run_is_not_green(tmp_path: Path, text: str) -> None:
+    record(1, 0).save(tmp_path / "records")
+    (tmp_path / "plan.json").write_text(text, encoding="latin-1")
+    run, store = read([tmp_path])
+    assert run.damaged[0].startswith("plan.json: not a plan")
+    assert run.aggregate(store).exit_code == 3
+
+
+def test_a_newer_plan_is_wrong_use(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('{"schema_version": 3}')
+    with pytest.raises(UsageError, match="newer than this tool"):
+        read([tmp_path])
 
 
 # Tables
@@ -206,12 +234,12 @@ def test_what_is_no_plan_is_refused_with_its_name(tmp_path: Path, text: str) -> 
 
 def test_pass_rate_is_green_over_decided() -> None:
     verdicts = ["identical", "agree", "diverge", "inconclusive", "skip"]
-    table = aggregate([record(3, s, v) for s, v in enumerate(verdicts)]).summary.frame()
+    table = aggregate([record(3, s, v) for s, v in enumerate(verdicts)]).rows
     row = table.iloc[0]
     assert (row["seeds"], row["decided"], row["pass_rate"]) == (5, 3, pytest.approx(2 / 3))
     # Wilson for 2 of 3 at 95 %, by hand: (p + z²/2n ± z sqrt(pq/n + z²/4n²)) / (1 + z²/n)
     assert [row["low"], row["high"]] == pytest.approx([0.2077, 0.9385], abs=1e-4)
-    undecided = aggregate([record(3, 0, "skip")]).summary.frame().iloc[0]
+    undecided = aggregate([record(3, 0, "skip")]).rows.iloc[0]
     assert undecided["decided"] == 0 and math.isnan(undecided["pass_rate"])
 
 
@@ -233,7 +261,7 @@ def test_a_series_cut_short_is_named_and_its_steps_are_kept() -> None:
     found = aggregate([curve(0, [0.0] * 4), short, lost])
     assert any("dloss" in p and "seed 1: truncated, 2 of 4" in p for p in found.problems)
     assert any("dloss" in p and "seed 2: truncated, 0 of 4" in p for p in found.problems)
-    steps = found.steps.frame().set_index(["seed", "step"])
+    steps = found.steps(found.curves[0].row, 9).set_index(["seed", "step"])
     assert len(steps) == 10
     assert steps.loc[(2, 4), "loss_reference"] == 1.0 and math.isnan(steps.loc[(2, 4), "dloss"])
 
@@ -266,7 +294,7 @@ def test_the_first_divergence_of_a_pair_is_named_in_the_order_of_the_stages() ->
     assert (first.row.probe, first.state, first.seeds) == (6, "diverge", (0, 1))
     assert [row.probe for row in first.later] == [7]
     assert first.hints == ("hint 6", "hint 7")
-    assert [r.probe for r in found.failures()] == [2, 6, 7, 6, 7]  # a row each, then again
+    assert [r.probe for r in found.failures(99)] == [2, 6, 7, 6, 7]  # a row each, then again
 
 
 def test_the_first_divergence_is_first_in_the_flow_of_data() -> None:
@@ -276,7 +304,7 @@ def test_the_first_divergence_is_first_in_the_flow_of_data() -> None:
     (first,) = found.first
     assert first.row.probe == 9
     assert [row.probe for row in first.later] == [3, 10, 8]
-    shown = [row.probe for row in found.cells if row.reference == "hf"]
+    shown = [row.probe for row in found.grid if row.reference == "hf"]
     assert shown == sorted(shown)
 
 
@@ -288,7 +316,7 @@ def test_nan_and_infinity_survive_in_json() -> None:
     found = aggregate([nan, record(4, 0, "skip")])
     data = json.loads(aggregate_json(found), parse_constant=pytest.fail)  # any reader can parse it
     assert data["curves"][0]["largest"] == "NaN"
-    skipped = next(row for row in data["summary"] if row["probe"] == 4)
+    skipped = next(row for row in data["rows"] if row["probe"] == 4)
     assert skipped["pass_rate"] == "NaN"
 
 
@@ -298,7 +326,7 @@ def test_order_of_records_does_not_matter(tmp_path: Path) -> None:
     records += [record(5, 0, reason="the same cell again"), curve(2, [0.0, 1e-4])]
     files = write(aggregate(records), tmp_path / "a")
     again = write(aggregate(records[::-1]), tmp_path / "b")
-    names = ["aggregate.json", "summary.csv", "grid.csv", "steps.csv", "report.md", "report.html"]
+    names = ["aggregate.json", "summary.csv", "report.md", "report.html"]
     assert [f.name for f in files] == names
     for one, other in zip(files, again, strict=True):
         assert one.read_bytes() == other.read_bytes(), one.name
@@ -310,7 +338,7 @@ def test_the_page_holds_each_record_and_loads_nothing() -> None:
     wrong = record(6, 0, "diverge", findings=[text], detail=text, hints=[text])
     found = aggregate(put(matrix(), wrong, curve(1, [0.0, 0.2, 0.0, 0.0], step=2)))
     page = html.render(found)
-    for r in found.records:
+    for r in found.records(found.cells["position"]):
         assert f'id="{r.name}"' in page and f'href="#{r.name}"' in page
     assert text not in page
     outside = r"""\b(src|srcset|href|action|poster)\s*=\s*["']?(?!["'#])|url\((?!#)|@import|<link"""

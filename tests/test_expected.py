@@ -14,7 +14,8 @@ from parity.record import Metric, Record, Side, Verdict
 from parity.report import html, markdown, terminal
 from parity.report.text import describe
 from parity.results.aggregate import aggregate
-from parity.results.expected import chosen, keep, kept, load, mark
+from parity.results.expected import chosen, keep, load, mark
+from parity.results.folder import read
 
 ENTRY = {
     "probe": "gradient",
@@ -157,7 +158,7 @@ def test_an_expected_divergence_is_a_state_of_its_own_and_not_red(tmp_path):
     assert (found.verdict, found.exit_code, found.problems) == ("expected", 0, ())
     assert found.counts == {"agree": 1, "expected": 1}
     assert not found.failures() and not found.first
-    row = found.summary.frame().set_index("probe").loc[5]
+    row = found.rows.set_index("probe").loc[5]
     assert (row["expected"], row["diverge"], row["pass_rate"]) == (1, 0, 0.0)
     for text in (markdown.render(found), html.render(found), screen(found)):
         for words in ("Expected to diverge", "sums in float32", "x expected"):
@@ -271,9 +272,9 @@ def test_a_run_keeps_its_files(tmp_path):
     entries = known(tmp_path, {})
     for shard in ("a", "b"):
         keep(entries, tmp_path / "run" / shard)
-    assert [(str(k.file), k.entry) for k in kept(tmp_path / "run")] == [
-        ("mlx-vs-hf.toml", entries[0].entry)
-    ]
+    record().save(tmp_path / "run" / "records")
+    run, _ = read([tmp_path / "run"])
+    assert [(str(k.file), k.entry) for k in run.known] == [("mlx-vs-hf.toml", entries[0].entry)]
 
 
 # The command and the plugin

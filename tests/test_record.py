@@ -14,7 +14,8 @@ from parity.commands.report import report
 from parity.errors import UsageError
 from parity.judge.compare import compare, compare_series
 from parity.judge.noise import Noise
-from parity.record import SCHEMA, DamagedRecord, Metric, Record, Side, Verdict, load, load_all
+from parity.record import SCHEMA, DamagedRecord, Metric, Record, Side, Verdict, load
+from parity.results.folder import records_of
 
 
 def metric(value: float = 0.0, tolerance: float = 0.0, verdict: str = "identical", **fields):
@@ -102,7 +103,7 @@ def test_the_rest_is_reported_and_the_run_is_not_green(found, why, others, tmp_p
     file = found.save(tmp_path / "records")
     if others:
         record("identical", metric(), probe=2, stage="logits").save(tmp_path / "records")
-    records, damaged = load_all(tmp_path)
+    records, damaged = records_of(tmp_path)
     assert (len(records), len(damaged)) == (int(others), 1)
     done = CliRunner().invoke(report, [str(tmp_path)])
     assert done.exit_code == 3
@@ -150,12 +151,20 @@ def test_records_of_schema_1_are_read(tmp_path: Path):
         load(old(near, tmp_path / "c.json", note="all is well"))
 
 
-@pytest.mark.parametrize(("version", "says"), [(0, "older than"), (SCHEMA + 1, "newer than")])
-def test_another_schema_is_wrong_use(version, says, tmp_path: Path):
+def test_a_newer_schema_is_wrong_use(tmp_path: Path):
     file = tmp_path / "x.json"
-    file.write_text(json.dumps({"schema_version": version}))
-    with pytest.raises(UsageError, match=says):
+    file.write_text(json.dumps({"schema_version": SCHEMA + 1}))
+    with pytest.raises(UsageError, match="newer than"):
         load(file)
+
+
+def test_any_byte_that_is_another_is_noticed(tmp_path: Path):
+    file = record("agree", metric(1e-7, 1e-6, "agree")).save(tmp_path)
+    text = file.read_bytes()
+    for at in range(0, len(text), 7):
+        file.write_bytes(text[:at] + bytes([text[at] ^ 1]) + text[at + 1 :])
+        with pytest.raises(DamagedRecord):
+            load(file)
 
 
 @pytest.mark.parametrize("compared", [compare, compare_series])

@@ -23,17 +23,12 @@ def report(folder: Path) -> None:
       parity report reports/run-2026-01-31
       parity report shards         folders of several machines, put below one
     """  # noqa: D301
-    from parity.cells.plan import read_plan
-    from parity.record import load_all
     from parity.report import terminal
     from parity.report.write import write
-    from parity.results import expected
-    from parity.results.aggregate import aggregate
+    from parity.results.folder import read
 
-    known = expected.kept(folder)
-    found, damaged = load_all(folder)
-    records = [expected.mark(record, known) for record in found]
-    result = aggregate(records, read_plan(folder), known, [str(error) for error in damaged])
+    run, records = read([folder])
+    result = run.aggregate(records)
     files = write(result, folder)
     terminal.render(result, terminal.console())
     click.echo("wrote " + ", ".join(str(file) for file in files))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,9 +21,10 @@ from parity.trace import Array
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Steps = list[Mapping[str, Any]]
-"""Rows of the table of steps."""
+Steps = list[Any]
+"""Mappings, the lines of `Aggregate.steps`."""
 SIZE = 4.3, 2.3  # inches
+SEEDS = 60  # drawn, those farthest over their tolerance
 # Matplotlib cannot write CSS variables: it draws in placeholder colours, replaced afterwards.
 _INK, _SUBJECT, _REFERENCE, _BAD = "#010101", "#020202", "#030303", "#040404"
 _VARIABLES = {
@@ -44,13 +45,8 @@ class Figure(NamedTuple):
 def figures(result: Aggregate) -> dict[GridRow, list[Figure]]:
     """For each row with step series: the losses, then |dloss| and |dgrad| over the steps."""
     found: dict[GridRow, list[Figure]] = {}
-    by_row: dict[GridRow, Steps] = defaultdict(list)
-    for step in result.steps.rows:
-        by_row[GridRow(*(step[name] for name in GridRow._fields))].append(step)
-    for row in result.cells:
-        if row not in by_row:
-            continue
-        steps = by_row[row]
+    for row in dict.fromkeys(curve.row for curve in result.curves):
+        steps: Steps = result.steps(row, SEEDS).to_dict("records")
         curves = {curve.quantity: curve for curve in result.curves if curve.row == row}
         found[row] = [_losses(steps, row)]
         found[row] += [

@@ -13,9 +13,11 @@ from parity.record import Metric, Record
 from parity.report import labels
 from parity.report.figures import figures
 from parity.report.text import headline
-from parity.results.aggregate import GREEN, Aggregate, FirstFailure, state
+from parity.results.aggregate import Aggregate, FirstFailure, state
+from parity.results.cells import GREEN
 
 OPEN = 3  # failures shown unfolded
+SHOWN = 300  # failures shown, and as many records that are none
 SIDES = ("subject", "reference")
 TEMPLATE = "report.html.j2"
 
@@ -32,12 +34,11 @@ def render(result: Aggregate) -> str:
         "side_off": side_off,
         "side_off_of_pair": side_off_of_pair,
     }
-    failures = result.failures()
-    bad = {record.name for record in failures}
-    rest = [record for record in result.records if record.name not in bad]
+    failures, rest = result.failures(SHOWN), result.green(SHOWN)
+    shown = {(row_of(record), record.seed): record for record in (*failures, *rest)}
     page: str = environment.get_template(TEMPLATE).render(
         result=result,
-        grids=_by_pair(result),
+        grids=_by_pair(result, shown),
         failures=failures,
         rest=rest,
         figures=figures(result),
@@ -89,8 +90,10 @@ def side_off(record: Record) -> str:
 def side_off_of_pair(result: Aggregate, first: FirstFailure) -> str:
     """The same for a pair, by its first probe with a referee."""
     for row in (first.row, *first.later):
-        for record in result.cells[row].values():
-            if record and (side := side_off(record)):
+        cells = result.red()
+        cells = cells[(cells["row"] == result.grid.index(row)) & (cells["position"] >= 0)]
+        for record in result.records(cells["position"].head(5)):
+            if side := side_off(record):
                 return side if row == first.row else f"{side} in probe {row.title}"
     return ""
 
@@ -122,22 +125,19 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def _by_pair(result: Aggregate) -> dict[str, dict[GridRow, Mapping[int, Record | None]]]:
-    found: dict[str, dict[GridRow, Mapping[int, Record | None]]] = {}
-    for row, by_seed in result.cells.items():
-        found.setdefault(row.pair, {})[row] = by_seed
+def _by_pair(
+    result: Aggregate, shown: Mapping[tuple[GridRow, int], Record]
+) -> dict[str, dict[GridRow, dict[int, tuple[str, Record | None]]]]:
+    """Pair to its rows; seed to state and record, where that is shown."""
+    found: dict[str, dict[GridRow, dict[int, tuple[str, Record | None]]]] = {}
+    for row in result.grid:
+        by_seed = result.states(row).items()
+        cells = {seed: (state, shown.get((row, seed))) for seed, state in by_seed}
+        found.setdefault(row.pair, {})[row] = cells
     return found
 
 
 def _about(result: Aggregate) -> str:
     """Versions of the tool, platforms, and the number of records."""
-    tools = dict.fromkeys(
-        f"mlx-parity {r.tool}" + f" at {r.git}" * bool(r.git) for r in result.records
-    )
-    platforms = dict.fromkeys(
-        str(value)
-        for record in result.records
-        for side in (record.subject, record.reference)
-        if (value := side.environment.get("platform"))
-    )
-    return " · ".join([*tools, *platforms, f"{len(result.records)} records"])
+    records = int((result.cells["position"] >= 0).sum())
+    return " · ".join([*result.about, f"{records:,} records"])

@@ -8,7 +8,8 @@ from math import isnan
 from parity.capture.machine import PEAK_MEMORY
 from parity.cells.plan import GridRow
 from parity.record import Record
-from parity.results.aggregate import Aggregate, FirstFailure, Note, PassRates
+from parity.results.aggregate import Aggregate, FirstFailure
+from parity.results.details import Note, PassRates
 from parity.results.series import Curve
 from parity.results.statistics import wilson
 
@@ -34,12 +35,7 @@ def memory(record: Record) -> str:
 
 def memory_of_run(result: Aggregate) -> str:
     """The same over all records of a run."""
-    found: dict[str, int] = {}
-    for record in result.records:
-        for side in (record.subject, record.reference):
-            if peak := side.environment.get(PEAK_MEMORY):
-                found[side.path] = max(found.get(side.path, 0), peak)
-    return _megabytes(found)
+    return _megabytes(result.memory)
 
 
 def _megabytes(peaks: Mapping[str, int]) -> str:
@@ -109,12 +105,9 @@ def power_text(passes: PassRates) -> str:
 
 def pass_rates(result: Aggregate) -> dict[GridRow, str]:
     """Row to its green share of the decided seeds, with the Wilson interval."""
-    return {
-        GridRow(*(row[name] for name in GridRow._fields)): _rate(
-            row["identical"] + row["agree"] + row["stale"], row["decided"]
-        )
-        for row in result.summary.rows
-    }
+    green = result.rows[["identical", "agree", "stale"]].sum(axis=1)
+    counts = zip(result.grid, green, result.rows["decided"], strict=True)
+    return {row: _rate(int(passed), int(decided)) for row, passed, decided in counts}
 
 
 def _rate(passed: int, n: int) -> str:

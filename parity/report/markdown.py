@@ -10,25 +10,30 @@ from parity.record import Record
 from parity.report import labels
 from parity.report.labels import SYMBOLS
 from parity.report.text import describe
-from parity.results.aggregate import Aggregate, distinct, state
+from parity.results.aggregate import Aggregate
+from parity.results.texts import distinct
 
 LIMIT = 1_000_000  # bytes; GitHub cuts a step's summary at 1 MiB
+FAILURES = 500
 
 
 def render(result: Aggregate) -> str:
     """The whole report, cut short among the failures where it would not fit."""
     parts = [*_parts(result)]
     size = sum(len(part.encode()) for part in parts)
-    failures = result.failures()
+    failures = result.failures(FAILURES)
     if failures:
         parts.append("### Failures\n")
-    for index, record in enumerate(failures):
+    shown = 0
+    for record in failures:
         part = _failure(record)
         size += len(part.encode())
         if size > LIMIT:
-            parts.append(f"…and {len(failures) - index} more: see report.html.\n")
             break
         parts.append(part)
+        shown += 1
+    if more := int((result.red()["position"] >= 0).sum()) - shown:
+        parts.append(f"…and {more:,} more: see report.html.\n")
     return "\n".join(parts)
 
 
@@ -49,7 +54,7 @@ def _parts(result: Aggregate) -> Iterator[str]:
     for pair, rows in grids(result).items():
         yield f"### {escape(pair)}\n"
         yield table(head, [[row.title, *cells, green[row]] for row, cells in rows])
-    if result.cells:
+    if result.grid:
         yield "<sub>" + ", ".join(f"{s} {name}" for name, s in SYMBOLS.items()) + "</sub>\n"
     yield from _tables(result)
     for kind, title in (
@@ -69,8 +74,8 @@ def _parts(result: Aggregate) -> Iterator[str]:
 def grids(result: Aggregate) -> dict[str, list[tuple[GridRow, list[str]]]]:
     """Pair to its rows with a symbol for each seed."""
     found: dict[str, list[tuple[GridRow, list[str]]]] = {}
-    for row, by_seed in result.cells.items():
-        symbols = [SYMBOLS[state(record)] for record in by_seed.values()]
+    for row in result.grid:
+        symbols = [SYMBOLS[state] for state in result.states(row).values()]
         found.setdefault(row.pair, []).append((row, symbols))
     return found
 

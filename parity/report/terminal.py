@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
 from parity.cells.plan import GridRow
-from parity.record import Record
 from parity.report import labels
 from parity.report.text import describe
-from parity.results.aggregate import Aggregate, state
+from parity.results.aggregate import Aggregate
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -45,9 +44,9 @@ def console() -> Console:
 
 def render(result: Aggregate, console: Console) -> None:
     """Grid, steps, what differs as shipped, failures, and last the verdict with the exit code."""
-    for model in dict.fromkeys(row.model for row in result.cells):
+    for model in dict.fromkeys(row.model for row in result.grid):
         _grid(result, model, console)
-    if result.cells:
+    if result.grid:
         console.print(_legend(console))
     _curves(result, console)
     _passes(result, console)
@@ -56,8 +55,8 @@ def render(result: Aggregate, console: Console) -> None:
             _section(console, f"{title} {pair}", texts)
     for title, lines in labels.gaps(result).items():
         _section(console, f"{title}:", lines)
-    failures = result.failures()
-    for record in failures[:SHOWN]:
+    failures = result.red()
+    for record in result.failures(SHOWN):
         console.print()
         console.print(describe(record), markup=False, soft_wrap=True)
     if len(failures) > SHOWN:
@@ -69,7 +68,7 @@ def _grid(result: Aggregate, model: str, console: Console) -> None:
     """One character a cell; tables are set one below the other where pairs do not fit."""
     from rich.text import Text
 
-    rows = [row for row in result.cells if row.model == model]
+    rows = [row for row in result.grid if row.model == model]
     pairs = [*dict.fromkeys((row.subject, row.reference) for row in rows)]
     probes = [*dict.fromkeys((row.probe, row.stage) for row in sorted(rows, key=lambda r: r.probe))]
     room = console.width - max(len(row.title) for row in rows)
@@ -86,21 +85,16 @@ def _grid(result: Aggregate, model: str, console: Console) -> None:
         for probe in probes:
             found = [GridRow(model, *pair, *probe) for pair in chunk]
             cells = [
-                _cells(result.cells[r].values(), spaced, room - 2, console)
-                if r in result.cells
-                else ""
+                _cells([*result.states(r).values()], spaced, room - 2, console) if r in rows else ""
                 for r in found
             ]
             table.add_row(found[0].title, *cells)
         console.print(table)
 
 
-def _cells(
-    records: Iterable[Record | None], spaced: bool, room: int, console: Console
-) -> RenderableType:
+def _cells(states: Sequence[str], spaced: bool, room: int, console: Console) -> RenderableType:
     from rich.text import Text
 
-    states = [state(record) for record in records]
     if len(states) > room:  # too many seeds for one character each
         counted = Counter(states).items()
         parts = [Text(f"{n}{_symbol(s, console)}", STYLES[s]) for s, n in counted]

@@ -28,18 +28,17 @@ def aggregate_json(result: Aggregate) -> bytes:
 
     names = (
         "verdict", "exit_code", "reason", "counts", "seeds", "first", "curves", "passes", "notes",
-        "gaps", "problems", "damaged",
+        "gaps", "problems", "damaged", "about", "versions", "memory",
     )  # fmt: skip
     data = {name: plain(getattr(result, name)) for name in names}
-    tables = {name: [*getattr(result, name).rows] for name in ("summary", "grid")}
-    return to_json({"schema_version": SCHEMA, **data, **tables})
+    rows = result.rows.astype({"state": str}).to_dict("records")
+    return to_json({"schema_version": SCHEMA, **data, "rows": rows})
 
 
 def write(result: Aggregate, folder: Path) -> list[Path]:
     """Writes JSON, CSV, Markdown and HTML; each file atomically."""
     files = {"aggregate.json": aggregate_json(result)}
-    for name in ("summary", "grid", "steps"):
-        files[f"{name}.csv"] = getattr(result, name).csv().encode()
+    files["summary.csv"] = result.rows.to_csv(index=False, na_rep="nan").encode()
     files["report.md"] = markdown.render(result).encode()
     files["report.html"] = html.render(result).encode()
     for name, content in files.items():

@@ -1,46 +1,47 @@
-"""All records of a run together: tables, one verdict and one exit code."""
+"""All records of a run together: what every report is made from.
+
+An `Aggregate` stays small whatever the number of records: tables of the grid's rows and of its cells,
+and short lists of what is to be read first. Whole records are loaded for those that are shown.
+"""
 
 from __future__ import annotations
 
-import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain, product, zip_longest
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from parity.cells.plan import GridRow, Plan, row_of
-from parity.record import Record, Verdict, worst
-from parity.results.series import STEP_COLUMNS, Curve, curves, steps
-from parity.results.statistics import PairedComparison, holm, paired, wilson
-from parity.results.table import Table
+import numpy as np
+
+from parity.cells.plan import GridRow, Plan, PlannedRow
+from parity.record import SEVERITY, Record
+from parity.results import details
+from parity.results.cells import (
+    EXPECTED,
+    GREEN,
+    MISSING,
+    STALE,
+    STATES,
+    WORST_FIRST,
+    Found,
+    read,
+)
+from parity.results.details import Note, PassRates, Uncompared
+from parity.results.expected import unmatched
+from parity.results.series import Curve
+from parity.results.statistics import wilson
+from parity.results.store import Store
+from parity.trace import Array
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from parity.results.expected import KnownDivergence
 
-SCHEMA = 2
-MISSING, EXPECTED, STALE = "missing", "expected", "stale"
-STATES = (*(str(verdict) for verdict in Verdict), EXPECTED, STALE, MISSING)
-"""What a cell of the grid can hold: a verdict, `missing` where there is no record, `expected` for a
-known divergence and `stale` for a cell that came out green where one was known."""
-GREEN = ("identical", "agree")
+SCHEMA = 3
 GAPS = ("error", MISSING, STALE, EXPECTED, "skip")
-NOT_RED = (*GREEN, EXPECTED, "skip")
-WORST_FIRST = (
-    "error", MISSING, "diverge", STALE, "inconclusive", EXPECTED, "skip", "agree", "identical",
-)  # fmt: skip
-
-
-class Note(NamedTuple):
-    """An observation, once for all seeds in which it was made."""
-
-    kind: str
-    """`shipped`, `finding` or `hint`."""
-    row: GridRow
-    text: str
-    seeds: tuple[int, ...]
-    varies: bool
-    """Whether numbers in it differ from seed to seed; `text` is the first seed's."""
+SHOWN_PROBLEMS = 200
+"""Damaged files and problems beyond are counted."""
 
 
 class FirstFailure(NamedTuple):
@@ -58,28 +59,6 @@ class FirstFailure(NamedTuple):
     """Of any row of the pair."""
 
 
-class PassRates(NamedTuple):
-    """How often each side completed one prompt as expected, over seeds."""
-
-    row: GridRow
-    prompt: str
-    comparison: PairedComparison
-    holm_p: float
-    """Exact McNemar, corrected for all prompts and pairs."""
-
-
-class Uncompared(NamedTuple):
-    """Cells of a row in which nothing was compared, and why."""
-
-    row: GridRow
-    seeds: tuple[int, ...]
-    reason: str
-
-
-Cells = Mapping[GridRow, Mapping[int, Record | None]]
-"""Row to seed to its record, None where it is missing."""
-
-
 @dataclass(frozen=True)
 class Aggregate:
     """The results of all records of a run, in a fixed order."""
@@ -91,14 +70,18 @@ class Aggregate:
     error, or records damaged."""
     reason: str
     counts: dict[str, int]
+    """Number of cells in each state that occurs."""
     seeds: tuple[int, ...]
-    cells: Cells
-    summary: Table
-    """Per row: number of cells in each state, pass rate = green / decided, Wilson interval."""
-    grid: Table
-    """Rows by seeds, each cell a state."""
-    steps: Table
-    """Losses, gradient norms and differences, one row a step."""
+    grid: tuple[GridRow, ...]
+    """The rows, in the order of `rows`."""
+    rows: pd.DataFrame
+    """A line for each row of the grid: the fields of `GridRow`; `seeds`, the number of its cells; the
+    number in each state; `decided`; `pass_rate` = green / decided with `low` and `high`, Wilson's 95 %
+    interval (NaN where nothing is decided); `state`, the worst."""
+    cells: pd.DataFrame
+    """A line for each cell, by row and seed: `row` (index into `grid`), `seed`, `state` (a category,
+    worst first), `excess` (greatest value over tolerance; infinite where bits had to be equal and are
+    not; NaN where there is no record) and `position` (of the record in the store, -1 without one)."""
     curves: tuple[Curve, ...]
     passes: tuple[PassRates, ...]
     first: tuple[FirstFailure, ...]
@@ -109,19 +92,63 @@ class Aggregate:
     """Reasons to doubt a number: a series cut short, two records of one cell."""
     damaged: tuple[str, ...]
     """Files that were set aside, each with what is wrong in it."""
+    about: tuple[str, ...]
+    """Releases of this tool and platforms, each once."""
+    versions: dict[str, dict[str, tuple[str, ...]]]
+    """Path to distribution to the versions that ran."""
+    memory: dict[str, int]
+    """Path to the greatest peak memory of its processes, in bytes."""
+    store: Store = field(repr=False)
+    expected: Mapping[int, str] = field(repr=False)
+    """Position of a record to why its divergence is known."""
 
-    @property
-    def records(self) -> list[Record]:
-        """One record a cell, row by row."""
-        return [r for row in self.cells.values() for r in row.values() if r]
+    def records(self, positions: Iterable[int]) -> list[Record]:
+        """Whole records, marked with why a divergence is known."""
+        positions = [int(p) for p in positions]
+        found = zip(positions, self.store.records(positions), strict=True)
+        return [r.model_copy(update={"expected": self.expected.get(p, "")}) for p, r in found]
 
-    def failures(self) -> list[Record]:
-        """Records neither green, expected nor skipped: the first seed of each row, then the next of each."""
-        bad = [
-            [r for r in row.values() if r and state(r) not in NOT_RED]
-            for row in self.cells.values()
-        ]
-        return [record for turn in zip_longest(*bad) for record in turn if record]
+    def states(self, row: GridRow) -> dict[int, str]:
+        """Seed to state of each cell of a row."""
+        cells = self._of(row)
+        return dict(zip(cells["seed"].tolist(), cells["state"].tolist(), strict=True))
+
+    def failures(self, limit: int = 100) -> list[Record]:
+        """Records neither green, expected nor skipped: of each row the worst, then of each the next.
+
+        Rows whose state is worse come first, and those farther over their tolerance.
+        """
+        bad = self.red()
+        return self.records(bad[bad["position"] >= 0]["position"].head(limit))
+
+    def red(self) -> pd.DataFrame:
+        """The lines of `cells` that keep the run from being green, in the order of `failures`."""
+        codes = self.cells["state"].cat.codes
+        bad = self.cells[codes < WORST_FIRST.index(EXPECTED)]
+        bad = bad.assign(code=codes, far=-bad["excess"].fillna(0.0))
+        bad = bad.sort_values(["code", "far", "row", "seed"], kind="stable")
+        bad = bad.assign(turn=bad.groupby("row").cumcount())
+        return bad.sort_values(["turn", "code", "far", "row"], kind="stable")
+
+    def green(self, limit: int = 100) -> list[Record]:
+        """Records that are green, expected or skipped, by row and seed."""
+        fine = self.cells["state"].cat.codes >= WORST_FIRST.index(EXPECTED)
+        return self.records(self.cells[fine]["position"].head(limit))
+
+    def steps(self, row: GridRow, limit: int) -> pd.DataFrame:
+        """Losses, gradient norms and their differences, a line a step; NaN where a series is short.
+
+        Columns: `seed`, `step` (from 1) and those of `STEP_COLUMNS`; of at most `limit` seeds, those
+        farthest over their tolerance.
+        """
+        cells = self._of(row)
+        cells = cells[cells["position"] >= 0].sort_values("excess", ascending=False, kind="stable")
+        return details.steps(self.store, cells.head(limit).sort_values("seed"))
+
+    def _of(self, row: GridRow) -> pd.DataFrame:
+        number = self.grid.index(row) if row in self.grid else -1
+        at = np.searchsorted(self.cells["row"].to_numpy(), [number, number + 1])
+        return self.cells.iloc[at[0] : at[1]]
 
 
 def state(record: Record | None) -> str:
@@ -134,89 +161,165 @@ def state(record: Record | None) -> str:
 
 
 def aggregate(
-    records: Iterable[Record],
-    expected: Plan | None = None,
+    records: Iterable[Record] | Store,
+    plan: Plan | None = None,
     known: Sequence[KnownDivergence] = (),
     damaged: Sequence[str] = (),
+    problems: Sequence[str] = (),
 ) -> Aggregate:
     """Puts records together.
 
-    A cell is missing where the plan has it, or where another row has its seed, and there is no record.
+    A cell is missing where the plan has it and there is no record; in rows that no plan has, where
+    another such row has the seed.
 
     Args:
-        records: Marked by `expected.mark` already.
-        expected: The cells that the run was to fill.
+        records: Of a run, or of many.
+        plan: The cells that were to be filled.
         known: Known divergences; those that match no record are named.
         damaged: Files that were set aside, with the reason: with any, the run is not green. Records
             whose verdict does not follow from their metrics are set aside here.
+        problems: Reasons to doubt a number that are known already.
     """
-    from parity.results.expected import unmatched
-
-    every = [(record, record.contradiction()) for record in records]
-    records = [record for record, why in every if not why]
-    damaged = [*damaged, *sorted(f"{record.name}: {why}" for record, why in every if why)]
-    found: dict[tuple[GridRow, int], list[Record]] = defaultdict(list)
-    for record in sorted(records, key=lambda r: (r.seed, r.verdict, r.reason, r.reproduce)):
-        found[row_of(record), record.seed].append(record)
-    rows = sorted({row for row, _ in found} | _planned(expected, [row for row, _ in found]))
-    seeds = tuple(sorted({seed for _, seed in found} | set(expected.seeds if expected else ())))
-    cells = {row: {seed: _worst(found[row, seed]) for seed in seeds} for row in rows}
-    present = {row: [r for r in by_seed.values() if r] for row, by_seed in cells.items()}
-    counts = Counter(state(r) for by_seed in cells.values() for r in by_seed.values())
+    store = records if isinstance(records, Store) else Store.of(records)
+    found = read(store, known)
+    damaged = [*damaged, *_contradictions(store, found)]
+    kept, doubled = _kept(store, found)
+    grid, cells = _cells(found, kept, plan)
+    rows = _rows(grid, cells)
+    counts = Counter({name: int(rows[name].sum()) for name in STATES})
     verdict, code, reason = conclude(counts, len(damaged))
-    found_curves = tuple(curves(present))
-    problems = [
-        f"{row.title}, {row.pair}, seed {seed}: {len(group)} records for one cell, the worst counts"
-        for (row, seed), group in found.items()
-        if len(group) > 1
-    ]
-    problems += [f"{c.quantity}, {c.row.pair}, {p}" for c in found_curves for p in c.problems]
-    problems += unmatched(records, known)
-    return Aggregate(
+    number = {row: i for i, row in enumerate(grid)}
+    row_of = np.array([number[row] for row in found.rows], np.int64)[found.row]
+    seen = details.read(store, grid, row_of, found.seed, kept)
+    problems = [*problems, *doubled, *seen.problems, *unmatched(found.ran, found.used, known)]
+    expected = {int(p): found.texts[found.expected[p]] for p in np.flatnonzero(found.expected)}
+    hints = {row: [n.text for n in seen.notes if n.kind == "hint" and n.row == row] for row in grid}
+    result = Aggregate(
         verdict=verdict,
         exit_code=code,
         reason=reason,
         counts={name: counts[name] for name in STATES if counts[name]},
-        seeds=seeds,
+        seeds=tuple(np.unique(cells["seed"].to_numpy()).tolist()),
+        grid=grid,
+        rows=rows,
         cells=cells,
-        summary=_summary(cells),
-        grid=Table(
-            (*GridRow._fields, *map(str, seeds)),
-            [
-                {**row._asdict(), **{str(seed): state(r) for seed, r in by_seed.items()}}
-                for row, by_seed in cells.items()
-            ],
-        ),
-        steps=Table((*GridRow._fields, "seed", "step", *STEP_COLUMNS), [*steps(present)]),
-        curves=found_curves,
-        passes=_passes(present),
-        first=tuple(_first(cells)),
-        notes=_notes(present),
-        gaps={name: tuple(_gaps(cells, name)) for name in GAPS},
-        problems=tuple(sorted(problems)),
-        damaged=tuple(damaged),
+        curves=seen.curves,
+        passes=seen.passes,
+        first=(),
+        notes=seen.notes,
+        gaps={name: details.gaps(store, grid, cells, name, expected) for name in GAPS},
+        problems=_short(sorted(problems)),
+        damaged=_short(damaged),
+        about=seen.about,
+        versions=_versions(found),
+        memory=seen.memory,
+        store=store,
+        expected=expected,
     )
+    object.__setattr__(result, "first", tuple(_first(result, hints)))
+    return result
 
 
-def _planned(plan: Plan | None, seen: Sequence[GridRow]) -> set[GridRow]:
-    """The rows of a plan; a probe has the stage name that records or this tool give it."""
-    if plan is None:
-        return set()
-    from parity.stages import STAGES
+def _short(lines: Sequence[str]) -> tuple[str, ...]:
+    more = len(lines) - SHOWN_PROBLEMS
+    return (*lines[:SHOWN_PROBLEMS], *[f"and {more:,} more"] * (more > 0))
 
-    names = {stage.number: stage.name for stage in STAGES} | {r.probe: r.stage for r in seen}
-    return {
-        GridRow(model, *pair, probe, names.get(probe, "unknown"))
-        for model, pair, probe in product(plan.models, plan.pairs, plan.probes)
+
+def _contradictions(store: Store, found: Found) -> list[str]:
+    wrong = store.records(np.flatnonzero(found.contradicts).tolist())
+    return sorted(f"{record.name}: {record.contradiction()}" for record in wrong)
+
+
+def _kept(store: Store, found: Found) -> tuple[Array, list[str]]:
+    """Positions of one record for each cell, by row and seed, and what was said twice.
+
+    Of several the worst counts; of two that diverge, the one that is not a known divergence.
+    """
+    honest = np.flatnonzero(~found.contradicts)
+    order = np.lexsort((
+        honest, found.expected[honest] > 0, -found.rank[honest],
+        found.seed[honest], found.row[honest],
+    ))  # fmt: skip
+    honest = honest[order]
+    row, seed = found.row[honest], found.seed[honest]
+    first = np.ones(len(honest), bool)
+    first[1:] = (row[1:] != row[:-1]) | (seed[1:] != seed[:-1])
+    lines: dict[int, dict[int, list[int]]] = {}
+    group = np.cumsum(first) - 1
+    several = np.bincount(group, minlength=1)[group] > 1 if len(group) else first
+    for r, s, p in zip(row[several], seed[several], honest[several], strict=True):
+        lines.setdefault(int(r), {}).setdefault(int(s), []).append(int(p))
+    return honest[first], [_doubled(store, found, *item) for item in sorted(lines.items())]
+
+
+def _doubled(store: Store, found: Found, number: int, by_seed: Mapping[int, Sequence[int]]) -> str:
+    """What is said of the cells of a row that have several records."""
+    seeds, row = [*by_seed], found.rows[number]
+    shown = ", ".join(map(str, seeds[:3])) + f" and {len(seeds) - 3} more" * (len(seeds) > 3)
+    verdicts = sorted({str(SEVERITY[found.rank[p]]) for of in by_seed.values() for p in of})
+    text = (
+        f"{row.title}, {row.pair}, seed{'s' * (len(seeds) > 1)} {shown}: "
+        f"{max(map(len, by_seed.values()))} records for one cell ({', '.join(verdicts)}), the worst counts"
+    )
+    one, *others = store.records(by_seed[seeds[0]])
+    differ = {name for other in others for name in _factors(one, other)}
+    of = f"; they are of different recipes ({', '.join(sorted(differ)[:3])})"
+    return text + of * bool(differ)
+
+
+def _factors(one: Record, other: Record) -> Iterable[str]:
+    """Factors in which two records were run otherwise."""
+    for a, b in ((one.subject, other.subject), (one.reference, other.reference)):
+        for name in a.recipe.keys() | b.recipe.keys():
+            if a.recipe.get(name) != b.recipe.get(name):
+                yield name
+
+
+def _cells(
+    found: Found, kept: Array, plan: Plan | None
+) -> tuple[tuple[GridRow, ...], pd.DataFrame]:
+    """The rows of the grid and the frame of its cells, the missing ones included."""
+    import pandas as pd
+
+    planned = _planned(plan, found.rows)
+    grid = tuple(sorted({*planned, *found.rows}))
+    number = {row: i for i, row in enumerate(grid)}
+    row = np.array([number[r] for r in found.rows], np.int64)[found.row[kept]]
+    seed = found.seed[kept]
+    free = [i for i, r in enumerate(found.rows) if r not in planned]
+    seeds_of_free = np.unique(found.seed[np.isin(found.row, free)])
+    planned |= {found.rows[i]: seeds_of_free for i in free}
+    bounds = np.searchsorted(row, np.arange(len(grid) + 1))
+    gaps = {
+        number[r]: np.setdiff1d(seeds, seed[bounds[number[r]] : bounds[number[r] + 1]])
+        for r, seeds in planned.items()
     }
+    absent = sum(map(len, gaps.values()))
+    codes = np.append(found.state[kept], np.full(absent, WORST_FIRST.index(MISSING)))
+    kinds = pd.CategoricalDtype([*WORST_FIRST], ordered=True)
+    frame = pd.DataFrame({
+        "row": np.concatenate([row, *(np.full(len(s), r) for r, s in gaps.items())]).astype(np.int64),
+        "seed": np.concatenate([seed, *gaps.values()]).astype(np.int64),
+        "state": pd.Categorical.from_codes(codes.tolist(), dtype=kinds),
+        "excess": np.append(found.excess[kept], np.full(absent, np.nan)),
+        "position": np.append(kept, np.full(absent, -1)).astype(np.int64),
+    })  # fmt: skip
+    return grid, frame.sort_values(["row", "seed"], kind="stable", ignore_index=True)
 
 
-def _worst(records: Sequence[Record]) -> Record | None:
-    if not records:
-        return None
-    verdict = worst([record.verdict for record in records])
-    # Of two that diverge, the one that is not a known divergence.
-    return min((r for r in records if r.verdict is verdict), key=lambda r: bool(r.expected))
+def _planned(plan: Plan | None, seen: Sequence[GridRow]) -> dict[GridRow, Array]:
+    """The seeds of the rows of a plan; a probe has the stage name that records or this tool give it."""
+    from parity.stages import ON_DEMAND, STAGES
+
+    names = {stage.number: stage.name for stage in (*STAGES, *ON_DEMAND)}
+    stages: dict[PlannedRow, list[str]] = {}
+    for r in seen:
+        stages.setdefault(PlannedRow(*r[:4]), []).append(r.stage)
+    return {
+        GridRow(*row, stage): np.array(sorted(seeds), np.int64)
+        for row, seeds in (plan.rows.items() if plan else ())
+        for stage in stages.get(row, [names.get(row.probe, "unknown")])
+    }
 
 
 def conclude(counts: Mapping[str, int], damaged: int = 0) -> tuple[str, int, str]:
@@ -246,101 +349,68 @@ def conclude(counts: Mapping[str, int], damaged: int = 0) -> tuple[str, int, str
     )
 
 
-def _summary(cells: Cells) -> Table:
-    rows = []
-    for row, by_seed in cells.items():
-        counts = Counter(map(state, by_seed.values()))
-        green = sum(counts[name] for name in (*GREEN, STALE))
-        decided = green + counts["diverge"] + counts[EXPECTED]
-        ci = wilson(green, decided) if decided else None
-        rows.append(
-            row._asdict()
-            | {"seeds": len(by_seed)}
-            | {name: counts[name] for name in STATES}
-            | {"decided": decided, "pass_rate": green / decided if decided else float("nan")}
-            | {"low": ci.low if ci else float("nan"), "high": ci.high if ci else float("nan")}
-        )
-    columns = ("seeds", *STATES, "decided", "pass_rate", "low", "high")
-    return Table((*GridRow._fields, *columns), rows)
+def _rows(grid: Sequence[GridRow], cells: pd.DataFrame) -> pd.DataFrame:
+    import pandas as pd
+
+    n = len(WORST_FIRST)
+    codes = cells["state"].cat.codes.to_numpy().astype(np.int64)
+    at = cells["row"].to_numpy() * n + codes
+    counts = np.bincount(at, minlength=len(grid) * n).reshape(len(grid), n)
+    frame = pd.DataFrame([*grid], columns=[*GridRow._fields])
+    frame["seeds"] = counts.sum(axis=1)
+    for name in STATES:
+        frame[name] = counts[:, WORST_FIRST.index(name)]
+    green = frame[[*GREEN, STALE]].sum(axis=1).astype(np.int64)
+    frame["decided"] = green + frame["diverge"] + frame[EXPECTED]
+    intervals = [
+        wilson(int(g), int(d)) if d else None for g, d in zip(green, frame["decided"], strict=True)
+    ]
+    frame["pass_rate"] = green / frame["decided"].where(frame["decided"] > 0)
+    for end in ("low", "high"):
+        frame[end] = [float(getattr(ci, end)) if ci else np.nan for ci in intervals]
+    worst = [WORST_FIRST[int(np.argmax(row > 0))] if row.any() else MISSING for row in counts]
+    frame["state"] = pd.Categorical(worst, categories=[*WORST_FIRST], ordered=True)
+    return frame
 
 
-def _passes(rows: Mapping[GridRow, Sequence[Record]]) -> tuple[PassRates, ...]:
-    found = {}
-    for row, records in rows.items():
-        for prompt in dict.fromkeys(p for r in records for side in r.passes.values() for p in side):
-            subject, reference = (
-                {
-                    r.seed: r.passes[side][prompt]
-                    for r in records
-                    if prompt in r.passes.get(side, {})
-                }
-                for side in ("subject", "reference")
-            )
-            found[row, prompt] = paired(subject, reference)
-    corrected = holm({str(key): c.test.exact_p for key, c in found.items()})
-    return tuple(PassRates(*key, c, corrected[str(key)]) for key, c in found.items())
-
-
-def without_numbers(text: str) -> str:
-    """A sentence with its numbers left out: what it says of every seed."""
-    return re.sub(r"\d[\d.,]*(e[+-]?\d+)?", "#", text)
-
-
-def distinct(texts: Iterable[str]) -> tuple[str, ...]:
-    """The first of those sentences that differ in numbers alone."""
-    found: dict[str, str] = {}
-    for text in texts:
-        found.setdefault(without_numbers(text), text)
-    return tuple(found.values())
-
-
-def _first(cells: Cells) -> Iterator[FirstFailure]:
+def _first(result: Aggregate, hints: Mapping[GridRow, Sequence[str]]) -> Iterable[FirstFailure]:
     from parity.stages import flow
 
-    pairs: dict[str, list[GridRow]] = defaultdict(list)
-    for row, by_seed in cells.items():
-        if any(state(r) not in NOT_RED for r in by_seed.values()):
-            pairs[row.pair].append(row)
-    for rows in pairs.values():
-        rows.sort(key=lambda row: (flow(row.stage), row.probe))
+    bad = result.rows["state"].cat.codes < WORST_FIRST.index(EXPECTED)
+    pairs: dict[str, list[int]] = {}
+    for i in np.flatnonzero(bad.to_numpy()).tolist():
+        pairs.setdefault(result.grid[i].pair, []).append(i)
+    for which in pairs.values():
+        which.sort(key=lambda i: (flow(result.grid[i].stage), result.grid[i].probe))
         # A divergence tells more about the cause than a missing cell before it.
-        ranked = [
-            (name, row, seeds)
+        name, i = next(
+            (name, i)
             for name in ("diverge", "error", "inconclusive", STALE, MISSING)
-            for row in rows
-            if (seeds := tuple(s for s, r in cells[row].items() if state(r) == name))
-        ]
-        name, row, seeds = ranked[0]
-        record = cells[row][seeds[0]]
-        reason = record.expected or record.reason if record else "there is no record"
-        later = tuple(rows[rows.index(row) + 1 :])
-        # Once for all seeds of a row, whatever the numbers in it.
-        hints = [distinct(h for r in cells[other].values() if r for h in r.hints) for other in rows]
-        yield FirstFailure(
-            row, name, seeds, reason, record, later, tuple(dict.fromkeys(chain(*hints)))
+            for i in which
+            if result.rows.at[i, name]
         )
+        row = result.grid[i]
+        cells = result._of(row)
+        cells = cells[cells["state"] == name]
+        position = int(cells["position"].iloc[0])
+        record = result.records([position])[0] if position >= 0 else None
+        reason = record.expected or record.reason if record else "there is no record"
+        later = tuple(result.grid[j] for j in which[which.index(i) + 1 :])
+        texts = dict.fromkeys(text for j in which for text in hints[result.grid[j]])
+        seeds = tuple(cells["seed"].tolist())
+        yield FirstFailure(row, name, seeds, reason, record, later, tuple(texts))
 
 
-def _notes(rows: Mapping[GridRow, Sequence[Record]]) -> tuple[Note, ...]:
-    """Findings and hints once each; texts that differ only in their numbers count as one."""
-    found: dict[tuple[str, GridRow, str], dict[int, str]] = defaultdict(dict)
-    for row, records in rows.items():
-        for record in records:
-            findings = [("finding", text) for text in record.findings]
-            for kind, text in [*findings, *(("hint", text) for text in record.hints)]:
-                kind = "shipped" if text.startswith("as shipped") else kind
-                pattern = without_numbers(text)
-                found[kind, row, pattern].setdefault(record.seed, text)
-    return tuple(
-        Note(kind, row, next(iter(by.values())), tuple(by), len({*by.values()}) > 1)
-        for (kind, row, _), by in found.items()
-    )
-
-
-def _gaps(cells: Cells, name: str) -> Iterator[Uncompared]:
-    for row, by_seed in cells.items():
-        reasons: dict[str, list[int]] = defaultdict(list)
-        for seed, record in by_seed.items():
-            if state(record) == name:
-                reasons[record.expected or record.reason if record else "no record"].append(seed)
-        yield from (Uncompared(row, tuple(seeds), reason) for reason, seeds in reasons.items())
+def _versions(found: Found) -> dict[str, dict[str, tuple[str, ...]]]:
+    sets: dict[str, dict[str, set[str]]] = {}
+    for place in found.ran:
+        for path, versions in (
+            (place.subject, place.of_subject),
+            (place.reference, place.of_reference),
+        ):
+            for name, version in versions.items():
+                sets.setdefault(path, {}).setdefault(name, set()).add(version)
+    return {
+        path: {name: tuple(sorted(of)) for name, of in sorted(names.items())}
+        for path, names in sorted(sets.items())
+    }

@@ -7,10 +7,10 @@ every pair. A record that diverges is *expected* when entries cover all its dive
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, Protocol
 
 from packaging.specifiers import SpecifierSet
 from pydantic import (
@@ -25,7 +25,7 @@ from pydantic import (
 from parity import resources
 from parity.errors import UsageError
 from parity.files import write_atomically
-from parity.record import Metric, Record, Verdict
+from parity.record import Record, Side, Verdict
 from parity.stages import find
 
 FOLDER = "expected"  # of the fixtures, and of a run, which keeps the files it ran with
@@ -69,7 +69,7 @@ class Entry(BaseModel, frozen=True, extra="forbid", strict=True):
             raise ValueError("an entry that is not deterministic needs the seeds it was seen with")
         return self
 
-    def covers(self, metric: Metric) -> bool:
+    def covers(self, metric: Measured) -> bool:
         """Whether it speaks of a metric and of a divergence of that size."""
         size = metric.value / metric.floor if metric.floor > 0 else metric.value
         return fnmatchcase(metric.name, self.metric) and size <= self.at_most
@@ -81,6 +81,33 @@ class Entry(BaseModel, frozen=True, extra="forbid", strict=True):
 
 class _File(BaseModel, extra="forbid"):
     entry: list[Entry]
+
+
+class Where(NamedTuple):
+    """What an entry is looked up by: a row of the grid, and what its sides ran with."""
+
+    subject: str
+    reference: str
+    model: str
+    probe: int
+    of_subject: Mapping[str, str]
+    """Versions of the subject's distributions."""
+    of_reference: Mapping[str, str]
+
+    @classmethod
+    def of(cls, record: Record) -> Where:
+        """Where a record stands."""
+        sides = (record.subject, record.reference)
+        subject, reference = map(versions_of, sides)
+        names = record.subject.path, record.reference.path
+        return cls(*names, record.model, record.probe, subject, reference)
+
+
+def versions_of(side: Side) -> dict[str, str]:
+    """The versions that a side's environment names."""
+    found = side.environment.get("versions")
+    known = found.items() if isinstance(found, dict) else ()
+    return {name: v for name, v in known if isinstance(v, str) and v}
 
 
 class KnownDivergence(NamedTuple):
@@ -95,19 +122,18 @@ class KnownDivergence(NamedTuple):
         """Reason and link."""
         return self.entry.reason + f" ({self.entry.link})" * bool(self.entry.link)
 
-    def of_pair(self, record: Record) -> bool:
-        """Whether the file is about the record's pair."""
-        pair = file_name(record.subject.path, record.reference.path)
+    def of_pair(self, where: Where) -> bool:
+        """Whether the file is about the pair."""
+        pair = file_name(where.subject, where.reference)
         return "-vs-" not in self.file.name or self.file.name == pair
 
-    def applies(self, record: Record) -> bool:
-        """Whether the entry is for this cell and these versions, whatever the verdict."""
-        sides = (record.reference, record.subject)
-        ran = {k: v for side in sides for k, v in side.environment.get("versions", {}).items() if v}
-        same = self.entry.probe == record.probe and self.entry.model in (None, record.model)
+    def applies(self, where: Where) -> bool:
+        """Whether the entry is for this row of the grid and these versions, whatever the verdict."""
+        ran = {**where.of_reference, **where.of_subject}
+        same = self.entry.probe == where.probe and self.entry.model in (None, where.model)
         wanted = self.entry.versions.items()
         fits = (p in ran and SpecifierSet(v).contains(ran[p], prereleases=True) for p, v in wanted)
-        return same and self.of_pair(record) and all(fits)
+        return same and self.of_pair(where) and all(fits)
 
 
 def file_name(subject: str, reference: str) -> str:
@@ -148,32 +174,55 @@ def keep(known: Iterable[KnownDivergence], folder: Path) -> None:
         write_atomically(folder / FOLDER / file.name, file.read_bytes())
 
 
-def kept(folder: Path) -> list[KnownDivergence]:
-    """The known divergences of a run, or of the shards below a folder."""
-    files = {file.name: file for file in sorted(folder.rglob(f"{FOLDER}/*.toml"))}
-    # By name alone: the entry is to be corrected in the original file, not in the run's copy.
-    return [k._replace(file=Path(name)) for name, file in files.items() for k in load(file)]
-
-
 def mark(record: Record, known: Sequence[KnownDivergence]) -> Record:
     """The record with `expected` set: why it diverges, that it no longer does, or nothing.
 
     What the record had there before is not used.
     """
+    where = Where.of(record)
+    applying = [entry for entry in known if entry.applies(where)]
+    found = matching(applying, record.verdict, record.seed, record.metrics)
+    return record.model_copy(update={"expected": explained(found, record.verdict.green)})
+
+
+def explained(matched: Iterable[KnownDivergence], green: bool) -> str:
+    """Why a cell diverges, or that it no longer does; empty without an entry."""
     gone = "no longer diverges: remove entry {0.number} from {0.file}: {0.explanation}"
-    text = (gone if record.verdict.green else "{0.explanation}").format
-    texts = dict.fromkeys(map(text, _matching(record, known)))
-    return record.model_copy(update={"expected": "; ".join(texts)})
+    text = (gone if green else "{0.explanation}").format
+    return "; ".join(dict.fromkeys(map(text, matched)))
 
 
-def _matching(record: Record, known: Sequence[KnownDivergence]) -> list[KnownDivergence]:
-    """Stale entries of what is green; of what diverges the entries that together cover it."""
-    applying = [k for k in known if k.applies(record)]
-    if record.verdict.green:
-        return [k for k in applying if k.entry.shows(record.seed)]
-    bad = [m for m in record.metrics if m.gate and not m.verdict.green]
+class Measured(Protocol):
+    """What an entry is held against in a metric."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def verdict(self) -> Verdict: ...  # noqa: D102
+    @property
+    def value(self) -> float: ...  # noqa: D102
+    @property
+    def floor(self) -> float: ...  # noqa: D102
+    @property
+    def gate(self) -> bool: ...  # noqa: D102
+
+
+def matching(
+    applying: Sequence[KnownDivergence], verdict: Verdict, seed: int, metrics: Iterable[Measured]
+) -> list[KnownDivergence]:
+    """Stale entries of what is green; of what diverges the entries that together cover it.
+
+    Args:
+        applying: Entries that apply where the record stands.
+        verdict: The record's.
+        seed: The record's.
+        metrics: The record's.
+    """
+    if verdict.green:
+        return [k for k in applying if k.entry.shows(seed)]
+    bad = [m for m in metrics if m.gate and not m.verdict.green]
     # What was inconclusive beside a known divergence is not known.
-    if {record.verdict, *(m.verdict for m in bad)} != {Verdict.DIVERGE}:
+    if {verdict, *(m.verdict for m in bad)} != {Verdict.DIVERGE}:
         return []
     # Names that do not match leave no metrics: then only an entry for every metric covers it.
     if not bad:
@@ -182,15 +231,24 @@ def _matching(record: Record, known: Sequence[KnownDivergence]) -> list[KnownDiv
     return [k for k in applying if any(k in group for group in found)] if all(found) else []
 
 
-def unmatched(records: Sequence[Record], known: Sequence[KnownDivergence]) -> list[str]:
-    """Entries that explain no record, without those of probes and known models that were not run."""
-    probes = {r.probe for r in records}
-    models = {*resources.names("models"), *resources.EXTRA_MODELS} - {r.model for r in records}
-    used = [k for r in records for k in _matching(r, known)]
-    for k in known:
-        not_run = k.entry.probe not in probes or k.entry.model in models
-        used += [k] * (not_run and any(map(k.of_pair, records)))
+def unmatched(
+    ran: Collection[Where], used: Collection[KnownDivergence], known: Sequence[KnownDivergence]
+) -> list[str]:
+    """Entries that explain no record, without those of probes and known models that were not run.
+
+    Args:
+        ran: Where there are records.
+        used: Entries that explain one.
+        known: All entries.
+    """
+    probes = {where.probe for where in ran}
+    models = {*resources.names("models"), *resources.EXTRA_MODELS} - {w.model for w in ran}
     text = (
         "{0.file}: entry {0.number} (probe {0.entry.probe:02d}, {0.entry.metric}) matched no record"
     )
-    return [text.format(k) for k in known if k not in used]
+
+    def not_run(k: KnownDivergence) -> bool:
+        elsewhere = k.entry.probe not in probes or k.entry.model in models
+        return elsewhere and any(map(k.of_pair, ran))
+
+    return [text.format(k) for k in known if k not in used and not not_run(k)]

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from parity.record import Record
 from parity.results.statistics import PairedTest, check_count, mcnemar
+from parity.trace import Array
 
 if TYPE_CHECKING:
     from parity.cells.plan import GridRow
@@ -63,30 +62,71 @@ def series_over_seeds(
         if d.ndim != 1 or shown[seed].shape != d.shape:
             shapes = f"{d.shape} differences, {shown[seed].shape} values"
             raise ValueError(f"seed {seed}: {shapes}: give one of each per step")
-    steps = max(steps, *(d.size for d in series.values()))
+    lengths = np.array([d.size for d in series.values()])
+    d, v = (np.concatenate([*of.values()]) for of in (series, shown))
+    return summary(np.array([*series]), stats_of(d, lengths), stats_of(v, lengths).constant, steps)
 
-    complete: list[int] = []
+
+class SeriesStats(NamedTuple):
+    """What is known of each of many series: arrays with one entry a series."""
+
+    size: Array
+    max_abs: Array
+    """NaN where a value is, or where there is none."""
+    mean: Array
+    bad: Array
+    """Index of the first value that is not finite, -1 without one."""
+    bad_value: Array
+    constant: Array
+    """Whether it has several values, all equal."""
+
+
+def stats_of(values: Array, lengths: Array) -> SeriesStats:
+    """Statistics of series that lie one after the other in `values`."""
+    n, full = len(lengths), lengths > 0
+    starts = (np.cumsum(lengths) - lengths)[full]
+    max_abs, mean, bad_value = (np.full(n, np.nan) for _ in range(3))
+    bad, constant = np.full(n, -1), np.zeros(n, bool)
+    if starts.size:
+        max_abs[full] = np.maximum.reduceat(np.abs(values), starts)
+        with np.errstate(invalid="ignore"):
+            mean[full] = np.add.reduceat(values, starts) / lengths[full]
+        first = np.repeat(values[starts], lengths[full])
+        constant[full] = np.logical_and.reduceat(values == first, starts)
+        of = np.repeat(np.arange(n), lengths)
+        at = np.flatnonzero(~np.isfinite(values))
+        which, index = np.unique(of[at], return_index=True)
+        bad[which] = at[index] - (np.cumsum(lengths) - lengths)[which]
+        bad_value[which] = values[at[index]]
+    return SeriesStats(lengths, max_abs, mean, bad, bad_value, constant & (lengths > 1))
+
+
+def summary(seeds: Array, d: SeriesStats, constant: Array, steps: int = 0) -> SeriesComparison:
+    """The same of many series, given what is known of each.
+
+    Args:
+        seeds: In the order of the series, ascending.
+        d: Of the differences.
+        constant: Whether the quantity of a series is constant.
+        steps: Steps that the recipe has.
+    """
+    steps = max(steps, int(d.size.max()))
+    complete = (d.size == steps) & (d.bad < 0)
     problems: list[str] = []
-    for seed, d in series.items():
-        bad = np.flatnonzero(~np.isfinite(d))
-        if d.size < steps:
-            problems.append(f"seed {seed}: truncated, {d.size} of {steps} steps")
-        if bad.size:
-            problems.append(f"seed {seed}: not finite at step {bad[0] + 1}, value {d[bad[0]]}")
-        if d.size > 1 and np.all(shown[seed] == shown[seed][0]):
-            problems.append(f"seed {seed}: constant over {d.size} steps, was it measured?")
-        if d.size == steps and not bad.size:
-            complete.append(seed)
-    max_abs = {
-        seed: float(np.abs(d).max()) if d.size else float("nan") for seed, d in series.items()
-    }
-    means = np.array([series[seed].mean() for seed in complete])
-    sign = mcnemar(int(np.sum(means > 0)), int(np.sum(means < 0)))
+    for i in np.flatnonzero((d.size < steps) | (d.bad >= 0) | constant):
+        if d.size[i] < steps:
+            problems.append(f"seed {seeds[i]}: truncated, {d.size[i]} of {steps} steps")
+        if d.bad[i] >= 0:
+            where = f"not finite at step {d.bad[i] + 1}, value {d.bad_value[i]}"
+            problems.append(f"seed {seeds[i]}: {where}")
+        if constant[i]:
+            problems.append(f"seed {seeds[i]}: constant over {d.size[i]} steps, was it measured?")
+    sign = mcnemar(int(np.sum(d.mean[complete] > 0)), int(np.sum(d.mean[complete] < 0)))
     return SeriesComparison(
         steps,
-        tuple(complete),
-        max_abs,
-        float(np.median([max_abs[seed] for seed in complete])) if complete else float("nan"),
+        tuple(seeds[complete].tolist()),
+        dict(zip(seeds.tolist(), d.max_abs.tolist(), strict=True)),
+        float(np.median(d.max_abs[complete])) if complete.any() else float("nan"),
         sign,
         sign.exact_p <= ALPHA,
         tuple(problems),
@@ -100,15 +140,10 @@ QUANTITIES = {
     "dloss as shipped": ("", ""),
 }
 
-STEP_COLUMNS = {
-    "loss_subject": "loss subject",
-    "loss_reference": "loss reference",
-    "dloss": "dloss",
-    "grad_subject": "gradient_norm subject",
-    "grad_reference": "gradient_norm reference",
-    "dgrad": "dgrad",
-}
-"""Columns of the step table and the series that fill them."""
+COLUMNS = {"dloss": "dloss", "dgrad": "dgrad", "dloss as shipped": "dloss_shipped"}
+"""The column of a store that holds a difference."""
+VALUES = {"dloss": "loss_reference", "dgrad": "grad_reference", "dloss as shipped": ""}
+"""That of the quantity itself on the reference's side."""
 
 
 class Curve(NamedTuple):
@@ -139,54 +174,56 @@ class Curve(NamedTuple):
     problems: tuple[str, ...]
 
 
-def curves(rows: Mapping[GridRow, Sequence[Record]]) -> Iterator[Curve]:
-    """Each difference of each row that has any."""
-    for row, records in rows.items():
-        for quantity, (stem, metric) in QUANTITIES.items():
-            having = [r for r in records if quantity in r.series or f"{stem} subject" in r.series]
-            if having:
-                yield _curve(row, quantity, stem, metric, having)
+class Gate(NamedTuple):
+    """The metric that judges a difference, for many records; NaN and -1 where one has none."""
+
+    value: Array
+    tolerance: Array
+    step: Array
 
 
-def _curve(row: GridRow, quantity: str, stem: str, metric: str, records: Sequence[Record]) -> Curve:
-    diffs = {r.seed: r.series.get(quantity, []) for r in records}
-    values = {r.seed: r.series.get(f"{stem} reference", [])[: len(diffs[r.seed])] for r in records}
-    known = all(len(values[seed]) == len(d) for seed, d in diffs.items())
-    steps = max(int(r.reference.recipe.get("train.steps", 0)) for r in records)
-    found = series_over_seeds(diffs, values if known else None, steps)
-    gates = {r.seed: m for r in records for m in r.metrics if m.name == metric}
-    over = {seed: m.step for seed, m in gates.items() if m.step is not None}
-    top = max(
-        gates.values(),
-        key=lambda m: m.value / m.tolerance if m.tolerance else m.value,
-        default=None,
-    )
+def curve(
+    row: GridRow,
+    quantity: str,
+    seeds: Array,
+    d: SeriesStats,
+    values: SeriesStats,
+    gate: Gate,
+    steps: int,
+) -> Curve:
+    """One difference over the seeds of a row, in ascending order.
+
+    Args:
+        row: Of the grid.
+        quantity: A key of `QUANTITIES`.
+        seeds: One of each series.
+        d: Of the differences.
+        values: Of the reference's quantity: if it varies, a difference of 0 is bit-identity.
+        gate: What judges the differences.
+        steps: Steps that the recipe has.
+    """
+    known = bool(np.all(values.size >= d.size))
+    found = summary(seeds, d, values.constant if known else d.constant, steps)
+    over = gate.step >= 0
+    size = np.where(gate.tolerance > 0, gate.value / np.where(gate.tolerance > 0, gate.tolerance, 1), gate.value)  # fmt: skip
+    gated = ~np.isnan(gate.tolerance)
+    top = int(np.argmax(np.where(gated, np.nan_to_num(size, nan=np.inf), -1.0)))
     # As shipped nothing is gated, so a difference of zero throughout is no problem there.
-    problems = [p for p in found.problems if stem or "constant" not in p]
+    problems = [p for p in found.problems if QUANTITIES[quantity][0] or "constant" not in p]
     return Curve(
         row,
         quantity,
-        tuple(diffs),
+        tuple(seeds.tolist()),
         found.steps,
         float(np.max([*found.max_abs.values()])),
         found.median,
-        top.value if top else float("nan"),
-        top.tolerance if top else float("nan"),
-        min(over.values(), default=None),
-        tuple(over),
+        float(gate.value[top]) if gated.any() else float("nan"),
+        float(gate.tolerance[top]) if gated.any() else float("nan"),
+        int(gate.step[over].min()) if over.any() else None,
+        tuple(seeds[over].tolist()),
         found.sign.b,
         found.sign.c,
         found.sign.exact_p,
         found.systematic,
         tuple(problems),
     )
-
-
-def steps(rows: Mapping[GridRow, Sequence[Record]]) -> Iterator[dict[str, object]]:
-    """Losses, gradient norms and their differences, one mapping a step; NaN where one is short."""
-    for row, records in rows.items():
-        for record in records:
-            columns = [record.series.get(name, []) for name in STEP_COLUMNS.values()]
-            for index, values in enumerate(zip_longest(*columns, fillvalue=float("nan"))):
-                place = {**row._asdict(), "seed": record.seed, "step": index + 1}
-                yield place | dict(zip(STEP_COLUMNS, values, strict=True))

@@ -7,10 +7,13 @@ the number of seeds that would be needed to find one. Bad input raises ValueErro
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import comb, isqrt, sqrt
 from numbers import Integral
 
 import numpy as np
+
+from parity.trace import Array
 
 NORMAL_975 = 1.959963984540054
 """Quantile of the standard normal distribution at 97.5 %."""
@@ -121,15 +124,36 @@ def mcnemar_power(
     if n == 0 or rate == 0:
         return 0.0
     share, rate = p_subject_only / rate, min(rate, 1.0)
-    from scipy.stats import binom  # nearly a second, and rarely needed
+    spread = 9 * sqrt(n * rate * (1 - rate)) + 40  # beyond lies less than rounding error
+    first, last = max(0, int(n * rate - spread)), min(n, int(n * rate + spread) + 1)
+    rejected = _rejected(share, alpha, 1 << last.bit_length())[first : last + 1]
+    return float(np.sum(_binomial(np.arange(first, last + 1), n, rate) * rejected))
 
-    first, last = binom.ppf([1e-15, 1 - 1e-15], n, rate)  # beyond lies less than rounding error
-    pairs = np.arange(first, last + 1)
-    # The largest minority count that is still rejected is this quantile or the count below it.
-    k = binom.ppf(alpha / 2, pairs, 0.5)
-    k = np.where(2 * binom.cdf(k, pairs, 0.5) <= alpha, k, k - 1)
-    rejected = binom.cdf(k, pairs, share) + binom.sf(pairs - k - 1, pairs, share)
-    return float(np.sum(binom.pmf(pairs, n, rate) * rejected))
+
+@lru_cache(maxsize=256)
+def _rejected(share: float, alpha: float, size: int) -> Array:
+    """Chance that so many discordant pairs (the index) are rejected, `share` of them one way."""
+    from scipy.special import bdtr, bdtrc, bdtrik  # a tenth of what scipy.stats takes to import
+
+    pairs = np.arange(size)
+    # The largest minority count that is still rejected is near this quantile.
+    near = np.maximum(np.ceil(bdtrik(alpha / 2, pairs, 0.5)), 0)
+    k = near + 1
+    for _ in range(3):  # down to a count that is rejected
+        k = np.where((k >= 0) & (2 * bdtr(np.maximum(k, 0), pairs, 0.5) > alpha), k - 1, k)
+    fewer = np.where(k >= 0, bdtr(np.maximum(k, 0), pairs, share), 0.0)
+    more = np.where(k >= 0, bdtrc(np.maximum(pairs - k - 1, 0), pairs, share), 0.0)
+    found: Array = fewer + more
+    return found
+
+
+def _binomial(k: Array, n: int, rate: float) -> Array:
+    """Chance of k of n."""
+    from scipy.special import gammaln, xlog1py, xlogy
+
+    choose = gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)
+    chance: Array = np.exp(choose + xlogy(k, rate) + xlog1py(n - k, -rate))
+    return chance
 
 
 def seeds_for_power(
