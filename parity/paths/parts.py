@@ -20,6 +20,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "optimizer": ("optim.",),
 }
 """What one path can take from another, and the factors that a part honours."""
+ALL = (*PARTS, LOOP)
 
 
 def part_of(factor: str) -> str:

@@ -84,21 +84,40 @@ def installed_knobs() -> tuple[type[Knobs], ...]:
     return tuple(found)
 
 
-def swappable(spec: str) -> bool:
-    """Whether the parts of a path can stand in another."""
+def own_parts(spec: str) -> tuple[str, ...]:
+    """The parts of a path that can stand in another one."""
     # A release in an environment of its own cannot share a process with anything else.
-    return "@" not in spec and resolve(spec).swappable
+    return () if "@" in spec else resolve(spec).own_parts
+
+
+def takes_parts(spec: str) -> tuple[str, ...]:
+    """The parts of a path in whose place those of another one can stand."""
+    return () if "@" in spec else resolve(spec).takes_parts
 
 
 def _hybrid(spec: str) -> type[TrainingPath]:
     sources = parts.sources(spec)
-    if wrong := [path for path in dict.fromkeys(sources.values()) if not swappable(path)]:
-        raise UsageError(
-            f"{spec!r}: the parts of {wrong[0]!r} cannot be swapped, only those on MLX in this "
-            "environment can"
-        )
     base = sources.pop(parts.LOOP)
-    donors = {part: resolve(path) for part, path in sources.items() if path != base}
+    swaps = {part: path for part, path in sources.items() if path != base}
+    for path in (base, *swaps.values()):
+        if not takes_parts(path):
+            raise UsageError(
+                f"{spec!r}: the parts of {path!r} cannot be swapped, only those on MLX in this "
+                "environment can"
+            )
+    for part, path in swaps.items():
+        if part not in takes_parts(base):
+            raise UsageError(
+                f"{spec!r}: {base!r} sets up its training by itself, another {part} would be left "
+                f"out: write that {part} as a method of its own, which its set-up calls, or declare "
+                "`takes_parts`"
+            )
+        if part not in own_parts(path):
+            raise UsageError(
+                f"{spec!r}: {path!r} has no {part} of its own: what it inherits is not known to be "
+                f"what it trains with; its own parts are {', '.join(own_parts(path)) or 'none'}"
+            )
+    donors = {part: resolve(path) for part, path in swaps.items()}
     return compose(spec, resolve(base), donors)
 
 
