@@ -113,7 +113,7 @@ class CauseSearch:
             return True
         donors = [self._own[part], self._theirs[part]]
         takers = [self._own[names_of_parts.LOOP], self._theirs[names_of_parts.LOOP]]
-        return all(part in own_parts(path) for path in donors) and all(
+        return all(part in own_parts(path, part) for path in donors) and all(
             part in takes_parts(path) for path in takers
         )
 
