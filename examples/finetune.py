@@ -1,8 +1,8 @@
-"""A script of sixty lines that fine-tunes a model with LoRA. It knows nothing of mlx-parity."""
+"""A script that fine-tunes a model with LoRA. It knows nothing of mlx-parity."""
 
-import argparse
 import json
 import random
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def train(model_path, data, out, steps=100, lr=1e-3, rank=8, scale=2.0, batch_si
     model.freeze()
     linear_to_lora_layers(model, -1, {"rank": rank, "scale": scale, "dropout": 0.0})
     lines = Path(data, "train.jsonl").read_text().splitlines()
-    rows = [tokenizer.encode(json.loads(line)["text"]) + [tokenizer.eos_token_id] for line in lines]
+    rows = [[*tokenizer.encode(json.loads(line)["text"]), tokenizer.eos_token_id] for line in lines]
     optimizer = optim.AdamW(learning_rate=lr, weight_decay=0.0)
     loss_and_grad = nn.value_and_grad(model, loss_fn)
     state = [model.state, optimizer.state]
@@ -53,13 +53,9 @@ def train(model_path, data, out, steps=100, lr=1e-3, rank=8, scale=2.0, batch_si
         loss = step(*batch)
         mx.eval(state, loss)
         print(f"step {number + 1}: loss {loss.item():.4f}")
-    mx.save_safetensors(
-        str(Path(out, "adapters.safetensors")), dict(tree_flatten(model.trainable_parameters()))
-    )
+    adapter = dict(tree_flatten(model.trainable_parameters()))
+    mx.save_safetensors(str(Path(out, "adapters.safetensors")), adapter)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    for option in ("model_path", "data", "out"):
-        parser.add_argument(option)
-    train(**vars(parser.parse_args()))
+    train(*sys.argv[1:])

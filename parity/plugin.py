@@ -102,6 +102,7 @@ def from_trainer(
     batch: Function | None = None,
     packages: tuple[str, ...] = (),
     fixed: Mapping[str, Any] | None = None,
+    shipped: Function | None = None,
 ) -> type[TrainingPath]:
     """A whole trainer, a script or what calls a class, that is run as it is and watched from outside.
 
@@ -124,11 +125,13 @@ def from_trainer(
         packages: Distributions that it belongs to; their versions go into records.
         fixed: Factors that it has no option for, with the value it always has: a recipe with another value
             is skipped. Any other factor that `run` does not take is decided by the trainer and compared.
+        shipped: Reads its defaults from the live library: factor to value. Defaults of the parameters of
+            `run` are its defaults as well.
 
     Raises:
         UsageError: It is no function, or takes what is neither an object nor a factor.
     """
-    return trainer.make(run, _caller(2), name, batches, batch, packages, fixed or {})
+    return trainer.make(run, _caller(2), name, batches, batch, packages, fixed, shipped)
 
 
 def _caller(depth: int) -> str:

@@ -57,3 +57,11 @@ def needs_a_thing(lr, gadget):
 def mask(ids, lengths):
     steps = mx.arange(1, ids.shape[1])
     return (steps >= lengths[:, :1]) & (steps <= lengths[:, 1:])
+
+
+def no_prompts(model, ids, lengths):
+    """As mlx-lm's, for a trainer that learns its prompts."""
+    steps = mx.arange(1, ids.shape[1])
+    counted = steps <= lengths[:, 1:]
+    losses = nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:])
+    return (losses * counted).sum() / counted.sum()

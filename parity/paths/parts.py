@@ -59,6 +59,14 @@ def spec(parts: Mapping[str, str]) -> str:
     return "+".join([base, *(f"{p}={parts[p]}" for p in PARTS if parts[p] != base)])
 
 
+AFTERWARDS = {
+    "greedy_decode": "decoding",
+    "kv_cache": "KV cache",
+    "round_trip": "loading of a saved adapter",
+}
+"""Stage → what it uses beside the parts."""
+
+
 def origin(side: str, stage: str, environment: Mapping[str, Any], other: str) -> list[str]:
     """Whose parts a side was made of, in words; nothing where they are all its own.
 
@@ -71,6 +79,9 @@ def origin(side: str, stage: str, environment: Mapping[str, Any], other: str) ->
     if not (made_of := environment.get("parts")):
         return []
     own, others = made_of["own"], made_of["others"]
+    if set(own) == set(ALL):
+        used = AFTERWARDS.get(stage)
+        return [f"the {side}'s {used} is that of path {others}"] if used else []
     words = f"of the {side} only {', '.join(own)} {'is' if len(own) == 1 else 'are'} its own"
     words += f", all else is taken from path {others}"
     if not set(own) & set(COMPARED.get(stage, ALL)):

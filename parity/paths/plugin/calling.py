@@ -61,6 +61,16 @@ def taken(
     return tuple(dict.fromkeys(found))
 
 
+def defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """The factors that a function takes by a parameter with a default, with these values."""
+    known = parameter_names()
+    return {
+        known[p.name][0]: p.default
+        for p in _parameters(function, title(function))
+        if p.name in known and p.name not in _ALPHA and p.default is not p.empty
+    }
+
+
 def call(
     function: Callable[..., Any],
     recipe: Recipe,

@@ -27,7 +27,7 @@ def normalised(function: Callable[..., Any], layout: Layout) -> Loss:
     """The loss itself, with its count of tokens, or the positions it depends on where it gives none."""
 
     def loss(model: Any, ids: Any, lengths: Any) -> tuple[Any, Any]:
-        found = function(model, *layout.arguments(ids, lengths))
+        found = function(_callable(model), *layout.arguments(ids, lengths))
         value, *rest = found if isinstance(found, (tuple, list)) else (found,)
         if rest and (count := _count(rest[0])) is not None:
             # mx.compile (0.32.4) fails where an output is computed a second time inside.
@@ -36,6 +36,13 @@ def normalised(function: Callable[..., Any], layout: Layout) -> Loss:
 
     loss.raw = function  # type: ignore[attr-defined] # what a loop of the same user calls
     return loss
+
+
+def _callable(model: Any) -> Any:
+    """The model; a function that stands for one, as if it took what a model takes beside ids."""
+    import mlx.nn as nn
+
+    return model if isinstance(model, nn.Module) else lambda ids, *_, **__: model(ids)
 
 
 def _count(value: Any) -> Any:

@@ -16,7 +16,7 @@ from parity.paths import parts
 from parity.paths.mlx.live import Batch, Loss, Setup, to_numpy
 from parity.paths.mlx.path import MlxPath
 from parity.paths.plugin.arrays import Layout, layout
-from parity.paths.plugin.calling import call, taken, title
+from parity.paths.plugin.calling import call, defaults, taken, title
 from parity.paths.plugin.loss import normalised
 from parity.recipe import Recipe, factor_names
 
@@ -71,6 +71,13 @@ class PluginPath(MlxPath):
     def environment(self) -> dict[str, Any]:
         """That of `mlx`, and which parts are of whom."""
         return {**super().environment(), "parts": {"own": list(self.own_parts), "others": "mlx"}}
+
+    def shipped(self) -> dict[str, Any]:
+        """Defaults of `mlx`, but for what its own functions decide, and theirs."""
+        mlx = super().shipped()
+        kept = {key: value for key, value in mlx.items() if key not in self.own_factors}
+        own = (defaults(f) for key, f in self.functions.items() if key != "loss")
+        return kept | {key: value for found in own for key, value in found.items()}
 
     def _call(self, name: str, recipe: Recipe, first: tuple[Any, ...] = (), **objects: Any) -> Any:
         function = self.functions[name]

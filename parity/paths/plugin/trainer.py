@@ -26,7 +26,7 @@ from parity.paths.mlx.path import MlxPath
 from parity.paths.mlx.settings import one_step
 from parity.paths.mlx.traces import given, supervised_positions
 from parity.paths.plugin.arrays import layout
-from parity.paths.plugin.calling import call, taken, title
+from parity.paths.plugin.calling import call, defaults, taken, title
 from parity.paths.plugin.loss import normalised, with_any_model
 from parity.paths.plugin.watch import Step, Watch
 from parity.recipe import Recipe, factor_names
@@ -49,12 +49,18 @@ class TrainerPath(MlxPath):
     trainer: ClassVar[Function]
     draws: ClassVar[Function | None] = None
     batch: ClassVar[Function | None] = None
+    reads: ClassVar[Function | None] = None
     takes: ClassVar[frozenset[str]] = frozenset()
     takes_parts: ClassVar[tuple[str, ...]] = ()
 
     def environment(self) -> dict[str, Any]:
         """That of `mlx`, and which parts are of whom."""
         return {**super().environment(), "parts": {"own": list(self.own_parts), "others": "mlx"}}
+
+    def shipped(self) -> dict[str, Any]:
+        """The defaults that its parameters have, and those that `shipped` reads."""
+        kind = type(self)
+        return {**defaults(kind.trainer), **(kind.reads() if kind.reads else {})}
 
     # Running it --------------------------------------------------------------------------------
 
@@ -361,13 +367,15 @@ def make(
     batch: Function | None = None,
     packages: tuple[str, ...] = (),
     fixed: Mapping[str, Any] | None = None,
+    shipped: Function | None = None,
 ) -> type[TrainerPath]:
     """The path of a whole trainer; see `parity.plugin.from_trainer`.
 
     Raises:
         UsageError: It is no function, or takes what nobody can give.
     """
-    for what, function in (("run", run), ("batches", batches), ("batch", batch)):
+    given = {"run": run, "batches": batches, "batch": batch, "shipped": shipped}
+    for what, function in given.items():
         if function is not None and not callable(function):
             raise UsageError(f"{what}={function!r} is no function")
     import inspect
@@ -398,6 +406,7 @@ def make(
             "packages": (*MlxPath.packages, *packages),
             "own_parts": tuple(part for part in parts.ALL if part in own),
             "honours": tuple(sorted(honoured)),
+            "reads": staticmethod(shipped) if shipped else None,
             "fixed": dict(fixed or {}),
             "own_factors": tuple(
                 f for f in factors if f not in {*honoured, *(fixed or {})} and "decode" not in f
