@@ -51,10 +51,21 @@ def test_clean_cells_are_identical(base, reference, engine, small):
     """Order and width of the batches differ across frameworks; what is supervised does not."""
     record = run_cell(engine, Cell(PROBE, "mlx", reference, small.override(base)))
     assert record.verdict is Verdict.IDENTICAL, describe(record)
+    odd = "short, cut and masked rows" if "mask.prompt" in base else "short and cut rows"
     assert [metric.name.partition(", ")[2] for metric in record.metrics] == [
-        "padded rows", "rows without padding", "short, cut and masked rows", "", "own batches",
+        "padded rows", "rows without padding", odd, "", "own batches",
     ]  # fmt: skip
     assert not record.hints
+
+
+def test_rows_have_no_prompts_where_prompts_are_learned(engine, small):
+    """A loss that knows no prompts is held against others on rows without; what it does is named."""
+    for reference in ("mlx-lm", "hf"):
+        cell = Cell(PROBE, "mlx+loss=tests.plugin_functions:no_prompts", reference, small)
+        record = run_cell(engine, cell)
+        assert record.verdict is Verdict.IDENTICAL, describe(record)
+    _, inputs = batches([ROW], prompts=False)
+    assert not any(inputs.arrays[f"batches/lengths.{n}"][1:, 0].any() for n in (2,))
 
 
 def test_another_width_alone_supervises_the_same(engine, small):
@@ -85,7 +96,7 @@ def test_rows_are_matched_by_their_tokens():
 
 
 def test_batches_are_of_the_rows_and_of_every_kind():
-    handed, inputs = batches([ROW])
+    handed, inputs = batches([ROW], prompts=True)
     assert [what for what, _ in handed] == [
         "padded rows", "rows without padding", "short, cut and masked rows",
     ]  # fmt: skip

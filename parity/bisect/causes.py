@@ -28,7 +28,7 @@ from parity.cells.run import run_cell
 from parity.judge.hints import hints, rope
 from parity.paths import parts as names_of_parts
 from parity.paths.demands import unmet
-from parity.paths.registry import resolve, swappable
+from parity.paths.registry import own_parts, resolve, takes_parts
 from parity.recipe import DEFAULT, Recipe
 from parity.record import Record, Verdict
 from parity.stages import STAGES
@@ -78,10 +78,12 @@ class CauseSearch:
         self.notice, self.held = notice, dict(held or {})
         self._recipes: set[str] = set()
         self._own, self._theirs = names_of_parts.sources(subject), names_of_parts.sources(reference)
-        self._mixed = subject != reference and all(map(swappable, (subject, reference)))
+        self._mixed = subject != reference and all(map(takes_parts, (subject, reference)))
         self.rest = tuple(self.changes)
         """Factors that are not yet known to be a cause."""
-        self.parts = {p for p, path in self._own.items() if self._mixed and path != self._theirs[p]}
+        self._can = {p for p in self._own if self._mixed and self._swapped(p)}
+        """Parts, the loop among them, that can be the subject's or the reference's."""
+        self.parts = {p for p in self._can if self._own[p] != self._theirs[p]}
         """Parts that are still the subject's own where they could be the reference's."""
 
     def cell(self, stage: Stage, names: Names, parts: Names | None = None) -> Cell:
@@ -98,10 +100,22 @@ class CauseSearch:
             if name in refused and name not in names
         }
         mixed = {p: (self._own if p in kept else self._theirs)[p] for p in self._own}
+        if names_of_parts.LOOP in kept:  # what cannot be swapped goes with the loop
+            mixed |= {p: self._own[p] for p in self._own if p not in self._can}
         subject = names_of_parts.spec(mixed) if self._mixed else self.subject
         sides = {"subject": subset, "reference": self.held}
         changes = {side: changed for side, changed in sides.items() if changed}
         return Cell(stage, subject, self.reference, self.recipe, changes, self.origin)
+
+    def _swapped(self, part: str) -> bool:
+        """Whether a part of either side can stand in the other's loop."""
+        if part == names_of_parts.LOOP:
+            return True
+        donors = [self._own[part], self._theirs[part]]
+        takers = [self._own[names_of_parts.LOOP], self._theirs[names_of_parts.LOOP]]
+        return all(part in own_parts(path, part) for path in donors) and all(
+            part in takes_parts(path) for path in takers
+        )
 
     def record(self, stage: Stage, names: Names, parts: Names | None = None) -> Record:
         """Runs that cell."""

@@ -20,6 +20,7 @@ from parity.cells.cell import Cell, reproduce
 from parity.cells.matrix import Matrix
 from parity.errors import CaptureError, MissingCapture, UnmatchedNames, Unsupported
 from parity.judge.hints import hints
+from parity.paths.parts import origin
 from parity.recipe import Recipe
 from parity.record import Record, Side, Verdict, conclude, first_divergence
 from parity.stages.context import Comparison, Context
@@ -94,6 +95,9 @@ def _round(
             verdict, detail = Verdict.ERROR, traceback.format_exc()
     if aside := context.operations_aside:
         result.findings.append(f"bits are not expected to be equal: {aside}")
+    for side, other in (("subject", "reference"), ("reference", "subject")):
+        made_of = context.environments.get(side, {})
+        result.findings += origin(side, cell.stage.name, made_of, cell.names[other])
     reasons = dict.fromkeys(m.why_floor for m in result.metrics if m.why_floor)
     result.findings += [f"held to the noise floor and not to bits: {why}" for why in reasons]
     verdict, reason = (verdict, reason) if verdict else conclude(result.metrics)

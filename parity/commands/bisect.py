@@ -15,6 +15,7 @@ from parity.commands.options import (
     EXIT_NOT_GREEN,
     device_option,
     out_option,
+    part_options,
     profile_option,
     recipe_options,
     timeout_option,
@@ -34,6 +35,7 @@ EXIT_CODES = {"agree": EXIT_GREEN, "agree in part": EXIT_MISSING, "not compared"
 
 @click.command()
 @click.option("--subject", default="mlx", show_default=True, help="The path under question.")
+@part_options
 @click.option(
     "--reference", default="mlx-lm", show_default=True, help="The path it is compared with."
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,27 @@ def recipe_options(command: Any) -> Any:
     ):  # fmt: skip
         command = option(command)
     return command
+
+
+PARTS = ("loader", "wiring", "batching", "loss", "clip", "optimizer")
+
+
+def part_options(command: Command) -> Command:
+    """`--subject-loss my_trainer:loss_fn` and the like: the command takes their words as `swaps`."""
+
+    @functools.wraps(command)
+    def with_swaps(**named: Any) -> Any:
+        given = {part: named.pop(f"subject_{part}") for part in PARTS}
+        swaps = [f"+{part}={spec}" for part, spec in given.items() if spec]
+        return command(**{**named, "subject": named["subject"] + "".join(swaps)})
+
+    wrapped: Any = with_swaps
+    for part in reversed(PARTS):
+        wrapped = click.option(
+            f"--subject-{part}", metavar="MODULE:FUNCTION|PATH",
+            help=f"The subject's {part}: a function of yours, or that of another path.",
+        )(wrapped)  # fmt: skip
+    return wrapped  # type: ignore[no-any-return]
 
 
 seeds_option = click.option(

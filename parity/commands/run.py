@@ -9,6 +9,7 @@ import click
 
 from parity.commands.options import (
     device_option,
+    part_options,
     probes_option,
     profile_option,
     recipe_options,
@@ -22,6 +23,7 @@ from parity.commands.options import (
 @click.option(
     "--subject", default="mlx", show_default=True, metavar="PATH", help="The path under question."
 )
+@part_options
 @click.option("--reference", "references", multiple=True, metavar="PATH",
               help="The path it is compared with; may be repeated.  [default: mlx-lm, hf]")  # fmt: skip
 @seeds_option
@@ -87,6 +89,7 @@ def run(
       parity run --reference hf --device cuda
       parity run --reference hf.bundle
       parity run --subject my_package.trainer:MyPath
+      parity run --subject-loss my_trainer:loss_fn   your loss, all else of path mlx
     """  # noqa: D301
     from parity import recipe as recipes
     from parity import timing

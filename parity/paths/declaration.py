@@ -12,6 +12,7 @@ from parity import recipe as recipes
 from parity.errors import UsageError
 from parity.factors import Knobs
 from parity.paths.contract import METHODS, STAGES
+from parity.paths.parts import ALL
 from parity.paths.protocol import TrainingPath
 from parity.recipe import Recipe
 
@@ -43,7 +44,15 @@ def _wrong(kind: type[TrainingPath]) -> Iterator[str]:
         if not isinstance(value, str) or not value:
             example = "'my-trainer'" if attribute == "name" else "'mlx' or 'torch'"
             yield f"it needs `{attribute}`, a string such as {example}, not {value!r}"
-    for attribute in ("packages", "honours", "hidden", "without_dependencies"):
+    sequences = (
+        "packages",
+        "honours",
+        "hidden",
+        "without_dependencies",
+        "own_parts",
+        "own_factors",
+    )
+    for attribute in sequences:
         value = getattr(kind, attribute)
         if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
             yield f"`{attribute}` is a tuple of strings, not {value!r}"
@@ -67,14 +76,18 @@ def _wrong(kind: type[TrainingPath]) -> Iterator[str]:
     for stage in kind.operations:
         if stage not in STAGES:
             yield f"`operations` names the stage {stage!r}: stages are {', '.join(STAGES)}"
+    for part in kind.own_parts:
+        if part not in ALL:
+            yield f"`own_parts` names {part!r}: parts are {', '.join(ALL)}"
     yield from _wrong_methods(kind)
 
 
 def _wrong_factors(kind: type[TrainingPath]) -> Iterator[str]:
     known = recipes.kind_of(kind.knob_types())().factors()
-    for attribute, names in (("honours", kind.honours), ("fixed", tuple(kind.fixed))):
+    named = {"honours": kind.honours, "own_factors": kind.own_factors, "fixed": tuple(kind.fixed)}
+    for attribute, names in named.items():
         for name in names:
-            section = attribute == "honours" and name.endswith(".")
+            section = attribute != "fixed" and name.endswith(".")
             if name not in known and not (section and any(k.startswith(name) for k in known)):
                 close = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
                 hint = f": did you mean {' or '.join(close)}?" if close else ""

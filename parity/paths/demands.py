@@ -13,9 +13,11 @@ def unmet(kind: type[TrainingPath], recipe: Recipe) -> dict[str, str]:
     """Factors of a recipe that a path does not carry out, each with the reason; empty: no option.
 
     A factor that the path has fixed must have this value. Any other must be honoured, unless it is
-    at a neutral value. What a path refuses by itself (`refused`) comes on top.
+    at a neutral value, or the path's own code decides it: what that does is compared. What a path
+    refuses by itself (`refused`) comes on top.
     """
     honoured = kind.honours + tuple(f"{knobs.section}." for knobs in kind.knob_types())
+    honoured += kind.own_factors
     found = {}
     for name, value in recipe.active().items():
         if name in kind.fixed:

@@ -32,8 +32,19 @@ def compose(
             base.fixed, {part: donor.fixed for part, donor in donors.items()}
         )
         honours: ClassVar[tuple[str, ...]] = tuple(
-            _each(_honoured(base), {part: _honoured(donor) for part, donor in donors.items()})
+            _each(
+                _named(base.honours),
+                {part: _named(donor.honours) for part, donor in donors.items()},
+            )
         )
+        own_factors: ClassVar[tuple[str, ...]] = tuple(
+            _each(
+                _named(base.own_factors),
+                {part: _named(donor.own_factors) for part, donor in donors.items()},
+            )
+        )
+        own_parts: ClassVar[tuple[str, ...]] = base.own_parts
+        takes_parts: ClassVar[tuple[str, ...]] = base.takes_parts
 
         def __init__(self, cache: Path) -> None:
             super().__init__(cache)
@@ -59,9 +70,9 @@ def compose(
     return Hybrid
 
 
-def _honoured(kind: type[TrainingPath]) -> dict[str, None]:
-    """The factors that a path honours, one by one."""
-    return {name: None for name in factor_names() if name.startswith(kind.honours)}
+def _named(prefixes: tuple[str, ...]) -> dict[str, None]:
+    """The factors that begin with one of these, one by one."""
+    return {name: None for name in factor_names() if prefixes and name.startswith(prefixes)}
 
 
 def _each(own: Mapping[str, Any], donors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ of the path named first.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from parity.errors import UsageError
 
@@ -20,6 +21,19 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "optimizer": ("optim.",),
 }
 """What one path can take from another, and the factors that a part honours."""
+ALL = (*PARTS, LOOP)
+COMPARED: Mapping[str, tuple[str, ...]] = {
+    "tokenization": ("loader", "batching"),
+    "supervised_positions": ("batching", "loss"),
+    "logits": ("loader",),
+    "cross_entropy": ("loss",),
+    "lora_init": ("loader", "wiring", LOOP),
+    "gradient": ("loader", "wiring", "loss", LOOP),
+    "optimizer_step": ("clip", "optimizer"),
+    "round_trip": ("loader", "wiring"),
+    "kv_cache": ("loader", "wiring"),
+}
+"""Stage → the parts that what it compares comes from; all of them at the other stages."""
 
 
 def part_of(factor: str) -> str:
@@ -43,6 +57,36 @@ def spec(parts: Mapping[str, str]) -> str:
     """The name of a hybrid of parts from these paths."""
     base = parts[LOOP]
     return "+".join([base, *(f"{p}={parts[p]}" for p in PARTS if parts[p] != base)])
+
+
+AFTERWARDS = {
+    "greedy_decode": "decoding",
+    "kv_cache": "KV cache",
+    "round_trip": "loading of a saved adapter",
+}
+"""Stage → what it uses beside the parts."""
+
+
+def origin(side: str, stage: str, environment: Mapping[str, Any], other: str) -> list[str]:
+    """Whose parts a side was made of, in words; nothing where they are all its own.
+
+    Args:
+        side: `subject` or `reference`.
+        stage: What was compared.
+        environment: As the side's traces have it.
+        other: The path of the other side.
+    """
+    if not (made_of := environment.get("parts")):
+        return []
+    own, others = made_of["own"], made_of["others"]
+    if set(own) == set(ALL):
+        used = AFTERWARDS.get(stage)
+        return [f"the {side}'s {used} is that of path {others}"] if used else []
+    words = f"of the {side} only {', '.join(own)} {'is' if len(own) == 1 else 'are'} its own"
+    words += f", all else is taken from path {others}"
+    if not set(own) & set(COMPARED.get(stage, ALL)):
+        words += f"; none of its own takes part here: this compares {others} with {other}"
+    return [words]
 
 
 def _swap(text: str, whole: str) -> tuple[str, str]:

@@ -44,8 +44,15 @@ class TrainingPath:
     where it is installed, for 2 s and 180 MB of which no MLX path uses anything."""
     patches: ClassVar[bool] = False
     """Whether importing or using it changes functions of libraries that other paths use as well."""
-    swappable: ClassVar[bool] = False
-    """Whether its parts (see `parity.paths.parts`) can stand in another such path, and others in it."""
+    own_parts: ClassVar[tuple[str, ...]] = ()
+    """Parts (see `parity.paths.parts`) that it trains with and can lend to another path."""
+    takes_parts: ClassVar[tuple[str, ...]] = ()
+    """Parts in whose place it trains with those of another path, where it is a hybrid."""
+    stands_on: ClassVar[str] = ""
+    """The path that all parts but `own_parts` are taken from; empty where they are all its own."""
+    own_factors: ClassVar[tuple[str, ...]] = ()
+    """Factors that its own code decides, whatever the recipe has. It is run all the same: what it does
+    is compared with the reference, which carries out the recipe."""
 
     def __init__(self, cache: Path) -> None:
         self.cache = cache

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 from parity.errors import UsageError
 from parity.factors import Knobs
@@ -40,6 +41,15 @@ def resolve(spec: str) -> type[TrainingPath]:
         return _hybrid(spec)
     if "@" in spec:
         return _pinned(spec)
+    return declaration.check(spec, _imported(spec))
+
+
+def _imported(spec: str) -> Any:
+    """What a registered name or `package.module:name` names.
+
+    Raises:
+        UsageError: It is neither, or cannot be imported.
+    """
     known = registered()
     target = known.get(spec, spec)
     module, colon, attribute = target.partition(":")
@@ -51,10 +61,9 @@ def resolve(spec: str) -> type[TrainingPath]:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        return getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as error:  # a module of a user may raise anything
         raise UsageError(f"cannot import path {spec!r}: {type(error).__name__}: {error}") from None
-    return declaration.check(spec, found)
 
 
 def prepare(framework: str) -> None:
@@ -84,21 +93,54 @@ def installed_knobs() -> tuple[type[Knobs], ...]:
     return tuple(found)
 
 
-def swappable(spec: str) -> bool:
-    """Whether the parts of a path can stand in another."""
+def own_parts(spec: str, part: str = "") -> tuple[str, ...]:
+    """The parts of a path, or of what a part is taken from, that can stand in another one."""
     # A release in an environment of its own cannot share a process with anything else.
-    return "@" not in spec and resolve(spec).swappable
+    return () if "@" in spec else (_donor(part, spec) if part else resolve(spec)).own_parts
+
+
+def takes_parts(spec: str) -> tuple[str, ...]:
+    """The parts of a path in whose place those of another one can stand."""
+    return () if "@" in spec else resolve(spec).takes_parts
+
+
+@cache
+def _donor(part: str, spec: str) -> type[TrainingPath]:
+    """The path that a part is taken from; `module:function` is a path of this function alone."""
+    if "@" in spec or ":" not in spec:
+        return resolve(spec)
+    found = _imported(spec)
+    if not callable(found) or (isinstance(found, type) and issubclass(found, TrainingPath)):
+        return resolve(spec)
+    from parity.paths.plugin.parts import FUNCTION, make
+
+    return make({FUNCTION[part]: found}, spec.partition(":")[0], spec)
 
 
 def _hybrid(spec: str) -> type[TrainingPath]:
     sources = parts.sources(spec)
-    if wrong := [path for path in dict.fromkeys(sources.values()) if not swappable(path)]:
-        raise UsageError(
-            f"{spec!r}: the parts of {wrong[0]!r} cannot be swapped, only those on MLX in this "
-            "environment can"
-        )
     base = sources.pop(parts.LOOP)
-    donors = {part: resolve(path) for part, path in sources.items() if path != base}
+    swaps = {part: path for part, path in sources.items() if path != base}
+    donors = {part: _donor(part, path) for part, path in swaps.items()}
+    for path, kind in ((base, resolve(base)), *((swaps[part], donors[part]) for part in swaps)):
+        if "@" in path or not kind.takes_parts:
+            raise UsageError(
+                f"{spec!r}: the parts of {path!r} cannot be swapped, only those on MLX in this "
+                "environment can"
+            )
+    for part, path in swaps.items():
+        if part not in takes_parts(base):
+            raise UsageError(
+                f"{spec!r}: {base!r} sets up its training by itself, another {part} would be left "
+                f"out: write that {part} as a method of its own, which its set-up calls, or declare "
+                "`takes_parts`"
+            )
+        if part not in donors[part].own_parts:
+            raise UsageError(
+                f"{spec!r}: {path!r} has no {part} of its own: what it inherits is not known to be "
+                f"what it trains with; its own parts are "
+                f"{', '.join(donors[part].own_parts) or 'none'}"
+            )
     return compose(spec, resolve(base), donors)
 
 

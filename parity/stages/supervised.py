@@ -50,7 +50,9 @@ class SupervisedPositions:
             )
         ]
         result = Comparison()
-        handed, inputs = batches(known)
+        # A path that is to learn its prompts is not asked what it makes of one.
+        prompts = any(context.recipes[s].mask.prompt for s in ("subject", "reference"))
+        handed, inputs = batches(known, prompts)
         a, b = context.both("supervised_positions", context.recipes, inputs)
         for index, (what, rows) in enumerate(handed):
             differences = [TargetDifference(row) for row in rows]
@@ -188,11 +190,18 @@ def _visits(
     )
 
 
-def batches(known: list[TrainingRow]) -> tuple[list[tuple[str, list[TrainingRow]]], Trace]:
+def batches(
+    known: list[TrainingRow], prompts: bool
+) -> tuple[list[tuple[str, list[TrainingRow]]], Trace]:
     """Three batches made of the recipe's rows: named rows, and inputs of both paths.
 
-    With and without padding behind the longest row; then rows of one token and more, a row cut at
-    the width, and prompts that end anywhere, in padding too.
+    With and without padding behind the longest row; then rows of one token and more, and a row cut at
+    the width.
+
+    Args:
+        known: The training rows.
+        prompts: Whether prompts are masked: then there are rows whose prompt ends anywhere, in padding
+            too.
     """
     own = _distinct(known)[:ROWS]
     long = [token for row in own for token in row.ids]
@@ -202,13 +211,15 @@ def batches(known: list[TrainingRow]) -> tuple[list[tuple[str, list[TrainingRow]
         cut = f"row of {length} tokens" + (f", prompt of {offset}" if offset else "")
         return TrainingRow(tuple(long[:length]), max(offset, 1), cut)
 
-    odd = [part(CUT, 0), part(1, 0), part(2, 0), part(CUT - 1, 0), part(9, 1), part(9, 4)]
-    odd += [part(9, 8), part(9, 9), part(9, 12), part(CUT, 6), part(CUT, CUT)]
+    odd, what = [part(n, 0) for n in (CUT, 1, 2, CUT - 1, 9)], "short and cut rows"
+    if prompts:
+        ends = [(9, 1), (9, 4), (9, 8), (9, 9), (9, 12), (CUT, 6), (CUT, CUT)]
+        odd, what = [*odd, *(part(*end) for end in ends)], "short, cut and masked rows"
     longest = max(len(row.ids) for row in own)
     handed = [
         ("padded rows", own, longest + 1),
         ("rows without padding", own, longest),
-        ("short, cut and masked rows", odd, CUT),
+        (what, odd, CUT),
     ]
     inputs = Trace()
     for index, (_, rows, width) in enumerate(handed):

@@ -19,6 +19,7 @@ import numpy as np
 
 from parity import resources
 from parity.errors import Unsupported
+from parity.paths import parts
 from parity.paths.describe import defaults as defaults_of
 from parity.paths.describe import describe_process, model_key
 from parity.paths.mlx import live as _mlx
@@ -30,6 +31,28 @@ from parity.paths.mlx.traces import given
 from parity.recipe import Recipe
 from parity.timing import LOAD, timed
 from parity.trace import Array, Trace
+
+_WRITTEN_AS = {
+    "loader": ("load",),
+    "wiring": ("wire",),
+    "batching": ("dataset", "iterate"),
+    "loss": ("loss",),
+    "clip": ("clip",),
+    "optimizer": ("optimizer",),
+    parts.LOOP: ("loop",),
+}
+"""The methods of a part."""
+_TRAINS = ("setup", "train")
+_USED_BY = {
+    "loader": ("setup",),
+    "wiring": ("setup", "lora_init"),
+    "batching": ("setup", "tokenization", "batches"),
+    "loss": (*_TRAINS, "gradient", "cross_entropy", "supervised_positions"),
+    "clip": (*_TRAINS, "optimizer_step"),
+    "optimizer": (*_TRAINS, "optimizer_step"),
+    parts.LOOP: ("train",),
+}
+"""The methods that use a part: where one of them is replaced, nobody knows whether it still does."""
 
 
 class MlxPath(MlxStages):
@@ -45,7 +68,23 @@ class MlxPath(MlxStages):
         "train.compile", "train.gradient_checkpointing",
     )  # fmt: skip
     hidden: ClassVar[tuple[str, ...]] = ("torch",)
-    swappable: ClassVar[bool] = True
+    own_parts: ClassVar[tuple[str, ...]] = parts.ALL
+    takes_parts: ClassVar[tuple[str, ...]] = tuple(parts.PARTS)
+
+    def __init_subclass__(cls, **named: Any) -> None:
+        """A part whose method a class replaces is its own.
+
+        A part that it inherits, while it replaces what uses the part, is not known to be what it trains
+        with: it can neither be lent nor replaced, unless the class declares so.
+        """
+        super().__init_subclass__(**named)
+        own = vars(cls)
+        written = {part for part, names in _WRITTEN_AS.items() if own.keys() & set(names)}
+        unsure = {part for part, names in _USED_BY.items() if own.keys() & set(names)} - written
+        if "own_parts" not in own:
+            cls.own_parts = tuple(p for p in parts.ALL if p in {*cls.own_parts, *written} - unsure)
+        if "takes_parts" not in own:
+            cls.takes_parts = tuple(part for part in cls.takes_parts if part not in unsure)
 
     def __init__(self, cache: Path) -> None:
         super().__init__(cache)
@@ -301,7 +340,7 @@ class MlxPath(MlxStages):
         from mlx.utils import tree_map
         from mlx_lm.tuner.trainer import grad_checkpoint
 
-        model, optimizer, parts = setup.model, setup.optimizer, recipe.train.accumulation
+        model, optimizer, count = setup.model, setup.optimizer, recipe.train.accumulation
         if recipe.train.gradient_checkpointing:
             grad_checkpoint(model.layers[0])
         by_token = recipe.train.accumulation_weighting == "token"
@@ -320,8 +359,8 @@ class MlxPath(MlxStages):
                 return loss, tokens, gradient, seen, mx.array(0.0)
             if by_token:
                 gradient = tree_map(lambda g: g / seen, gradient)
-            elif parts > 1:
-                gradient = tree_map(lambda g: g / parts, gradient)
+            elif count > 1:
+                gradient = tree_map(lambda g: g / count, gradient)
             norm = _mlx.gradient_norm(gradient)
             if setup.clip is not None:
                 gradient = setup.clip(gradient)
@@ -333,9 +372,9 @@ class MlxPath(MlxStages):
         for _ in range(recipe.train.steps):
             gradient = seen = None
             losses, counts = [], []
-            for part, (ids, lengths) in enumerate(itertools.islice(batches, parts)):
+            for part, (ids, lengths) in enumerate(itertools.islice(batches, count)):
                 loss, tokens, gradient, seen, norm = step(
-                    ids, lengths, gradient, seen, part == parts - 1
+                    ids, lengths, gradient, seen, part == count - 1
                 )
                 mx.eval(state, loss, tokens, gradient, seen, norm)
                 losses.append(loss.item())

@@ -267,4 +267,6 @@ class MlxStages(RoundTrips):
 
 
 def _unseeded(events: list[tuple[str, Any]]) -> bool:
-    return all(what != "seed" for what, _ in events)
+    """Whether no seed was set before the adapter was drawn."""
+    last = max((at for at, (what, _) in enumerate(events) if what == "draw"), default=len(events))
+    return all(what != "seed" for what, _ in events[:last])

@@ -20,6 +20,7 @@ import numpy as np
 
 from parity.errors import Unsupported
 from parity.names import canonical
+from parity.paths import parts
 from parity.paths.describe import defaults
 from parity.paths.mlx import live as _mlx
 from parity.paths.mlx.kv_cache import kv_cache_trace
@@ -37,6 +38,9 @@ class MlxLmPath(MlxPath):
     """The mlx-lm command line."""
 
     name: ClassVar[str] = "mlx-lm"
+    # The command line calls the same functions as `mlx` does; `setup` puts others in their place.
+    own_parts: ClassVar[tuple[str, ...]] = parts.ALL
+    takes_parts: ClassVar[tuple[str, ...]] = tuple(parts.PARTS)
     fixed: ClassVar[Mapping[str, Any]] = {
         "model.weights": "stored",
         "data.pad_multiple": 32,
@@ -121,12 +125,12 @@ class MlxLmPath(MlxPath):
         reports, _, adapter = self._train(
             recipe, inputs.group("adapter"), given(inputs, recipe), False, trace, norms
         )
-        parts = recipe.train.accumulation
+        each = recipe.train.accumulation
         losses = np.asarray([r["train_loss"] for r in reports], np.float64)
         tokens = np.diff([0, *(r["trained_tokens"] for r in reports)])
-        trace.arrays["loss"] = losses.reshape(-1, parts).mean(axis=1)
-        trace.arrays["gradient_norm"] = np.asarray(norms[parts - 1 :: parts])
-        trace.arrays["tokens"] = tokens.reshape(-1, parts).sum(axis=1)
+        trace.arrays["loss"] = losses.reshape(-1, each).mean(axis=1)
+        trace.arrays["gradient_norm"] = np.asarray(norms[each - 1 :: each])
+        trace.arrays["tokens"] = tokens.reshape(-1, each).sum(axis=1)
         return trace.with_group("adapter", adapter)
 
     @contextlib.contextmanager

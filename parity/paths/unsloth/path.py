@@ -19,6 +19,7 @@ import numpy as np
 
 from parity import resources
 from parity.errors import Unsupported
+from parity.paths import parts
 from parity.paths.measured import seed_facts
 from parity.paths.mlx import live as _mlx
 from parity.paths.mlx import modules as _mlx_modules
@@ -62,6 +63,8 @@ class UnslothPath(MlxPath):
         "optim.momentum": 0.0,
         "train.accumulation_weighting": "token",
     }
+    own_parts: ClassVar[tuple[str, ...]] = parts.ALL
+    takes_parts: ClassVar[tuple[str, ...]] = tuple(parts.PARTS)
     knobs: ClassVar[type[UnslothKnobs]] = UnslothKnobs
     patches: ClassVar[bool] = True  # its loader changes functions of mlx-lm and of transformers
 

@@ -1,0 +1,1 @@
+"""Paths made of functions: what `parity.plugin` offers."""
