@@ -13,7 +13,13 @@ from parity.commands.adapter import adapter
 from parity.commands.bisect import bisect
 from parity.commands.cache import cache
 from parity.commands.capture import capture
-from parity.commands.options import EXIT_GREEN, EXIT_MISSING, EXIT_USAGE
+from parity.commands.options import (
+    EXIT_GREEN,
+    EXIT_MISSING,
+    EXIT_STOPPED,
+    EXIT_USAGE,
+    end_at_once,
+)
 from parity.commands.replay import replay
 from parity.commands.report import report
 from parity.commands.run import run
@@ -23,6 +29,8 @@ from parity.errors import CaptureError, UnmatchedNames, Unsupported, UsageError
 
 class Group(click.Group):
     """Shows errors without a traceback: wrong use in one line, a failed capture with its detail.
+
+    Ctrl-C ends any command with exit code 130.
 
     Other exceptions are bugs and keep their traceback.
     """
@@ -36,13 +44,25 @@ class Group(click.Group):
         except (CaptureError, UnmatchedNames) as error:
             lines = [str(error), getattr(error, "detail", "").rstrip(), f"reproduce: {_command()}"]
             _exit(EXIT_MISSING, *filter(None, lines))
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            inner = error.ctx.command_path if error.ctx else context.command_path
+            _exit(EXIT_USAGE, f"{_one_line(error.format_message())} (see `{inner} --help`)")
         except BrokenPipeError:
             sys.exit(EXIT_GREEN)
+        except KeyboardInterrupt:
+            click.echo(f"stopped; to start again: {_command()}", err=True)
+            end_at_once(EXIT_STOPPED)
 
 
 def _exit(code: int, *lines: str) -> NoReturn:
     click.echo("parity: " + "\n".join(lines), err=True)
     sys.exit(code)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _command() -> str:
@@ -63,7 +83,7 @@ Examples:
   parity list                                  paths, probes, models, data, recipes
 \b
 Exit codes: 0 everything green, 1 something diverges or is inconclusive,
-2 wrong use, 3 cells missing or in error, or records damaged.
+2 wrong use, 3 cells missing or in error, or records damaged, 130 stopped by Ctrl-C.
 \b
 A path is one implementation of LoRA fine-tuning; a probe is a numbered
 question about one stage. `parity COMMAND --help` has examples.
