@@ -83,7 +83,8 @@ Examples:
   parity list                                  paths, probes, models, data, recipes
 \b
 Exit codes: 0 everything green, 1 something diverges or is inconclusive,
-2 wrong use, 3 cells missing or in error, or records damaged, 130 stopped by Ctrl-C.
+2 wrong use, 3 cells missing or in error, records damaged, or nothing was
+compared (all skipped: the reason says what to install), 130 stopped by Ctrl-C.
 \b
 A path is one implementation of LoRA fine-tuning; a probe is a numbered
 question about one stage. `parity COMMAND --help` has examples.
