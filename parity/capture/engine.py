@@ -320,18 +320,37 @@ def check_run(subject: str, references: Iterable[str], recipe: Recipe) -> None:
                 f"by itself, parity capture {found.path}"
             )
     for spec in sorted(live):
-        if missing := _missing(spec):
-            raise UsageError(
-                f"path {spec!r} needs {', '.join(missing)}, not installed here: "
-                f"{install(resolve(spec), missing)}; or "
-                f"capture where it is (parity capture {spec} --out {Path(spec).stem}.bundle)"
-            )
+        _check_installed(spec)
     storage.check_writable(resources.cache())
     if live:  # who only judges needs neither model nor data
         check(live, recipe)
         for spec in sorted(bundled):
             opened(spec).check_files(recipe)
     _check_decode(recipe)
+
+
+def check_fitness(spec: str) -> None:
+    """The same for what looks at one path, which has its own recipe.
+
+    Raises:
+        UsageError: An unknown path, a bundle, missing packages, a cache that cannot be written.
+    """
+    if is_bundle(spec):
+        raise UsageError(
+            f"{spec} is a bundle, which can only answer what it was asked: give a path"
+        )
+    resolve(spec)
+    _check_installed(spec)
+    storage.check_writable(resources.cache())
+
+
+def _check_installed(spec: str) -> None:
+    if missing := _missing(spec):
+        raise UsageError(
+            f"path {spec!r} needs {', '.join(missing)}, not installed here: "
+            f"{install(resolve(spec), missing)}; or "
+            f"capture where it is (parity capture {spec} --out {Path(spec).stem}.bundle)"
+        )
 
 
 def _check_decode(recipe: Recipe) -> None:
