@@ -10,11 +10,18 @@ import click
 
 from parity import __version__
 from parity.commands.adapter import adapter
+from parity.commands.audit import audit
 from parity.commands.bisect import bisect
 from parity.commands.cache import cache
 from parity.commands.capture import capture
 from parity.commands.merge import merge
-from parity.commands.options import EXIT_GREEN, EXIT_MISSING, EXIT_USAGE
+from parity.commands.options import (
+    EXIT_GREEN,
+    EXIT_MISSING,
+    EXIT_STOPPED,
+    EXIT_USAGE,
+    end_at_once,
+)
 from parity.commands.replay import replay
 from parity.commands.report import report
 from parity.commands.run import run
@@ -24,6 +31,8 @@ from parity.errors import CaptureError, UnmatchedNames, Unsupported, UsageError
 
 class Group(click.Group):
     """Shows errors without a traceback: wrong use in one line, a failed capture with its detail.
+
+    Ctrl-C ends any command with exit code 130.
 
     Other exceptions are bugs and keep their traceback.
     """
@@ -37,13 +46,25 @@ class Group(click.Group):
         except (CaptureError, UnmatchedNames) as error:
             lines = [str(error), getattr(error, "detail", "").rstrip(), f"reproduce: {_command()}"]
             _exit(EXIT_MISSING, *filter(None, lines))
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            inner = error.ctx.command_path if error.ctx else context.command_path
+            _exit(EXIT_USAGE, f"{_one_line(error.format_message())} (see `{inner} --help`)")
         except BrokenPipeError:
             sys.exit(EXIT_GREEN)
+        except KeyboardInterrupt:
+            click.echo(f"stopped; to start again: {_command()}", err=True)
+            end_at_once(EXIT_STOPPED)
 
 
 def _exit(code: int, *lines: str) -> NoReturn:
     click.echo("parity: " + "\n".join(lines), err=True)
     sys.exit(code)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _command() -> str:
@@ -57,6 +78,7 @@ Examples:
   parity run --probes 02,05 --set model.source=smollm2-135m
   parity run --subject my_trainer:Path         a trainer of your own
   parity bisect --reference hf --shipped       what makes two stacks differ
+  parity audit my_trainer:Path                 knobs without effect, or with another
   parity replay                                known cases with known causes
   parity report reports/run-1                  the report of a folder of records
   parity merge shards/* --out whole            the runs of several machines as one
@@ -65,7 +87,8 @@ Examples:
   parity list                                  paths, probes, models, data, recipes
 \b
 Exit codes: 0 everything green, 1 something diverges or is inconclusive,
-2 wrong use, 3 cells missing or in error, or records damaged.
+2 wrong use, 3 cells missing or in error, records damaged, or nothing was
+compared (all skipped: the reason says what to install), 130 stopped by Ctrl-C.
 \b
 A path is one implementation of LoRA fine-tuning; a probe is a numbered
 question about one stage. `parity COMMAND --help` has examples.
@@ -79,7 +102,7 @@ def main() -> None:
 
 
 commands = (
-    run, bisect, replay, report, merge, capture, adapter, cache, list_, factors, contract, new_path,
+    run, bisect, audit, replay, report, merge, capture, adapter, cache, list_, factors, contract, new_path,
 )  # fmt: skip
 for command in commands:
     main.add_command(command)

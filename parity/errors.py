@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class UsageError(Exception):
     """Wrong use: the message names the offending value and says how to fix it (exit code 2)."""
@@ -33,3 +36,9 @@ class UnmatchedNames(Exception):
 
 class WrongChannel(Exception):
     """What was read from a run is not what it was read for: an error, whatever it would agree with."""
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """`did you mean 'mlx-lm'? ` where a name is close to a known one; else empty."""
+    found = difflib.get_close_matches(name, [*known], n=1, cutoff=0.6)
+    return f"did you mean {found[0]!r}? " if found else ""

@@ -111,10 +111,10 @@ class Lora(FactorGroup):
             raise ValueError("give either alpha or scale, not both")
         rest = {key: value for key, value in data.items() if key != "alpha"}
         alpha, rank = data["alpha"], data.get("rank", cls.model_fields["rank"].default)
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            return rest  # the rank itself is refused
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
             raise ValueError(f"alpha must be a number, not {alpha!r}")
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank must be a positive integer, not {rank!r}")
         return {**rest, "scale": alpha / rank}
 
     @model_validator(mode="after")

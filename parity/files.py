@@ -27,6 +27,16 @@ def write_atomically(file: Path, content: bytes) -> None:
         raise
 
 
+def unwritable(folder: Path) -> str:
+    """Why nothing can be written below a folder, there or still to be made; empty if it can."""
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        return f"{nearest} is a file"
+    if os.access(nearest, os.W_OK | os.X_OK):
+        return ""
+    return f"{nearest} cannot be written"
+
+
 def dumps(value: Any, **options: Any) -> str:
     """JSON for this package alone: `loads` gives back exactly the same numbers.
 

@@ -32,7 +32,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="path it is compared with (mlx-lm and hf)",
     )
-    group.addoption("--seeds", default="3", help="how many seeds, or the seeds: 3407,0,1 (3)")
+    group.addoption(
+        "--seeds", default="3", help="how many seeds, or the seeds: 3407,0,1 or 99, (3)"
+    )
     group.addoption("--recipe", default="default", help="recipe of the fixtures or TOML file")
     group.addoption(
         "--factor", action="append", default=[], help="FACTOR=VALUE, like parity run --set"

@@ -206,7 +206,10 @@ def _explain(error: ValidationError, kind: type[Recipe]) -> str:
             lines.append(_unknown(name, kind))
         else:
             message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{name}: {message[:1].lower()}{message[1:]}, got {item['input']!r}")
+            # What is wrong in a whole section is named in the message.
+            whole = item["type"] == "value_error" and isinstance(item["input"], Mapping)
+            got = "" if whole else f", got {item['input']!r}"
+            lines.append(f"{name}: {message[:1].lower()}{message[1:]}{got}")
     return "\n".join(lines)
 
 

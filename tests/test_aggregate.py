@@ -117,8 +117,8 @@ def screen(records: list[Record], width: int = 80, encoding: str = "utf-8") -> s
         (["identical", "inconclusive"], "inconclusive", 1),
         (["identical", "inconclusive", "diverge"], "diverge", 1),
         (["diverge", "error"], "error", 3),
-        (["skip", "skip"], "inconclusive", 1),
-        ([], "inconclusive", 1),
+        (["skip", "skip"], "inconclusive", 3),
+        ([], "inconclusive", 3),
     ],
 )
 def test_the_worst_cell_decides(verdicts: list[str], verdict: str, code: int) -> None:
@@ -129,7 +129,7 @@ def test_the_worst_cell_decides(verdicts: list[str], verdict: str, code: int) ->
 @pytest.mark.parametrize("records", [[], [record(4, 0, "skip"), record(5, 0, "skip")]])
 def test_where_nothing_was_compared_nothing_is_green(records: list[Record]) -> None:
     found = aggregate(records)
-    assert found.exit_code == 1
+    assert found.exit_code == 3
     for text in (found.reason, markdown.render(found), html.render(found), screen(records)):
         assert "nothing was compared" in text.lower()
 

@@ -26,6 +26,7 @@ from parity.errors import CaptureError, UsageError
 from parity.factors import Knobs
 from parity.paths import registry
 from parity.paths.contract import METHODS
+from parity.paths.protocol import TrainingPath
 from parity.paths.registry import registered, resolve
 from parity.recipe import Recipe, kind_of
 from parity.trace import Trace
@@ -78,6 +79,7 @@ class Engine:
         self.timeout = timeout
         self.log_dir = log_dir or self.cache / "logs"
         self.notice = notice or (lambda _: None)
+        storage.check_writable(self.cache)
         self._use = contextlib.ExitStack()
         self._use.enter_context(storage.in_use(self.cache))
         self.captured = 0  # captures that were run, not found in the cache
@@ -105,8 +107,17 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and not issubclass(kind, Exception):
+            self.stop()
+        else:
+            self.close()
+
+    def stop(self) -> None:
+        """Ends all workers at once, also those at work (Ctrl-C); what they were doing is lost."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._pool.stop()
+        self._use.close()
 
     def close(self) -> None:
         """Ends all workers."""
@@ -290,8 +301,9 @@ def check(specs: Iterable[str], recipe: Recipe) -> None:
         if is_bundle(spec):
             raise UsageError(f"{spec}: a search runs both paths again and again: give paths")
         resolve(spec)
-    resources.model_dir(recipe.model.source)
-    resources.data_dir(recipe.data.source)
+    storage.check_writable(resources.cache())
+    resources.check_model(recipe.model.source)
+    resources.check_data(recipe.data.source)
     _check_decode(recipe)
 
 
@@ -319,11 +331,8 @@ def check_run(subject: str, references: Iterable[str], recipe: Recipe) -> None:
                 f"by itself, parity capture {found.path}"
             )
     for spec in sorted(live):
-        if missing := _missing(spec):
-            raise UsageError(
-                f"path {spec!r} needs {', '.join(missing)}, not installed here: install it, or "
-                f"capture where it is (parity capture {spec} --out {Path(spec).stem}.bundle)"
-            )
+        _check_installed(spec)
+    storage.check_writable(resources.cache())
     if live:  # who only judges needs neither model nor data
         check(live, recipe)
         for spec in sorted(bundled):
@@ -331,9 +340,42 @@ def check_run(subject: str, references: Iterable[str], recipe: Recipe) -> None:
     _check_decode(recipe)
 
 
+def check_fitness(spec: str) -> None:
+    """The same for what looks at one path, which has its own recipe.
+
+    Raises:
+        UsageError: An unknown path, a bundle, missing packages, a cache that cannot be written.
+    """
+    if is_bundle(spec):
+        raise UsageError(
+            f"{spec} is a bundle, which can only answer what it was asked: give a path"
+        )
+    resolve(spec)
+    _check_installed(spec)
+    storage.check_writable(resources.cache())
+
+
+def _check_installed(spec: str) -> None:
+    if missing := _missing(spec):
+        raise UsageError(
+            f"path {spec!r} needs {', '.join(missing)}, not installed here: "
+            f"{install(resolve(spec), missing)}; or "
+            f"capture where it is (parity capture {spec} --out {Path(spec).stem}.bundle)"
+        )
+
+
 def _check_decode(recipe: Recipe) -> None:
     if not recipe.decode.expected.strip():
         raise UsageError("decode.expected is blank: give the completion that should come")
+
+
+def install(kind: type[TrainingPath], packages: Iterable[str]) -> str:
+    """The command that installs packages of a path."""
+    alone = [package for package in packages if package in kind.without_dependencies]
+    rest = [package for package in packages if package not in alone]
+    lines = [f"pip install {' '.join(rest)}"] if rest else []
+    lines += [f"pip install --no-deps {' '.join(alone)}"] if alone else []
+    return " && ".join(lines)
 
 
 def _missing(spec: str) -> list[str]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from parity.capture.footprint import in_words
 from parity.capture.worker import Worker
+from parity.errors import CaptureError
 from parity.paths.protocol import TrainingPath
 
 OWN = __name__.partition(".")[0]
@@ -83,6 +84,8 @@ class Pool:
         self._busy, self._alive = busy, alive
         self._idle: list[Worker] = []  # the one used last comes last
         self._lent: Counter[Group] = Counter()
+        self._working: list[Worker] = []
+        self._stopped = False
         self._alone: dict[str, str] = {}
         self._started = 0
         self._returned = threading.Condition()
@@ -98,8 +101,18 @@ class Pool:
         """
         group = group_of(spec, kind, python, spec in self._alone)
         worker = self._take(spec, group)
+        with self._returned:
+            self._working.append(worker)
         try:
+            if self._stopped:
+                worker.kill()
+            self._refuse_if_stopped()
             yield worker
+        except Exception:
+            raise
+        except BaseException:  # its answer will never be read
+            worker.kill()
+            raise
         finally:
             self._give_back(spec, worker)
 
@@ -112,10 +125,23 @@ class Pool:
         for worker in ended:
             worker.close()
 
+    def stop(self) -> None:
+        """Kills all workers, also those at work; whoever waits for one or asks for another gets an error."""
+        with self._returned:
+            self._stopped = True
+            for worker in (*self._idle, *self._working):
+                worker.kill()
+            self._returned.notify_all()
+
+    def _refuse_if_stopped(self) -> None:
+        if self._stopped:
+            raise CaptureError("stopped before it was captured")
+
     def _take(self, spec: str, group: Group) -> Worker:
         ended: list[Worker] = []
         with self._returned:
             while True:
+                self._refuse_if_stopped()
                 mine = [worker for worker in self._idle if worker.group == group]
                 # The one that served this path last still has its model.
                 mine.sort(key=lambda worker: worker.spec == spec)
@@ -149,6 +175,7 @@ class Pool:
         ended: list[Worker] = []
         with self._returned:
             self._lent[worker.group] -= 1
+            self._working.remove(worker)
             if worker.changed and not worker.group.alone:
                 # The call itself was served by a process that nobody had changed.
                 self._alone[spec] = in_words(worker.changed)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 from filelock import FileLock, Timeout
 
 from parity.errors import UsageError
+from parity.files import unwritable
 
 VARIABLE, DEFAULT = "PARITY_CACHE_LIMIT", "20GB"
 LIVE, CAPTURES, MANIFESTS, LOGS = "live", "captures", "loaded", "logs"
@@ -105,6 +106,18 @@ def shown(size: float) -> str:
         if size >= 0.9995 * _UNITS[unit]:
             return f"{size / _UNITS[unit]:.3g} {unit}"
     return f"{size:.0f} B"
+
+
+def check_writable(cache: Path) -> None:
+    """Finds a cache that captures cannot be kept in.
+
+    Raises:
+        UsageError: With the reason.
+    """
+    if why := unwritable(cache):
+        raise UsageError(
+            f"the cache {cache}: {why}: set PARITY_CACHE to a folder that can be written"
+        )
 
 
 @contextlib.contextmanager

@@ -51,10 +51,8 @@ class Matrix:
 def parse_seeds(text: str) -> tuple[int, ...]:
     """`3` means the first three of `SEEDS`; `3407,0` names seeds, and so does `5,` with its comma.
 
-    A single number up to 15 is a count, a greater one is a seed.
-
     Raises:
-        UsageError: Not numbers, none, or the same one twice.
+        UsageError: Not numbers, none, the same one twice, or a single one that is no count.
     """
     try:
         numbers = [int(part) for part in text.removesuffix(",").split(",")]
@@ -64,8 +62,13 @@ def parse_seeds(text: str) -> tuple[int, ...]:
         ) from None
     if any(number < 0 or number >= 2**32 for number in numbers):
         raise UsageError(f"--seeds {text!r}: seeds lie between 0 and 2**32 - 1")
-    if text.isdigit() and 0 < numbers[0] <= len(SEEDS):
-        return SEEDS[: numbers[0]]
+    if "," not in text:
+        if 0 < numbers[0] <= len(SEEDS):
+            return SEEDS[: numbers[0]]
+        raise UsageError(
+            f"--seeds {text}: a single number is a count, from 1 to {len(SEEDS)}; "
+            f"for the seed {numbers[0]} write --seeds {numbers[0]},"
+        )
     if len(set(numbers)) < len(numbers):
         raise UsageError(f"--seeds {text!r}: a seed stands twice")
     return tuple(numbers)

@@ -310,6 +310,7 @@ def run_matrix(
     folder: Path,
     jobs: int,
     done: Callable[[Record], None],
+    finished: list[Record] | None = None,
 ) -> list[Record]:
     """Runs every cell; each record is on disk before the next is reported.
 
@@ -319,6 +320,7 @@ def run_matrix(
         folder: Takes `records/`.
         jobs: Cells under way at once. Captures of one path queue at its one process.
         done: Called with each finished record.
+        finished: Takes each finished record, for whoever stops the run.
 
     Returns:
         Records in the order of the cells.
@@ -335,6 +337,8 @@ def run_matrix(
             with timing.span(timing.WRITE, record.name):
                 record.save(folder / "records")
             records[futures[future]] = record
+            if finished is not None:
+                finished.append(record)
             done(record)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

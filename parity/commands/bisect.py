@@ -13,7 +13,9 @@ from parity.commands.options import (
     EXIT_GREEN,
     EXIT_MISSING,
     EXIT_NOT_GREEN,
+    EXIT_STOPPED,
     device_option,
+    end_at_once,
     out_option,
     part_options,
     profile_option,
@@ -24,6 +26,7 @@ from parity.commands.options import (
 
 if TYPE_CHECKING:
     from parity.capture.engine import Engine
+    from parity.capture.environments import Range
     from parity.cells.cell import Cell
     from parity.recipe import Recipe
     from parity.report.search_progress import Display
@@ -133,7 +136,7 @@ def bisect(
             verdict = _search(shared, changes, held, recipe, out, **options)
     except KeyboardInterrupt:
         click.echo("stopped; run the same command again to continue", err=True)
-        sys.exit(130)
+        end_at_once(EXIT_STOPPED)
     write_profile(out)
     sys.exit(EXIT_CODES.get(verdict, EXIT_NOT_GREEN))
 
@@ -157,10 +160,13 @@ def _search(
         report = check.report(command, shared, changes, max(2, repeats), Lines().watch, timeout)
     else:
         find_wrong_use([subject, reference], shared)
+        spans = _ranges(
+            versions.pop("package"), versions["repo"], versions["good"], versions["bad"]
+        )
         with Engine(timeout=timeout, log_dir=out / "logs") as engine, shown() as display:
-            if versions["package"] or versions["repo"]:
+            if spans or versions["repo"]:
                 cell = _cell(subject, reference, shared, changes, origin, versions.pop("probe"))
-                return _versions(engine, cell, out, display, **versions)
+                return _versions(engine, cell, out, display, spans=spans, **versions)
             if as_shipped:
                 shared, own = shipped(engine, subject, reference, shared)
                 changes = {**own, **changes}
@@ -184,25 +190,34 @@ def _cell(
     return Cell(find(probe), subject, reference, shared, sides, origin)
 
 
+def _ranges(
+    package: str | None, repo: Path | None, good: str | None, bad: str | None
+) -> list[Range]:
+    """The releases of --package; finds wrong use of it and of --repo before any work."""
+    from parity.capture.environments import parse_range
+    from parity.errors import UsageError
+
+    if repo and not package and not (good and bad):
+        raise UsageError("--repo needs --good REVISION and --bad REVISION")
+    return [parse_range(part) for part in package.split(",")] if package else []
+
+
 def _versions(
-    engine: Engine, cell: Cell, out: Path, display: Display, *, package: str | None, repo: Path | None,
-    good: str | None, bad: str | None, side: str,
+    engine: Engine, cell: Cell, out: Path, display: Display, *, spans: list[Range],
+    repo: Path | None, good: str | None, bad: str | None, side: str,
 ) -> str:  # fmt: skip
     """Searches releases or commits; prints a sentence for each change."""
     from parity.bisect.versions import VersionSearch
-    from parity.capture.environments import parse_range
-    from parity.errors import UsageError
     from parity.report.search_files import save_versions
 
     bisection = VersionSearch(
         engine, cell, side, ledger=out / "versions.json", progress=display.progress
     )
-    if package:
-        found = bisection.each(*[parse_range(part) for part in package.split(",")])
-    elif repo and good and bad:
-        found = [bisection.commit(repo, good, bad)]
+    if spans:
+        found = bisection.each(*spans)
     else:
-        raise UsageError("--repo needs --good REVISION and --bad REVISION")
+        assert repo and good and bad
+        found = [bisection.commit(repo, good, bad)]
     for change in found:
         click.echo(change.sentence())
         if change.runs:

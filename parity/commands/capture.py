@@ -9,6 +9,7 @@ import click
 
 from parity.commands.options import (
     EXIT_MISSING,
+    OUT_FILE,
     device_option,
     probes_option,
     recipe_options,
@@ -26,7 +27,7 @@ from parity.errors import CaptureError, UsageError
 @seeds_option
 @probes_option
 @recipe_options
-@click.option("--out", required=True, type=click.Path(path_type=Path, dir_okay=False),
+@click.option("--out", required=True, type=OUT_FILE,
               help="The bundle, a file whose name ends in .bundle.")  # fmt: skip
 @device_option
 @timeout_option

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-EXIT_GREEN, EXIT_NOT_GREEN, EXIT_USAGE, EXIT_MISSING = 0, 1, 2, 3
+EXIT_GREEN, EXIT_NOT_GREEN, EXIT_USAGE, EXIT_MISSING, EXIT_STOPPED = 0, 1, 2, 3, 130
+
+
+def end_at_once(code: int) -> NoReturn:
+    """Ends the process, also where a thread waits for another process's lock or an installation."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if threading.active_count() > 1:
+        os._exit(code)
+    sys.exit(code)
 
 
 def recipe_options(command: Any) -> Any:
@@ -53,7 +65,7 @@ seeds_option = click.option(
     default="3",
     show_default=True,
     metavar="N|LIST",
-    help="How many seeds (up to 15), or the seeds themselves: 3407,0,1.",
+    help="How many seeds (1 to 15), or the seeds themselves with a comma: 3407,0,1 or 99,",
 )
 
 probes_option = click.option(
@@ -117,13 +129,31 @@ def write_profile(folder: Path) -> None:
     click.echo("wrote " + ", ".join(map(str, files)), err=True)
 
 
+class OutPath(click.Path):
+    """A file or folder that a command makes; that it can be made is seen before any work."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, context: click.Context | None
+    ) -> Any:
+        """Checks the nearest folder that is there."""
+        from parity.files import unwritable
+
+        found = Path(os.fsdecode(super().convert(value, param, context)))
+        if why := unwritable(found if self.dir_okay else found.parent):
+            self.fail(f"{why}: give another place.", param, context)
+        return found
+
+
+OUT_FOLDER, OUT_FILE = OutPath(file_okay=False), OutPath(dir_okay=False)
+
+
 def out_option(folder: str) -> Callable[[Command], Command]:
     """`--out`, the folder of the result."""
     return click.option(
         "--out",
         default=Path(folder),
         show_default=True,
-        type=click.Path(path_type=Path, file_okay=False),
+        type=OUT_FOLDER,
         help="Folder of the result.",
     )
 

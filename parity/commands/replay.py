@@ -12,6 +12,8 @@ from parity.commands.options import (
     EXIT_GREEN,
     EXIT_MISSING,
     EXIT_NOT_GREEN,
+    EXIT_STOPPED,
+    end_at_once,
     out_option,
     timeout_option,
 )
@@ -51,7 +53,7 @@ def replay(names: tuple[str, ...], listing: bool, out: Path, timeout: float) -> 
         outcomes = _play(chosen, out, timeout)
     except KeyboardInterrupt:
         click.echo("stopped; run the same command again to continue", err=True)
-        sys.exit(130)
+        end_at_once(EXIT_STOPPED)
     statuses = [str(outcome.status) for outcome in outcomes]
     click.echo(f"{statuses.count('as expected')} of {len(outcomes)} scenarios came out as expected")
     if "not as expected" in statuses:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from parity.commands.options import (
+    EXIT_STOPPED,
+    OUT_FOLDER,
     device_option,
+    end_at_once,
     part_options,
     probes_option,
     profile_option,
@@ -17,6 +22,9 @@ from parity.commands.options import (
     timeout_option,
     write_profile,
 )
+
+if TYPE_CHECKING:
+    from parity.record import Record
 
 
 @click.command()
@@ -40,7 +48,7 @@ from parity.commands.options import (
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=OUT_FOLDER,
     help="Folder of the run.  [default: reports/run-…]",
 )
 @click.option(
@@ -76,8 +84,8 @@ def run(
     A PATH may be a bundle, the file in which `parity capture` keeps what a path gives: it stands in
     for the path where that cannot run.
 
-    Captures are cached by content: what was finished before an interruption is not run again. The
-    exit code is 0 if every verdict is green.
+    Captures are cached by content: what was finished before an interruption is not run again. Ctrl-C
+    ends a run with a report of what is finished. The exit code is 0 if every verdict is green.
 
     \b
     Examples:
@@ -129,17 +137,22 @@ def run(
     plan = Plan.of(matrix.cells())
     write_plan(plan, folder)
     expectations.keep(known, folder)
-    with (
-        progress.shown(len(matrix.cells())) as (done, notice),
-        engines.Engine(timeout=timeout, log_dir=folder / "logs", notice=notice) as engine,
-    ):
-        records = run_matrix(matrix, engine, folder, jobs, done)
+    finished: list[Record] = []
+    stopped = False
+    try:
+        with (
+            progress.shown(len(matrix.cells())) as (done, notice),
+            engines.Engine(timeout=timeout, log_dir=folder / "logs", notice=notice) as engine,
+        ):
+            records = run_matrix(matrix, engine, folder, jobs, done, finished)
+    except KeyboardInterrupt:
+        records, stopped = finished, True
     records = [expectations.mark(record, known) for record in records]
     for record in records:
         if record.expected:
             record.save(folder / "records")
     with timing.span(timing.WRITE, "cache"):
-        pruned = storage.keep_below(engine.cache, most) if engine.captured else ""
+        pruned = storage.keep_below(engine.cache, most) if engine.captured and not stopped else ""
     if pruned:
         click.echo(pruned, err=True)
     with timing.span(timing.COMPARE, "all records together"):
@@ -150,4 +163,12 @@ def run(
         terminal.render(result, terminal.console())
     click.echo("wrote " + ", ".join(str(file) for file in files if file.suffix in (".md", ".html")))
     write_profile(folder)
+    if stopped:
+        words = sys.argv[1:] if out else [*sys.argv[1:], "--out", str(folder)]
+        click.echo(
+            f"stopped: {len(records)} of {len(matrix.cells())} cells are finished; "
+            f"to go on: {shlex.join(['parity', *words])}",
+            err=True,
+        )
+        end_at_once(EXIT_STOPPED)
     sys.exit(result.exit_code)

@@ -57,7 +57,7 @@ def _wrong(kind: type[TrainingPath]) -> Iterator[str]:
         if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
             yield f"`{attribute}` is a tuple of strings, not {value!r}"
             return
-    for attribute in ("fixed", "operations"):
+    for attribute in ("fixed", "operations", "documented"):
         if not isinstance(value := getattr(kind, attribute), Mapping):
             yield f"`{attribute}` is a mapping, not {value!r}"
             return

@@ -33,6 +33,8 @@ class TrainingPath:
     """Factors that it carries out at any value, or refuses by itself; `lora.` is all of a section."""
     fixed: ClassVar[Mapping[str, Any]] = {}
     """Factors that it has no option for, with the one value that it always has."""
+    documented: ClassVar[Mapping[str, Any]] = {}
+    """Factor to the default that its documentation gives, for `parity audit`."""
     knobs: ClassVar[type[Knobs] | None] = None
     """Factors that only it has; it honours all of them."""
     release: ClassVar[str] = ""

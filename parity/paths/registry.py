@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
+import traceback
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from parity.errors import UsageError
+from parity.errors import UsageError, closest
 from parity.factors import Knobs
 from parity.paths import declaration, parts
 from parity.paths.hybrid import compose
@@ -55,7 +56,8 @@ def _imported(spec: str) -> Any:
     module, colon, attribute = target.partition(":")
     if not colon or not module or not attribute:
         raise UsageError(
-            f"unknown path {spec!r}: give one of {', '.join(sorted(known))} or package.module:Class"
+            f"unknown path {spec!r}: {closest(spec, known)}give one of {', '.join(sorted(known))} "
+            "or package.module:Class"
         )
     # A trainer of one's own lies where the command is run, not where this package is installed.
     if str(Path.cwd()) not in sys.path:
@@ -63,7 +65,17 @@ def _imported(spec: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as error:  # a module of a user may raise anything
-        raise UsageError(f"cannot import path {spec!r}: {type(error).__name__}: {error}") from None
+        raise UsageError(f"cannot import path {spec!r}: {_in_one_line(error)}") from None
+
+
+def _in_one_line(error: BaseException) -> str:
+    """Kind and message of an error, and the line of a user's file that raised it."""
+    found = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.lineno]
+    last = frames[-1].filename if frames else __file__
+    if last == __file__ or "importlib" in last:  # there is no such module, or no such name in it
+        return found
+    return f"{found} ({last}, line {frames[-1].lineno})"
 
 
 def prepare(framework: str) -> None:

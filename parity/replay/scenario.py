@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from parity import recipe as recipes
 from parity import resources
-from parity.errors import UsageError
+from parity.errors import UsageError, closest
 from parity.factors import Knobs
 from parity.paths.parts import LOOP, PARTS
 from parity.paths.registry import knobs
@@ -146,7 +146,8 @@ def load(source: str) -> Scenario:
         file = Path(source)
     if not file.is_file():
         raise UsageError(
-            f"no scenario {source!r}: give a file ending in .toml or one of {', '.join(names())}"
+            f"no scenario {source!r}: {closest(source, names())}give a file ending in .toml "
+            "or a name that `parity replay --list` shows"
         )
     try:
         data = tomllib.loads(file.read_text(encoding="utf-8"))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from parity.errors import UsageError
+from parity.errors import UsageError, closest
 from parity.resources import smollm2
 from parity.resources.folders import cache, fixtures, names, probes
 
@@ -17,6 +19,8 @@ EXTRA_MODELS = smollm2.NAMES
 __all__ = [
     "EXTRA_MODELS",
     "cache",
+    "check_data",
+    "check_model",
     "data_dir",
     "exported",
     "fingerprint",
@@ -63,6 +67,35 @@ def data_dir(source: str) -> Path:
     return folder
 
 
+CHECKED = 1000  # rows that are read before any work; data may be larger than memory
+
+
+def check_data(source: str) -> None:
+    """Finds data that no path could read, before any work.
+
+    Raises:
+        UsageError: As `data_dir`; there are no rows, or one of the first `CHECKED` is no JSON object.
+    """
+    file = data_dir(source) / "train.jsonl"
+    rows = 0
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(itertools.islice(lines, CHECKED), start=1):
+            if not line.strip():
+                continue
+            rows += 1
+            try:
+                whole = isinstance(json.loads(line), dict)
+            except ValueError as error:
+                raise UsageError(f"{file}, line {number}: not JSON: {error}") from None
+            if not whole:
+                raise UsageError(
+                    f'{file}, line {number}: a row is an object such as {{"text": "…"}}, '
+                    f"not {line.strip()[:40]}"
+                )
+    if not rows:
+        raise UsageError(f"{file} has no rows")
+
+
 def model_dir(source: str) -> str:
     """A model's folder by fixture name or path; a hub id comes back as it is.
 
@@ -79,7 +112,7 @@ def model_dir(source: str) -> str:
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
         return source
     raise UsageError(
-        f"no model {source!r}: give one of {', '.join([*names('models'), *EXTRA_MODELS])}, "
+        f"no model {source!r}: {closest(source, names('models'))}give one of {', '.join([*names('models'), *EXTRA_MODELS])}, "
         "a folder that holds config.json, or a hub id such as org/name"
     )
 
@@ -88,6 +121,28 @@ def exported(folder: str | Path) -> str:
     """The name of the GGUF file in a folder whose only weights it is; else empty."""
     files = sorted(Path(folder).glob("*.gguf")) if Path(folder).is_dir() else []
     return files[0].name if len(files) == 1 and not any(Path(folder).glob("*.safetensors")) else ""
+
+
+def check_model(source: str) -> None:
+    """Finds a model that no path could load, before any work.
+
+    Raises:
+        UsageError: As `model_dir`; there are no weights in the folder; the hub id cannot be had.
+    """
+    folder = model_dir(source)
+    if not Path(folder).is_dir():
+        from parity.resources import hub
+
+        hub.check(folder)
+    elif not hold_weights(entry.name for entry in Path(folder).iterdir()):
+        raise UsageError(
+            f"model {source!r}: {folder} holds config.json but no weights: it needs *.safetensors"
+        )
+
+
+def hold_weights(names: Iterable[str]) -> bool:
+    """Whether there are weights that transformers or mlx-lm load among files of these names."""
+    return any(name.endswith((".safetensors", ".bin", ".gguf")) for name in names)
 
 
 def fingerprint(folder: str | Path) -> str:

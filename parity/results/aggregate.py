@@ -67,7 +67,7 @@ class Aggregate:
     """Worst state of any cell."""
     exit_code: int
     """0 all green or expected, 1 something diverges, is stale or inconclusive, 3 cells missing or in
-    error, or records damaged."""
+    error, records damaged, or nothing compared."""
     reason: str
     counts: dict[str, int]
     """Number of cells in each state that occurs."""
@@ -340,7 +340,7 @@ def conclude(counts: Mapping[str, int], damaged: int = 0) -> tuple[str, int, str
             return bad[0], code, found
     compared = [name for name in texts if name != "skip"]
     if not compared:
-        return "inconclusive", 1, "nothing was compared" + (f": {listed}" if listed else "")
+        return "inconclusive", 3, "nothing was compared" + (f": {listed}" if listed else "")
     what = "green or diverge as expected" if EXPECTED in texts else "green"
     return (
         compared[0],

@@ -5,7 +5,7 @@ Comparing sees NumPy arrays only; no framework is imported here.
 
 from __future__ import annotations
 
-from parity.errors import UsageError
+from parity.errors import UsageError, closest
 from parity.stages.config import Config
 from parity.stages.context import Stage
 from parity.stages.cross_entropy import CrossEntropy
@@ -60,4 +60,5 @@ def find(name: str) -> Stage:
         if name in (stage.name, str(stage.number), f"{stage.number:02d}"):
             return stage
     known = ", ".join(f"{stage.number:02d} {stage.name}" for stage in (*BY_NUMBER, *ON_DEMAND))
-    raise UsageError(f"unknown probe {name!r}: give a number or name of {known}")
+    hint = closest(name, (stage.name for stage in (*STAGES, *ON_DEMAND)))
+    raise UsageError(f"unknown probe {name!r}: {hint}give a number or name of {known}")

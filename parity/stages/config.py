@@ -61,7 +61,7 @@ class Config:
         found = []
         for side, settings in zip(("subject", "reference"), sides, strict=True):
             factors = context.recipes[side].factors()
-            for factor, key in _REQUESTED.items():
+            for factor, key in REQUESTED.items():
                 if key in INTERNAL and context.frameworks[side] != "mlx":
                     continue
                 wanted, real = factors[factor], settings.get(key)
@@ -105,7 +105,7 @@ def _one(value: Any) -> Any:
     return value
 
 
-_REQUESTED = {
+REQUESTED = {
     "lora.rank": "lora.rank",
     "lora.scale": "lora.scale",
     "lora.dropout": "lora.dropout",

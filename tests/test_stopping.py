@@ -1,0 +1,73 @@
+"""Ctrl-C: a run ends at once, with what is finished reported and the line that goes on."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "parity.cli"]
+AT_ONCE = 5.0  # seconds
+
+
+def wait_for(condition, process, what):
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline, what
+        assert process.poll() is None, f"it ended before it could be stopped: {what}"
+        time.sleep(0.05)
+
+
+def stopped(words, ready, send=os.kill):
+    """What a command leaves that gets Ctrl-C as soon as it is ready."""
+    with subprocess.Popen(
+        [*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        wait_for(ready, process, "it never became ready")
+        begun = time.monotonic()
+        send(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        seconds = time.monotonic() - begun
+    left = subprocess.run(["ps", "-o", "pid=", "-g", str(process.pid)], capture_output=True)
+    return process.returncode, seconds, out, err, left.stdout.split()
+
+
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["the process", "its terminal"])
+def test_a_run_is_stopped(send, tmp_path, engine):
+    folder = tmp_path / "a b"
+    words = ["run", "--subject", "tests.slow_path:Slow", "--reference", "mlx-lm"]
+    words += ["--seeds", "1", "--probes", "04,03", "--out", str(folder)]
+    logs = folder / "logs"
+
+    def ready():
+        finished = [*(folder / "records").glob("04*.json")]
+        return finished and [*logs.glob("*")] and time.time() - finished[0].stat().st_mtime > 1
+
+    code, seconds, out, err, left = stopped(words, ready, send)
+    assert code == 130, err
+    assert "Traceback" not in err
+    assert seconds < AT_ONCE
+    assert not left, "a worker is still there"
+    assert "1 missing" in out
+    assert (folder / "report.html").is_file()
+    assert not [*(folder / "records").glob("03*.json")], "what was stopped is no result"
+    line = err.splitlines()[-1]
+    assert line.startswith("stopped: 1 of 2 cells are finished; to go on: ")
+    assert shlex.split(line.partition("to go on: ")[2]) == ["parity", *words]
+
+
+def test_a_search_is_stopped(tmp_path, engine):
+    logs = tmp_path / "out" / "logs"
+    words = ["bisect", "--subject", "tests.slow_path:Slow", "--out", str(tmp_path / "out")]
+    code, seconds, _, err, left = stopped(words, lambda: [*logs.glob("*")])
+    assert code == 130, err
+    assert "Traceback" not in err
+    assert "run the same command again" in err
+    assert seconds < AT_ONCE
+    assert not left
