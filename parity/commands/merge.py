@@ -14,7 +14,7 @@ import click
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False),
               help="Folder of the whole run, which does not exist yet.")  # fmt: skip
 def merge(folders: tuple[Path, ...], out: Path) -> None:
-    """Put the runs of several machines, interpreters and shards together.
+    """Put the runs of several machines into one folder.
 
     Each DIR holds one or more folders of `parity run`, whole or copied. The result is one folder for
     `parity report`, the same bytes whatever the order of DIR…. Records found twice count once;
