@@ -28,7 +28,7 @@ from parity.commands.options import (
 def audit(
     path: str, factors: tuple[str, ...], settings: tuple[str, ...], as_json: bool, timeout: float
 ) -> None:
-    """Move each factor that PATH says it honours, alone, and see what that changes.
+    """Move each factor that PATH honours, and see what changes.
 
     Named are factors without any effect, factors that change something else than they do on another
     path, and defaults that are not in effect. A factor is called swallowed only where the same move
