@@ -32,7 +32,7 @@ from parity.cells.cell import Cell
 from parity.cells.run import run_cell
 from parity.files import write_atomically
 from parity.judge import hints
-from parity.record import Record
+from parity.record import Record, Verdict
 from parity.stages import STAGES, find
 
 STEPS = 6
@@ -69,6 +69,7 @@ class Outcome:
     stage_right: bool
     place_right: bool
     hints_right: bool
+    settings_right: bool
     sentence_right: bool
     wrong: list[str] = field(default_factory=list)
     """Claims that are not true."""
@@ -90,7 +91,11 @@ def floors(record: Record) -> float:
 
 
 def claims(
-    fault: Planted, report: SearchReport, names: Mapping[str, str], size: float
+    fault: Planted,
+    report: SearchReport,
+    names: Mapping[str, str],
+    size: float,
+    settings: Iterable[str] = (),
 ) -> Iterator[tuple[str, bool]]:
     """Each claim of the final sentences in words, and whether it is true.
 
@@ -99,9 +104,12 @@ def claims(
         report: What was found.
         names: Hint to the name of its rule.
         size: Floors that the fault makes at the stage where it shows.
+        settings: Those that are said to differ, by their keys.
     """
     for text in report.repeats:
         yield f"repeats: {text}", "repeats" in fault.hints
+    for key in settings:
+        yield f"setting {key}", key in fault.settings
     for cause in report.causes:
         # What is too small for the stage where it is made may well show at a later one.
         late = bool(fault.stage) and ORDER.index(cause.stage) >= ORDER.index(fault.stage)
@@ -145,7 +153,9 @@ def run(engine: Engine, fault: Planted, reference: str) -> Outcome:
     record = run_cell(engine, Cell(shown, fault.spec, reference, recipe))
     distance = floors(record)
     names = {text: rule.__name__ for rule in hints.RULES if (text := rule(record))}
-    checked = list(claims(fault, report, names, distance))
+    config = run_cell(engine, Cell(find("config"), fault.spec, reference, recipe))
+    settings = [m.name for m in config.metrics if m.gate and m.verdict is Verdict.DIVERGE]
+    checked = list(claims(fault, report, names, distance, settings))
     wrong = [text for text, true in checked if not true]
     return Outcome(
         name=fault.name,
@@ -162,6 +172,7 @@ def run(engine: Engine, fault: Planted, reference: str) -> Outcome:
         stage_right=not detected if harmless else (first or stopped) == fault.stage,
         place_right=not any(w.startswith(("module", "part", "step", "factor")) for w in wrong),
         hints_right=not any(w.startswith("hint") for w in wrong),
+        settings_right=not any(w.startswith("setting") for w in wrong),
         sentence_right=not wrong and (not detected if harmless else detected),
         wrong=wrong,
         sentence=" / ".join(cause.sentence for cause in report.causes) or report.reason,
@@ -201,8 +212,7 @@ def markdown(rows: pd.DataFrame) -> str:
         "Made by `python benchmarks/faults.py`. Each fault stands in the real path `mlx` on a tiny "
         f"model and is searched for as `parity bisect` does it, {STEPS} training steps, one seed. Each "
         "claim of the final sentences is held against what the program that planted the fault knows: "
-        "stage, part, module, step, what differs first in it, hint; settings that a sentence lists are "
-        "not scored. Where a sentence was right and that "
+        "stage, part, module, step, what differs first in it, hint, settings. Where a sentence was right and that "
         "knowledge was not (a fault that shows a stage earlier, a harmless variant that is none), the "
         "knowledge was corrected and the search was run again. Seconds are of searches two at a time on "
         "a machine with other work.",
@@ -212,7 +222,8 @@ def markdown(rows: pd.DataFrame) -> str:
         f"- Faults at {OBVIOUS:g} floors and more that are detected: {share(obvious.detected)}; at the "
         f"right stage: {share(obvious.stage_right)}",
         f"- Sentences of detected faults that are right as a whole: {share(found.sentence_right)}",
-        f"- Places right: {share(found.place_right)}; hints right: {share(found.hints_right)}",
+        f"- Places right: {share(found.place_right)}; hints right: {share(found.hints_right)}; "
+        f"settings that probe 00 says differ: {share(rows.settings_right)} right",
         f"- False alarms on harmless variants: {share(clean.detected)}",
         f"- Seconds a search: median {rows.seconds.median():.0f}, greatest {rows.seconds.max():.0f}",
         "",
@@ -220,7 +231,14 @@ def markdown(rows: pd.DataFrame) -> str:
         "",
     ]
     by_kind = rows.groupby("kind", sort=False)[
-        ["detected", "stage_right", "place_right", "hints_right", "sentence_right"]
+        [
+            "detected",
+            "stage_right",
+            "place_right",
+            "hints_right",
+            "settings_right",
+            "sentence_right",
+        ]
     ].agg(share)
     lines += [
         by_kind.to_markdown(),

@@ -47,6 +47,13 @@ def test_each_claim_of_a_sentence_is_held_against_what_was_planted(sentence, hin
     assert [text.split()[0] for text in found] == wrong
 
 
+def test_a_setting_that_the_fault_does_not_change_is_a_false_claim():
+    report = SearchReport("planted", "mlx-lm", FOUND)
+    said = ["optim.eps", "optim.betas"]
+    found = dict(claims(FAULTS["another_eps_0"], report, {}, 20.0, said))
+    assert found == {"setting optim.eps": True, "setting optim.betas": False}
+
+
 @pytest.mark.long
 def test_one_fault_is_searched_for_and_scored(engine):
     outcome = run(engine, FAULTS["scaled_loss_0"], "mlx-lm")

@@ -43,7 +43,11 @@ def down_proj_louder(factor: float) -> type[MlxPath]:
 
 
 @planted(
-    "backward", "gradient", parts="wiring", modules=r"layers\.9\.(input|post_attention)_layernorm"
+    "backward",
+    "gradient",
+    parts="wiring",
+    modules=r"layers\.9\.(input|post_attention)_layernorm",
+    settings="dtype.activations",
 )
 def norm_louder() -> type[MlxPath]:
     """A norm of layer 9 passes on twice the gradient."""
@@ -55,7 +59,13 @@ def norm_louder() -> type[MlxPath]:
     return changed(change)
 
 
-@planted("backward", "gradient", parts="wiring", modules=r"layers\.9\.self_attn\.rope.*")
+@planted(
+    "backward",
+    "gradient",
+    parts="wiring",
+    modules=r"layers\.9\.self_attn\.rope.*",
+    settings="dtype.activations",
+)
 def rope_louder() -> type[MlxPath]:
     """The rotary embedding of layer 9 passes on 1.01 times the gradient."""
 
@@ -66,7 +76,13 @@ def rope_louder() -> type[MlxPath]:
     return changed(change)
 
 
-@planted("backward", "gradient", parts="wiring", modules=r"layers\.9\.self_attn(\..*)?|between.*")
+@planted(
+    "backward",
+    "gradient",
+    parts="wiring",
+    modules=r"layers\.9\.self_attn(\..*)?|between.*",
+    settings="dtype.activations",
+)
 def attention_louder() -> type[MlxPath]:
     """Attention of layer 9 hands its queries too large a gradient."""
 
@@ -87,7 +103,13 @@ def attention_louder() -> type[MlxPath]:
     return changed(change)
 
 
-@planted("backward", "gradient", parts="wiring", modules=r"layers\.4(\..*)?|between.*")
+@planted(
+    "backward",
+    "gradient",
+    parts="wiring",
+    modules=r"layers\.4(\..*)?|between.*",
+    settings="dtype.activations",
+)
 def residual_stopped() -> type[MlxPath]:
     """No gradient passes through the MLP of layer 4."""
     import mlx.core as mx
@@ -154,7 +176,13 @@ def one_lora_b_louder(factor: float) -> type[MlxPath]:
     return changed(change)
 
 
-@planted("backward", "gradient", parts="wiring", modules=r"layers\.8(\..*)?")
+@planted(
+    "backward",
+    "gradient",
+    parts="wiring",
+    modules=r"layers\.8(\..*)?",
+    settings="dtype.activations",
+)
 def gradient_in_bfloat16() -> type[MlxPath]:
     """What layer 8 passes on is rounded to bfloat16."""
     import mlx.core as mx
@@ -166,7 +194,13 @@ def gradient_in_bfloat16() -> type[MlxPath]:
     return changed(change)
 
 
-@planted("backward", "gradient", parts="wiring", modules=r"layers\.5(\..*)?")
+@planted(
+    "backward",
+    "gradient",
+    parts="wiring",
+    modules=r"layers\.5(\..*)?",
+    settings="dtype.activations",
+)
 def gradient_clipped_inside() -> type[MlxPath]:
     """What layer 5 passes on is clipped element by element."""
     import mlx.core as mx
@@ -202,6 +236,7 @@ def loss_louder(factor: float) -> type[MlxPath]:
     "gradient",
     parts="wiring",
     modules=r"layers\.2\.self_attn\.k_proj.*|layers\.2\.self_attn",
+    settings="dtype.activations",
 )
 def sign_of_keys() -> type[MlxPath]:
     """The gradient of the keys of layer 2 has the wrong sign."""

@@ -41,19 +41,38 @@ def rows(change: Callable[[int, list[int], int], Any]) -> type[MlxPath]:
     return Path
 
 
-@planted("batching", "tokenization", parts="batching", hints="double_bos", recipe=ROWS)
+@planted(
+    "batching",
+    "tokenization",
+    parts="batching",
+    hints="double_bos",
+    recipe=ROWS,
+    settings="batch.rows batch.shapes mask.supervised",
+)
 def bos_twice() -> type[MlxPath]:
     """BOS stands twice at the start of each row."""
     return rows(lambda index, ids, offset: (ids[:1] + ids, offset))
 
 
-@planted("batching", "tokenization", parts="batching", recipe=ROWS)
+@planted(
+    "batching",
+    "tokenization",
+    parts="batching",
+    recipe=ROWS,
+    settings="batch.rows batch.shapes mask.supervised",
+)
 def no_end_of_sequence() -> type[MlxPath]:
     """The last id of each row is dropped."""
     return rows(lambda index, ids, offset: (ids[:-1], offset))
 
 
-@planted("batching", "tokenization", parts="batching", recipe=ROWS)
+@planted(
+    "batching",
+    "tokenization",
+    parts="batching",
+    recipe=ROWS,
+    settings="batch.rows batch.shapes mask.supervised",
+)
 def one_id_of_one_row() -> type[MlxPath]:
     """One id of the third row is another."""
     return rows(
@@ -69,6 +88,7 @@ def one_id_of_one_row() -> type[MlxPath]:
     parts="batching",
     recipe={"data.source": "chat", "mask.prompt": True, "train.batch_size": 2},
     hints="prompt_offset",  # two of the three tokens of the turn's header
+    settings="batch.rows batch.shapes mask.supervised",
 )
 def prompt_offset_short() -> type[MlxPath]:
     """The prompt mask ends two tokens early."""
@@ -91,7 +111,13 @@ def batches(change: Callable[[int, Any, Any], Any]) -> type[MlxPath]:
     return Path
 
 
-@planted("batching", "supervised_positions", parts="batching", recipe=ROWS, settings="batch.rows")
+@planted(
+    "batching",
+    "supervised_positions",
+    parts="batching",
+    recipe=ROWS,
+    settings="batch.rows mask.supervised",
+)
 def one_row_never() -> type[MlxPath]:
     """The last row of each batch is replaced by the first."""
 
@@ -109,7 +135,7 @@ def one_row_never() -> type[MlxPath]:
     "supervised_positions",
     parts="batching",
     recipe=ROWS,
-    settings="batch.rows mask.supervised",
+    settings="batch.pad_id batch.rows mask.supervised",
     hints="padding_supervised",  # mlx-lm's own mask goes one further, and this one no more
 )
 def lengths_one_short() -> type[MlxPath]:
@@ -128,7 +154,7 @@ def lengths_one_short() -> type[MlxPath]:
     "supervised_positions",
     parts="batching",
     recipe=ROWS,
-    settings="batch.rows batch.shapes mask.supervised",
+    settings="batch.pad_id batch.rows batch.shapes mask.supervised",
 )
 def rows_cut() -> type[MlxPath]:
     """Rows longer than 16 tokens are cut."""
@@ -147,7 +173,7 @@ def rows_cut() -> type[MlxPath]:
     parts="loop",
     recipe=ROWS,
     references=("mlx-lm",),
-    settings="batch.rows",
+    settings="batch.rows batch.shapes mask.supervised",
     steps=(1,),
     differs="the batches",
 )
@@ -167,7 +193,7 @@ def another_order() -> type[MlxPath]:
     parts="batching",
     recipe=ROWS,
     references=("mlx-lm",),
-    settings="batch.rows",
+    settings="batch.rows batch.shapes",
     steps=(2,),
 )
 def first_batch_forever() -> type[MlxPath]:

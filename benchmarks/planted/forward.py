@@ -200,7 +200,13 @@ def window_ignored() -> type[MlxPath]:
     return changed(change)
 
 
-@planted("forward", "logits", parts="loader", modules=r"layers\.12(\..*)?|between.*")
+@planted(
+    "forward",
+    "logits",
+    parts="loader",
+    modules=r"layers\.12(\..*)?|between.*",
+    settings="dtype.activations",
+)
 def residual_lost() -> type[MlxPath]:
     """Layer 12 forgets a thousandth of what went past it."""
 
@@ -210,7 +216,7 @@ def residual_lost() -> type[MlxPath]:
     return changed(change)
 
 
-@planted("forward", "logits", parts="loader", modules=r"norm|after.*")
+@planted("forward", "logits", parts="loader", modules=r"norm|after.*", settings="dtype.activations")
 def final_norm_scaled() -> type[MlxPath]:
     """The last norm is scaled by 1.002."""
 
@@ -220,7 +226,13 @@ def final_norm_scaled() -> type[MlxPath]:
     return changed(change)
 
 
-@planted("forward", "logits", parts="loader", modules=r"layers\.9(\..*)?|between.*")
+@planted(
+    "forward",
+    "logits",
+    parts="loader",
+    modules=r"layers\.9(\..*)?|between.*",
+    settings="dtype.activations",
+)
 def attends_to_the_future() -> type[MlxPath]:
     """Layer 9 attends without a causal mask."""
 
@@ -240,6 +252,7 @@ def attends_to_the_future() -> type[MlxPath]:
     parts="wiring",
     modules=r"layers\.7\.self_attn\.q_proj.*",
     hints="lora_scale",
+    settings="dtype.activations",
 )
 def scale_of_one_adapter(factor: float) -> type[MlxPath]:
     """One adapter multiplies by another scale than it says."""

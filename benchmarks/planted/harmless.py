@@ -133,7 +133,7 @@ def logsumexp_in_blocks() -> type[MlxPath]:
     return lossy(loss)
 
 
-@planted("harmless")
+@planted("harmless", settings="train.compile")
 def not_compiled() -> type[MlxPath]:
     """The step is never compiled."""
 

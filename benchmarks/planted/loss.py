@@ -90,7 +90,13 @@ def label_smoothing(amount: float) -> type[MlxPath]:
     return Path
 
 
-@planted("loss", "supervised_positions", {"1e-2": 1e-2, "1e-5": 1e-5}, parts="loss")
+@planted(
+    "loss",
+    "supervised_positions",
+    {"1e-2": 1e-2, "1e-5": 1e-5},
+    parts="loss",
+    settings="mask.supervised",
+)
 def z_loss(weight: float) -> type[MlxPath]:
     """The squared logarithm of the normaliser is added, of padding as well."""
 
