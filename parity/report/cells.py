@@ -34,7 +34,7 @@ def tables(result: Aggregate) -> Iterator[Any]:
         at = cells["position"].to_numpy()
         there = np.flatnonzero(at >= 0)
         columns = ("verdict", "reason", "seconds", "reproduce", "metrics")
-        found = result.store.take(at[there], columns)
+        found = result.store.take(at[there].tolist(), columns)
         back = np.full(len(cells), -1)
         back[there] = np.arange(len(there))
         index = pa.array(back, mask=back < 0)
@@ -118,7 +118,7 @@ def write_junit(result: Aggregate, file: Path) -> None:
     """
     with file.open("w", encoding="utf-8") as stream:
         total = [sum(n) for n in zip(*(_counts(line) for line in _lines(result)), strict=True)]
-        tests, failures, errors, skipped = total or [0] * 4
+        tests, failures, errors, _ = total or [0] * 4
         more = len(result.damaged)
         stream.write('<?xml version="1.0" encoding="utf-8"?>\n')
         stream.write(
