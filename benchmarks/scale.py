@@ -2,7 +2,8 @@
 
 Made-up records with as many metrics, findings and steps as a real run's go through the writer and the
 reader of real ones. Up to 10^4 they are one file each, as runs leave them; more of them come in shards
-that were merged before. Each step is a process of its own, whose wall time and peak memory are given:
+that were merged before. Of these the first 100,800 records are made one by one; the others are the same
+ones with other seeds. Each step is a process of its own, whose wall time and peak memory are given:
 
 1. the first read: `parity merge` of the files or shards into one store,
 2. the aggregate of that store, as every report begins,
@@ -15,23 +16,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from itertools import islice, product
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice, product, repeat
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from parity.cells.plan import Plan, write_plan
 from parity.files import file_digest, write_atomically
 from parity.recipe import Recipe
+from parity.record import SCHEMA as RECORD_SCHEMA
 from parity.record import Metric, Record, Side, Verdict, conclude, first_divergence, parse, sealed
 from parity.results import store
-from parity.results.folder import MANIFEST, STORE, Manifest
+from parity.results.folder import AT_ONCE, MANIFEST, STORE, Manifest
 from parity.stages import STAGES
 
 REFERENCES = ("mlx-lm", "hf")
@@ -44,11 +48,14 @@ SIZES = {
     "supervised_positions": (5, 0, 0), "kv_cache": (16, 0, 0), "round_trip": (9, 0, 0),
 }  # fmt: skip
 PROMPTS = ("<<HELLO!!>>", "<<HELLO!!>> My name", "<<HELLO>>", "HELLO!!")
+BASE = Recipe().factors()
 FILES = 10_000
-SHARD = 50_000
 STEPS = 30
 LIMITS = {"seconds": 10.0, "gigabytes": 1.0}
-ROWS = len(STAGES) * len(REFERENCES) * len(MODELS)
+GRID = [(s.name, s.number, m, r) for s in STAGES for m in MODELS for r in REFERENCES]
+ROWS = len(GRID)
+SHARD = 700 * ROWS
+MADE = 2  # shards whose records are made one by one; others repeat them with other seeds
 
 
 def environment(path: str) -> dict[str, object]:
@@ -82,7 +89,7 @@ def record(stage: str, probe: int, model: str, reference: str, seed: int) -> Rec
         )
         for i, value in enumerate(values)
     ]
-    recipe = Recipe().override({"seed.value": seed}).factors()
+    recipe = BASE | {"seed.value": seed}
     sides = {
         name: Side(path=path, recipe=recipe, digest="0dff12958046", environment=environment(path))
         for name, path in (("subject", "mlx"), ("reference", reference))
@@ -113,11 +120,15 @@ def record(stage: str, probe: int, model: str, reference: str, seed: int) -> Rec
     )  # fmt: skip
 
 
-def records(size: int) -> Iterator[Record]:
+def records(size: int, start: int = 0, count: int = 10**9) -> Iterator[Record]:
     """So many, seed by seed."""
-    rows = [(s.name, s.number, m, r) for s in STAGES for m in MODELS for r in REFERENCES]
-    seeds = range(-(-size // ROWS))
-    return islice((record(*row, seed) for seed in seeds for row in rows), size)
+    return map(numbered, range(start, min(start + count, size)))
+
+
+def numbered(number: int) -> Record:
+    """The record of that number."""
+    seed, row = divmod(number, ROWS)
+    return record(*GRID[row], seed)
 
 
 def plan(size: int) -> Plan:
@@ -125,8 +136,9 @@ def plan(size: int) -> Plan:
     pairs = [("mlx", reference) for reference in REFERENCES]
     probes = [stage.number for stage in STAGES]
     whole = Plan.product(probes, pairs, MODELS, range(size // ROWS))
-    rest = [(s.number, m, r) for s in STAGES for m in MODELS for r in REFERENCES][: size % ROWS]
-    last = [Plan.product([p], [("mlx", r)], [m], [size // ROWS]) for p, m, r in rest]
+    last = [
+        Plan.product([p], [("mlx", r)], [m], [size // ROWS]) for _, p, m, r in GRID[: size % ROWS]
+    ]
     return Plan.union([whole, *last])
 
 
@@ -137,19 +149,57 @@ def write_shards(size: int, folder: Path) -> list[Path]:
             one.save(folder / "records")
         write_plan(plan(size), folder)
         return [folder]
-    source, shards = records(size), []
-    while batch := [*islice(source, SHARD)]:
-        shards.append(folder / f"shard-{len(shards):02d}")
-        shards[-1].mkdir(parents=True)
-        texts = (sealed(one.model_dump_json(indent=1).encode()) for one in batch)
-        table = store.in_order(store.table_of(map(parse, texts)))
-        file = shards[-1] / STORE
-        store.write([table], file)
-        manifest = Manifest(records=len(batch), sha256=file_digest(file), damaged=[], problems=[])
-        write_atomically(shards[-1] / MANIFEST, manifest.model_dump_json().encode())
-        write_plan(plan(size), shards[-1])
-        del table
+    starts = range(0, size, SHARD)
+    shards = [folder / f"shard-{start // SHARD:02d}" for start in starts]
+    with ProcessPoolExecutor(2) as pool:
+        [*pool.map(make_shard, shards[:MADE], repeat(size), starts)]
+        [*pool.map(repeat_shard, shards[MADE:], repeat(size), starts[MADE:])]
     return shards
+
+
+def make_shard(folder: Path, size: int, start: int) -> None:
+    """Some of all records, each written and read as one of a run is."""
+    texts = (sealed(one.model_dump_json(indent=1).encode()) for one in records(size, start, SHARD))
+    parts = iter(lambda: [*map(parse, islice(texts, AT_ONCE))], [])
+    write_store(folder, size, map(store.table_of, parts))
+
+
+def repeat_shard(folder: Path, size: int, start: int) -> None:
+    """The records of a shard that was made, with other seeds."""
+    number = start // SHARD
+    made = folder.with_name(f"shard-{number % MADE:02d}")
+    shift = (number - number % MADE) * SHARD // ROWS
+
+    def shifted() -> Iterator[pa.Table]:
+        left = size - start
+        for table in store.whole(made / STORE, RECORD_SCHEMA):
+            seeds = table.column("seed").to_pylist()
+            pairs = zip(table.column("json").to_pylist(), seeds, strict=True)
+            texts = [
+                text.replace(f'"seed":{seed},', f'"seed":{seed + shift},').replace(
+                    f'"seed.value":{seed},', f'"seed.value":{seed + shift},'
+                )
+                for text, seed in pairs
+            ]
+            columns = {"seed": pa.array([s + shift for s in seeds], pa.int64()),
+                       "json": pa.array(texts, pa.large_string())}  # fmt: skip
+            for name, values in columns.items():
+                at = table.schema.get_field_index(name)
+                table = table.set_column(at, name, values)
+            yield table[: max(left, 0)]
+            left -= table.num_rows
+
+    write_store(folder, size, shifted())
+
+
+def write_store(folder: Path, size: int, tables: Iterable[pa.Table]) -> None:
+    """A folder as `parity merge` writes it."""
+    folder.mkdir(parents=True)
+    count = store.write(tables, folder / STORE)
+    digest = file_digest(folder / STORE)
+    manifest = Manifest(records=count, sha256=digest, damaged=[], problems=[])
+    write_atomically(folder / MANIFEST, manifest.model_dump_json().encode())
+    write_plan(plan(size), folder)
 
 
 MEASURED = """
@@ -198,10 +248,15 @@ def size_of(folder: Path) -> int:
 
 def one(size: int, formats: list[str], scratch: Path) -> dict[str, object]:
     """All measurements of one number of records."""
-    begin = time.perf_counter()
-    shards = write_shards(size, scratch / "shards")
+    begin, made, whole = time.perf_counter(), scratch / "shards", scratch / "whole"
+    if not made.exists():
+        shards = write_shards(size, scratch / "part")
+        shards = [made / file.relative_to(scratch / "part") for file in shards]
+        (scratch / "part").rename(made)
+    else:
+        shards = sorted(made.glob("shard-*")) or [made]
+    shutil.rmtree(whole, ignore_errors=True)
     print(f"{size}: made in {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
-    whole = scratch / "whole"
     found: dict[str, object] = {"records": size, "bytes of shards": size_of(scratch / "shards")}
     names = {"folders": [*map(str, shards)], "folder": str(whole)}
     found |= measured(MERGE.format(**names), "first read")
@@ -229,12 +284,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", default="1000,10000")
     parser.add_argument("--formats", default="markdown,json,html")
+    parser.add_argument("--keep", type=Path, help="keep the records here, and use them again")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     lines = []
     for size in map(int, arguments.sizes.split(",")):
-        with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as scratch:
-            lines.append(one(size, [*filter(None, arguments.formats.split(","))], Path(scratch)))
+        with tempfile.TemporaryDirectory() as scratch:
+            kept = arguments.keep / str(size) if arguments.keep else Path(scratch)
+            lines.append(one(size, [*filter(None, arguments.formats.split(","))], kept))
         print(json.dumps(lines[-1]), flush=True)
     text = table(lines)
     print(text)

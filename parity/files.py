@@ -6,24 +6,27 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 
-def write_atomically(file: Path, content: bytes) -> None:
-    """Writes beside the target and renames, so that a kill leaves no half file."""
+@contextmanager
+def atomic(file: Path) -> Iterator[Path]:
+    """A path beside the target, renamed to it in the end, so that a kill leaves no half file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    os.close(handle)
+    part = Path(name)
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        Path(name).chmod(0o644)
-        Path(name).replace(file)
+        yield part
+        part.chmod(0o644)
+        part.replace(file)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
 
 
@@ -35,6 +38,12 @@ def unwritable(folder: Path) -> str:
     if os.access(nearest, os.W_OK | os.X_OK):
         return ""
     return f"{nearest} cannot be written"
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    with atomic(file) as part:
+        part.write_bytes(content)
 
 
 def dumps(value: Any, **options: Any) -> str:

@@ -234,6 +234,7 @@ class DamagedRecord(Exception):
         self.reason = reason
 
 
+_START = f'{{\n "schema_version": {SCHEMA},'.encode()
 _DIGEST = b',\n "digest": "'  # the last entry: of all bytes before it
 
 
@@ -281,15 +282,18 @@ def parse(text: bytes, whole: bool = True) -> Record:
         ValueError: It is none, or it is not as it was written.
         NewerSchema: Its schema is newer than this tool's.
     """
+    head, mark, tail = text.rpartition(_DIGEST)
+    as_written = tail.rstrip() == _digest(head) + b'"\n}'
+    if whole and as_written and text.startswith(_START):
+        return _validated(head + b"\n}")
     data = from_json(text)
     version = data.get("schema_version") if isinstance(data, dict) else None
     if not isinstance(version, int) or isinstance(version, bool):
         raise ValueError("it has no schema_version")
     if version < 1:
         raise ValueError(f"there is no record schema {version}")
-    head, mark, tail = text.rpartition(_DIGEST)
     if whole and version >= 3 and (mark or version <= SCHEMA):
-        if tail.rstrip() != _digest(head) + b'"\n}':
+        if not as_written:
             raise ValueError("it is not as it was written: its digest is of another content")
         del data["digest"]
     if version > SCHEMA:
@@ -298,8 +302,14 @@ def parse(text: bytes, whole: bool = True) -> Record:
         )
     if version == 1:
         data = _from_schema_1(data)
+    return _validated(data | {"schema_version": SCHEMA})
+
+
+def _validated(data: bytes | dict[str, Any]) -> Record:
     try:
-        return Record.model_validate(data | {"schema_version": SCHEMA})
+        if isinstance(data, bytes):
+            return Record.model_validate_json(data)
+        return Record.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))

@@ -326,7 +326,10 @@ def test_order_of_records_does_not_matter(tmp_path: Path) -> None:
     records += [record(5, 0, reason="the same cell again"), curve(2, [0.0, 1e-4])]
     files = write(aggregate(records), tmp_path / "a")
     again = write(aggregate(records[::-1]), tmp_path / "b")
-    names = ["aggregate.json", "summary.csv", "report.md", "report.html"]
+    names = [
+        "aggregate.json", "summary.csv", "cells.csv", "cells.parquet", "junit.xml", "report.md",
+        "report.html",
+    ]  # fmt: skip
     assert [f.name for f in files] == names
     for one, other in zip(files, again, strict=True):
         assert one.read_bytes() == other.read_bytes(), one.name

@@ -12,6 +12,7 @@ from parity.cells.plan import GridRow
 from parity.report import labels
 from parity.report.text import describe
 from parity.results.aggregate import Aggregate
+from parity.results.changes import FAILS, FIXED, STILL, Changes
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 SHOWN = 3  # failures printed in full
+ROWS = 20  # rows with a change
+LINES = 40  # of a list
 STYLES = {
     "identical": "green",
     "agree": "green",
@@ -61,6 +64,8 @@ def render(result: Aggregate, console: Console) -> None:
         console.print(describe(record), markup=False, soft_wrap=True)
     if len(failures) > SHOWN:
         console.print(f"\nand {len(failures) - SHOWN} more, all of them in report.html")
+    if result.changes:
+        _changes(result.changes, console)
     _conclusion(result, console)
 
 
@@ -151,8 +156,10 @@ def _section(console: Console, head: str, lines: Sequence[str]) -> None:
     from rich.text import Text
 
     console.print(Text(f"\n{head}", "bold"))
-    for line in lines:
+    for line in lines[:LINES]:
         console.print(Padding(Text(line), (0, 0, 0, 2), expand=False))
+    if len(lines) > LINES:
+        console.print(f"  and {len(lines) - LINES:,} more")
 
 
 def _table(*heads: str) -> Table:
@@ -162,6 +169,27 @@ def _table(*heads: str) -> Table:
     for head in heads:
         table.add_column(head)
     return table
+
+
+def _changes(changes: Changes, console: Console) -> None:
+    """What changed since an earlier run: each row with the number of its cells."""
+    from rich.text import Text
+
+    console.print(Text(f"\nSince the earlier run: {changes.sentence}", "bold"))
+    for line in changes.versions:
+        console.print(Text(f"  {line}"))
+    kinds = [kind for kind in (FAILS, STILL, FIXED) if kind in changes.counts]
+    if kinds:
+        table = _table("", *kinds)
+        worst = changes.rows.sort_values(kinds, ascending=False, kind="stable")
+        worst = worst[worst[kinds].sum(axis=1) > 0]
+        for cells in worst.head(ROWS).to_dict("records"):
+            row = GridRow(*(cells[name] for name in GridRow._fields))
+            numbers = (str(cells[kind] or "") for kind in kinds)
+            table.add_row(Text(f"{row.title}, {row.pair}"), *numbers)
+        console.print(table)
+        if len(worst) > ROWS:
+            console.print(f"and {len(worst) - ROWS} more rows")
 
 
 def _conclusion(result: Aggregate, console: Console) -> None:

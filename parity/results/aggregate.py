@@ -36,12 +36,13 @@ from parity.trace import Array
 if TYPE_CHECKING:
     import pandas as pd
 
+    from parity.results.changes import Changes
     from parity.results.expected import KnownDivergence
 
 SCHEMA = 3
 GAPS = ("error", MISSING, STALE, EXPECTED, "skip")
 SHOWN_PROBLEMS = 200
-"""Damaged files and problems beyond are counted."""
+"""Problems beyond are counted."""
 
 
 class FirstFailure(NamedTuple):
@@ -101,6 +102,8 @@ class Aggregate:
     store: Store = field(repr=False)
     expected: Mapping[int, str] = field(repr=False)
     """Position of a record to why its divergence is known."""
+    changes: Changes | None = None
+    """What is other than in an earlier run, where one was named."""
 
     def records(self, positions: Iterable[int]) -> list[Record]:
         """Whole records, marked with why a divergence is known."""
@@ -209,7 +212,7 @@ def aggregate(
         notes=seen.notes,
         gaps={name: details.gaps(store, grid, cells, name, expected) for name in GAPS},
         problems=_short(sorted(problems)),
-        damaged=_short(damaged),
+        damaged=tuple(damaged),
         about=seen.about,
         versions=_versions(found),
         memory=seen.memory,

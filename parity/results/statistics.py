@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from math import comb, isqrt, sqrt
+from math import isqrt, sqrt
 from numbers import Integral
 
 import numpy as np
 
 from parity.trace import Array
 
+MOST_SEEDS = 10_000
 NORMAL_975 = 1.959963984540054
 """Quantile of the standard normal distribution at 97.5 %."""
 
@@ -100,7 +101,10 @@ def mcnemar(b: int, c: int) -> PairedTest:
     check_count("b", b)
     check_count("c", c)
     b, c = int(b), int(c)
-    fewer = sum(comb(b + c, k) for k in range(min(b, c) + 1))  # whole numbers: nothing is rounded
+    fewer, ways = 0, 1  # whole numbers: nothing is rounded
+    for k in range(min(b, c) + 1):
+        fewer += ways
+        ways = ways * (b + c - k) // (k + 1)
     return PairedTest(b, c, min(1.0, 2 * fewer / 2 ** (b + c)))
 
 
@@ -169,6 +173,9 @@ def seeds_for_power(
     both probabilities are equal or 10,000 seeds are too few.
     """
     check_fraction("power", power)
+    difference, rate = abs(p_subject_only - p_reference_only), p_subject_only + p_reference_only
+    if difference == 0 or _about(difference, rate, power, alpha) > 2 * MOST_SEEDS:
+        return None
 
     def reached(n: int) -> bool:
         return mcnemar_power(p_subject_only, p_reference_only, n, alpha) >= power
@@ -176,7 +183,7 @@ def seeds_for_power(
     low, high = 0, 1
     while not reached(high):
         low, high = high, 2 * high
-        if p_subject_only == p_reference_only or low > 10_000:
+        if low > MOST_SEEDS:
             return None
     while high - low > 1:
         middle = (low + high) // 2
@@ -184,7 +191,15 @@ def seeds_for_power(
     seeds = high + 20 + 4 * isqrt(high)
     while reached(seeds - 1):
         seeds -= 1
-    return seeds if seeds <= 10_000 else None
+    return seeds if seeds <= MOST_SEEDS else None
+
+
+def _about(difference: float, rate: float, power: float, alpha: float) -> float:
+    """The number of seeds by the normal approximation (Miettinen 1968; Connor 1987)."""
+    from scipy.special import ndtri
+
+    spread = sqrt(max(rate - difference**2, 0.0))
+    return float((ndtri(1 - alpha / 2) * sqrt(rate) + ndtri(power) * spread) / difference) ** 2
 
 
 def paired(

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -24,7 +25,7 @@ from parity.results.texts import without_numbers
 
 ROWS = 1024
 """Records in a row group: a whole record is read with those of its group."""
-BATCH = 64 * ROWS
+BATCH = 32 * ROWS
 """Records whose columns are read at once."""
 
 STEP_COLUMNS = {
@@ -35,6 +36,8 @@ STEP_COLUMNS = {
     "grad_reference": "gradient_norm reference",
     "dgrad": "dgrad",
     "dloss_shipped": "dloss as shipped",
+    "dloss_floor": "dloss floor",
+    "dgrad_floor": "dgrad floor",
 }
 """Columns of step-for-step values and the series of a record that fill them."""
 
@@ -63,6 +66,8 @@ _PLAIN = {
     "seed": pa.int64(),
     "verdict": pa.string(),
     "reason": pa.string(),
+    "reproduce": pa.string(),
+    "seconds": pa.float64(),
     "versions": pa.string(),
     "about": pa.string(),
     "memory": pa.string(),
@@ -99,13 +104,15 @@ def table_of(records: Iterable[Record]) -> pa.Table:
         pa.array([r.seed for r in records], pa.int64()),
         pa.array([r.verdict.value for r in records], pa.string()),
         pa.array([r.reason for r in records], pa.string()),
+        pa.array([r.reproduce for r in records], pa.string()),
+        pa.array([r.seconds for r in records], pa.float64()),
         pa.array([_versions(r) for r in records], pa.string()),
         pa.array([_about(r) for r in records], pa.string()),
         pa.array([_memory(r) for r in records], pa.string()),
         pa.array([_steps(r) for r in records], pa.int64()),
-        _structs([[*map(_metric, r.metrics)] for r in records], _METRIC),
-        _structs([_notes(r) for r in records], _NOTE),
-        _structs([_passes(r) for r in records], _PASS),
+        _metrics(records),
+        _lists(records, _NOTE, _notes),
+        _lists(records, _PASS, _passes),
     ]
     for name in STEP_COLUMNS.values():
         columns.append(pa.array([r.series.get(name) for r in records], pa.list_(pa.float64())))
@@ -118,20 +125,33 @@ def in_order(table: pa.Table) -> pa.Table:
     return table.sort_by([(name, "ascending") for name in (*KEY, "seed", "json")])
 
 
-def _structs(lists: Sequence[Sequence[tuple[Any, ...]]], of: dict[str, Any]) -> Any:
-    flat: list[Any] = list(zip(*(item for items in lists for item in items), strict=True))
-    fields = zip(flat or [()] * len(of), of.items(), strict=True)
-    arrays = [pa.array(values, kind) for values, (_, kind) in fields]
-    offsets, at = [0], 0
-    for items in lists:
-        at += len(items)
-        offsets.append(at)
+def _structs(lists: Sequence[Sequence[Any]], of: dict[str, Any], columns: Sequence[Any]) -> Any:
+    """Lists of structs, given their lengths by `lists` and the values of each field."""
+    offsets = np.cumsum([0, *map(len, lists)])
+    arrays = [pa.array(v, kind) for v, kind in zip(columns, of.values(), strict=True)]
     struct = pa.StructArray.from_arrays(arrays, fields=[pa.field(*item) for item in of.items()])
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), struct)
 
 
-def _metric(m: Any) -> tuple[Any, ...]:
-    return (m.name, m.verdict.value, m.value, m.tolerance, m.floor, bool(m.accepted), m.gate, m.step)  # fmt: skip
+def _metrics(records: Sequence[Record]) -> Any:
+    flat = [m for r in records for m in r.metrics]
+    columns = [
+        [m.name for m in flat],
+        [m.verdict.value for m in flat],
+        [m.value for m in flat],
+        [m.tolerance for m in flat],
+        [m.floor for m in flat],
+        [bool(m.accepted) for m in flat],
+        [m.gate for m in flat],
+        [m.step for m in flat],
+    ]
+    return _structs([r.metrics for r in records], _METRIC, columns)
+
+
+def _lists(records: Sequence[Record], of: dict[str, Any], items: Any) -> Any:
+    lists = [items(record) for record in records]
+    columns = list(zip(*(item for found in lists for item in found), strict=True))
+    return _structs(lists, of, columns or [()] * len(of))
 
 
 def _notes(record: Record) -> list[tuple[str, str, int]]:
@@ -213,8 +233,6 @@ class Store:
 
     def take(self, positions: Sequence[int], columns: Sequence[str]) -> pa.Table:
         """These columns of the records at these positions, in their order."""
-        import numpy as np
-
         wanted = np.asarray(positions, np.int64)
         if self._file is None:
             return self._table.select([*columns]).take(pa.array(wanted))
