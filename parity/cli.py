@@ -13,6 +13,7 @@ from parity.commands.adapter import adapter
 from parity.commands.bisect import bisect
 from parity.commands.cache import cache
 from parity.commands.capture import capture
+from parity.commands.ci import ci
 from parity.commands.merge import merge
 from parity.commands.options import EXIT_GREEN, EXIT_MISSING, EXIT_USAGE
 from parity.commands.replay import replay
@@ -80,6 +81,7 @@ def main() -> None:
 
 commands = (
     run, bisect, replay, report, merge, capture, adapter, cache, list_, factors, contract, new_path,
+    ci,
 )  # fmt: skip
 for command in commands:
     main.add_command(command)
