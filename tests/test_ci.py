@@ -63,14 +63,14 @@ def test_the_jobs_fill_each_cell_of_the_plan_once(tmp_path):
                     for seed in parse_seeds(options["seeds"])
                 ]
         plan = read_plan(tmp_path)
-        wanted = [(p, pair, s) for p in plan.probes for pair in plan.pairs for s in plan.seeds]
+        wanted = [(r.probe, (r.subject, r.reference), s) for r, of in plan.rows.items() for s in of]
         assert sorted(cells) == sorted(wanted)
-    assert plan.models == ("tiny-gemma3",)
+    assert {row.model for row in plan.rows} == {"tiny-gemma3"}
 
 
 def test_a_plan_asks_all_probes_unless_groups_are_given(tmp_path):
     planned(tmp_path)
-    assert read_plan(tmp_path).probes == tuple(stage.number for stage in BY_NUMBER)
+    assert {row.probe for row in read_plan(tmp_path).rows} == {s.number for s in BY_NUMBER}
 
 
 def test_a_single_seed_of_a_shard_is_a_seed_and_no_count(tmp_path):
@@ -166,7 +166,7 @@ def test_a_divergence_is_no_failure_of_a_job(tmp_path, code, ends):
 
 @pytest.mark.parametrize("code", [139, -11])
 def test_a_process_that_died_is_judged_by_what_it_wrote(tmp_path, code):
-    plan = Plan((0,), (("mlx", "mlx-lm"),), ("tiny",), (0, 1))
+    plan = Plan.product((0,), (("mlx", "mlx-lm"),), ("tiny",), (0, 1))
     assert jobs.outcome(tmp_path, code)[0] == 3
     saved(tmp_path, [record(0, 0)], plan)
     ended, reason = jobs.outcome(tmp_path, code)
@@ -214,7 +214,7 @@ def test_no_more_annotations_than_github_shows_and_the_rest_is_counted():
 
 
 def test_missing_cells_and_damaged_records_are_annotated(tmp_path):
-    plan = Plan((0, 1), (("mlx", "mlx-lm"),), ("tiny",), (0,))
+    plan = Plan.product((0, 1), (("mlx", "mlx-lm"),), ("tiny",), (0,))
     folder = saved(tmp_path / "a", [record(0, 0)], plan)
     (folder / "records" / "b.json").write_text("{")
     done = parity("ci", "annotate", folder)

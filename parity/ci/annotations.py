@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
-from parity.cells.plan import GridRow
-from parity.results.aggregate import NOT_RED, WORST_FIRST, Aggregate, state
+from parity.results.aggregate import Aggregate
 
 MOST = 10
 """Annotations of one kind that GitHub shows for a step."""
+SEEDS = 20
+"""Seeds named in an annotation."""
 WARNINGS = ("inconclusive",)
 
 
@@ -38,31 +40,25 @@ def workflow_commands(result: Aggregate, place: str = "") -> list[str]:
 
 def _rows(result: Aggregate) -> Iterator[tuple[str, str, str]]:
     """Kind, title and message for each probe and pair that is not green, whatever the model."""
-    groups: dict[tuple[int, str, str, str], list[GridRow]] = defaultdict(list)
-    for row in result.cells:
-        groups[row.probe, row.stage, row.subject, row.reference].append(row)
-    ranked = []
-    for index, rows in enumerate(groups.values()):
-        bad = [
-            (WORST_FIRST.index(state(record)), row, seed, record)
-            for row in rows
-            for seed, record in result.cells[row].items()
-            if state(record) not in NOT_RED
-        ]
-        if bad:
-            ranked.append((min(rank for rank, *_ in bad), index, rows[0], bad))
-    for rank, _, row, bad in sorted(ranked, key=lambda r: r[:2]):
-        worst = [(r, seed, record) for n, r, seed, record in bad if n == rank]
-        models = [*dict.fromkeys(r.model for r, _, _ in worst)]
-        seeds = sorted({seed for _, seed, _ in worst})
-        name, record = WORST_FIRST[rank], worst[0][2]
+    groups: dict[tuple[int, str, str, str], list[Any]] = {}
+    red: Any = result.red().itertuples(index=False)
+    for cell in red:
+        row = result.grid[cell.row]
+        groups.setdefault((row.probe, row.stage, row.subject, row.reference), []).append(cell)
+    # The order of `red`: the worst cell of each group stands first in it, and so do the groups.
+    for bad in groups.values():
+        row, name = result.grid[bad[0].row], str(bad[0].state)
+        worst = [cell for cell in bad if cell.state == name]
+        models = dict.fromkeys(result.grid[cell.row].model for cell in worst)
+        seeds = sorted({cell.seed for cell in worst})
         message = f"{name} on {', '.join(models)}, seed{'s' * (len(seeds) > 1)} "
-        message += ", ".join(map(str, seeds))
-        message += f": {record.expected or record.reason}" if record else ": there is no record"
+        message += ", ".join(map(str, seeds[:SEEDS]))
+        message += f" and {len(seeds) - SEEDS} more" * (len(seeds) > SEEDS)
+        records = result.records([bad[0].position]) if bad[0].position >= 0 else []
+        message += "".join(f": {r.expected or r.reason}" for r in records) or ": there is no record"
         if others := len(bad) - len(worst):
             message += f" ({others} more cells are not green)"
-        if record and record.reproduce:
-            message += f"\nreproduce: {record.reproduce}"
+        message += "".join(f"\nreproduce: {r.reproduce}" for r in records if r.reproduce)
         kind = "warning" if name in WARNINGS else "error"
         yield kind, f"{row.title}, {row.subject} vs {row.reference}", message
 

@@ -146,9 +146,7 @@ def plan(request: Request) -> Plan:
         )
     numbers = {stage.number for group in request.groups for stage in parse_probes([group])}
     pairs = sorted(product(request.subjects, request.references))
-    return Plan(
-        tuple(sorted(numbers)), tuple(pairs), tuple(sorted(models)), tuple(sorted(request.seeds))
-    )
+    return Plan.product(sorted(numbers), pairs, sorted(models), request.seeds)
 
 
 def outputs(request: Request) -> str:
@@ -184,7 +182,7 @@ def read(folder: Path) -> Aggregate:
     Raises:
         UsageError: There are none, or one is of another schema version.
     """
-    known = expected.kept(folder)
     found, damaged = load_all(folder)
-    records = [expected.mark(record, known) for record in found]
-    return aggregate(records, read_plan(folder), known, [str(error) for error in damaged])
+    return aggregate(
+        found, read_plan(folder), expected.kept(folder), [str(error) for error in damaged]
+    )

@@ -7,14 +7,15 @@ import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from parity.capture.environments import compiled
 from parity.errors import UsageError
-from parity.record import Record
-from parity.results.aggregate import NOT_RED, Aggregate, state
+from parity.results.aggregate import Aggregate
+from parity.results.cells import GREEN
 
 
 def pins(text: str) -> list[str]:
@@ -92,16 +93,12 @@ def commit(repository: str, ref: str) -> str:
     return f"git+{url if '://' in url else Path(url).resolve().as_uri()}@{found[0]}"
 
 
-def versions(records: Iterable[Record]) -> dict[str, set[str]]:
-    """Package to the versions that the processes of any side reported."""
+def versions(result: Aggregate) -> dict[str, set[str]]:
+    """Package to the versions that the processes of any path reported."""
     found: dict[str, set[str]] = {}
-    for record in records:
-        for side in (record.subject, record.reference):
-            environment = side.environment
-            listed = {**environment.get("versions", {}), "python": environment.get("python")}
-            for package, version in listed.items():
-                if version:
-                    found.setdefault(package, set()).add(str(version))
+    for of in result.versions.values():
+        for package, listed in of.items():
+            found.setdefault(package, set()).update(listed)
     return found
 
 
@@ -118,12 +115,12 @@ def moved(
 
 def changed_cell(before: Aggregate, now: Aggregate) -> str:
     """Options of `parity bisect` for the first cell that was green and is not; empty without one."""
-    for row, by_seed in now.cells.items():
-        for seed, record in by_seed.items():
-            was = before.cells.get(row, {}).get(seed)
-            if was and was.verdict.green and record and state(record) not in NOT_RED:
-                pair = f"--subject {row.subject} --reference {row.reference}"
-                return f"{pair} --probe {row.probe:02d} --seed {seed}"
+    red: Any = now.red().itertuples(index=False)
+    for cell in red:
+        row = now.grid[cell.row]
+        if before.states(row).get(cell.seed) in GREEN:
+            pair = f"--subject {row.subject} --reference {row.reference}"
+            return f"{pair} --probe {row.probe:02d} --seed {cell.seed}"
     return ""
 
 

@@ -154,5 +154,5 @@ def moved(before: Path, now: Path) -> None:
         click.echo("There is no run before this one to compare with.\n")
         return
     old, new = read(before), read(now)
-    changes = found(versions(old.records), versions(new.records))
+    changes = found(versions(old), versions(new))
     click.echo(moved_text(changes, changed_cell(old, new)))
