@@ -10,11 +10,10 @@ from itertools import product
 from pathlib import Path
 
 from parity.cells.matrix import parse_probes, parse_seeds
-from parity.cells.plan import Plan, read_plan
+from parity.cells.plan import Plan
 from parity.errors import UsageError
-from parity.record import load_all
-from parity.results import expected
-from parity.results.aggregate import Aggregate, aggregate
+from parity.results import folder as folders
+from parity.results.aggregate import Aggregate
 
 GROUPS = ("00,01,02,03,04,05,06,09,10", "07,08,11")
 """Probes of one stage each, and those that train: about as long as each other."""
@@ -182,7 +181,5 @@ def read(folder: Path) -> Aggregate:
     Raises:
         UsageError: There are none, or one is of another schema version.
     """
-    found, damaged = load_all(folder)
-    return aggregate(
-        found, read_plan(folder), expected.kept(folder), [str(error) for error in damaged]
-    )
+    run, records = folders.read([folder])
+    return run.aggregate(records)

@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from parity.capture.environments import compiled
 from parity.errors import UsageError
 from parity.results.aggregate import Aggregate
-from parity.results.cells import GREEN
+from parity.results.changes import FAILS, changes
 
 
 def pins(text: str) -> list[str]:
@@ -114,13 +114,11 @@ def moved(
 
 
 def changed_cell(before: Aggregate, now: Aggregate) -> str:
-    """Options of `parity bisect` for the first cell that was green and is not; empty without one."""
-    red: Any = now.red().itertuples(index=False)
-    for cell in red:
-        row = now.grid[cell.row]
-        if before.states(row).get(cell.seed) in GREEN:
-            pair = f"--subject {row.subject} --reference {row.reference}"
-            return f"{pair} --probe {row.probe:02d} --seed {cell.seed}"
+    """Options of `parity bisect` for the first cell that fails and did not; empty without one."""
+    found: Any = changes(now, before).cells
+    for cell in found[found["kind"] == FAILS].head(1).itertuples(index=False):
+        pair = f"--subject {cell.subject} --reference {cell.reference}"
+        return f"{pair} --probe {cell.probe:02d} --seed {cell.seed}"
     return ""
 
 

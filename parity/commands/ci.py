@@ -150,7 +150,7 @@ def moved(before: Path, now: Path) -> None:
     from parity.ci.versions import moved as found
 
     click.echo("### Packages\n")
-    if not [*before.rglob("records/*.json")]:
+    if not before.is_dir() or not any(before.iterdir()):
         click.echo("There is no run before this one to compare with.\n")
         return
     old, new = read(before), read(now)

@@ -66,6 +66,7 @@ def render(result: Aggregate) -> str:
         listed=listed,
         matrix=view.matrix(listed),
         sections=sections,
+        anchors={pair.anchor for pair in listed[: view.PAIRS]},
         cells=cells,
         shown=len(shown),
         total=_records(result),

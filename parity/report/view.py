@@ -15,6 +15,7 @@ from parity.cells.plan import GridRow
 from parity.record import Metric, Record
 from parity.results.aggregate import Aggregate
 from parity.results.cells import MISSING, NOT_RED, WORST_FIRST
+from parity.results.changes import FAILS, FIXED, GONE, STILL, Changes
 from parity.stages import flow
 
 PAIRS = 24
@@ -25,6 +26,8 @@ TRAINED = 24
 """Seeds of a heat map."""
 RECORDS = 400
 """Records in full; fewer where they are long."""
+CHANGED = 5
+"""Rows listed of each kind of change."""
 BYTES = 2_500_000
 """Of all records in full."""
 
@@ -165,6 +168,26 @@ def records_of(result: Aggregate, row: GridRow, limit: int) -> list[Record]:
     worst = cells.sort_values(["state", "excess"], ascending=[True, False], kind="stable")
     found = result.records(worst["position"].head(limit))
     return sorted(found, key=lambda record: record.seed)
+
+
+def changed(changes: Changes) -> list[tuple[str, int, list[tuple[str, str]]]]:
+    """Kind of a change, the number of its cells, and its rows as text with the pair's anchor.
+
+    What newly fails stands first; rows beyond `CHANGED` of a kind are counted.
+    """
+    found = []
+    for kind in (FAILS, FIXED, STILL, GONE):
+        rows = changes.rows[changes.rows[kind] > 0]
+        lines = []
+        for line in rows.head(CHANGED).to_dict("records"):
+            row = GridRow(*(line[name] for name in GridRow._fields))
+            cells = f"{line[kind]:,} cell{'s' * (line[kind] > 1)}"
+            lines.append((f"{row.title}, {row.pair}: {cells}", f"pair-{slug(row.pair)}"))
+        if len(rows) > CHANGED:
+            lines.append((f"and {len(rows) - CHANGED:,} more probes and pairs", ""))
+        if lines:
+            found.append((kind, changes.counts[kind], lines))
+    return found
 
 
 class Setting(NamedTuple):
