@@ -73,7 +73,6 @@ def heat_map(records: Sequence[Record], quantity: str) -> HeatMap | None:
     bits = all(m is not None and m.tolerance == 0 for m in metrics.values())
     width = max(len(r.series[quantity]) for r in having)
     group = ceil(width / STEPS)
-    columns = ceil(width / group)
     found: list[list[str]] = []
     lines = []
     for record in having:
@@ -87,8 +86,8 @@ def heat_map(records: Sequence[Record], quantity: str) -> HeatMap | None:
         zones = [
             _bits(v) if bits else _zone(v, f, times) for v, f in zip(values, floors, strict=True)
         ]
-        zones += ["none"] * (group * columns - len(zones))
-        found.append([_worst(zones[i : i + group]) for i in range(0, len(zones), group)])
+        zones += ["none"] * (width - len(zones))
+        found.append([_worst(zones[i : i + group]) for i in range(0, width, group)])
         at = max(range(len(values)), key=lambda i: (values[i] != values[i], values[i]))
         lines.append(SeedLine(
             record.seed, record.name, values[at], at + 1, 0.0 if bits else floors[at],
