@@ -14,7 +14,7 @@ from urllib.parse import quote
 import pytest
 
 from parity.record import MODULE, Verdict
-from parity.report import figures, html, view
+from parity.report import curves, figures, html, view
 from parity.results.aggregate import aggregate
 from parity.results.changes import changes
 from tests.test_aggregate import curve, matrix, put, record
@@ -253,7 +253,7 @@ def test_a_nan_is_a_zone_of_its_own_and_the_worst():
     heat = figures.heat_map([one], "dloss")
     assert heat.zones[-1][0] == "none"
     assert heat.lines[0].at == 2 and heat.lines[0].largest != heat.lines[0].largest
-    assert "nan" not in heat.svg.lower() and "nan" not in figures.losses([one]).lower()
+    assert "nan" not in heat.svg.lower() and "nan" not in curves.losses([one]).lower()
 
 
 def test_many_steps_are_drawn_as_the_worst_of_each_group():
@@ -264,6 +264,18 @@ def test_many_steps_are_drawn_as_the_worst_of_each_group():
     heat = figures.heat_map([one], "dloss")
     assert "the worst of 9" in heat.caption and len(heat.svg) < 8_000
     assert heat.lines[0].at == 778 and {zone for zone, _ in heat.zones} == {"zero", "over3"}
+
+
+def test_the_noise_floor_is_drawn_into_the_differences():
+    drawing = curves.differences([floored(0, 0.2), floored(1)], "dloss")
+    assert drawing.count('class="line subject"') == 2
+    assert 'class="band"' in drawing and 'class="limit"' in drawing
+    lines = re.findall(r'class="line subject" d="M([^"]*)"', drawing)
+    (limit,) = re.findall(r'class="limit" d="M([^"]*)"', drawing)
+    heights = [[float(p.split()[1]) for p in line.split("L")] for line in (*lines, limit)]
+    over, under, allowed = heights
+    assert over[1] < allowed[1] and all(a > b for a, b in zip(under, allowed, strict=True))
+    assert curves.differences([curve(0, [0.0] * 4)], "dgrad") == ""
 
 
 def test_the_first_bad_module_and_its_neighbours():

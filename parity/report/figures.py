@@ -97,6 +97,7 @@ def heat_map(records: Sequence[Record], quantity: str) -> HeatMap | None:
     used = {zone for row in found for zone in row}
     caption = f"|{quantity}|, subject − reference, {len(having)} seed{'s' * (len(having) > 1)} "
     caption += f"by {width} steps" + (f", the worst of {group} in each cell" if group > 1 else "")
+    caption += "" if bits else _floors(having, quantity)
     title = f"Heat map of {caption}"
     return HeatMap(
         caption,
@@ -104,6 +105,20 @@ def heat_map(records: Sequence[Record], quantity: str) -> HeatMap | None:
         tuple(zone for zone in named if zone[0] in used),
         tuple(lines),
     )
+
+
+def _floors(records: Sequence[Record], quantity: str) -> str:
+    """The noise floor in numbers, with what multiple of it is allowed."""
+    found = [v for r in records for v in r.series.get(f"{quantity} floor", []) if isfinite(v)]
+    metrics = [m for r in records if (m := _metric(r, quantity)) and m.floor > 0]
+    found = found or [m.floor for m in metrics]
+    if not found:
+        return ""
+    times = (
+        f", {metrics[0].tolerance / metrics[0].floor:.3g} times that is allowed" if metrics else ""
+    )
+    low, high = f"{min(found):.2g}", f"{max(found):.2g}"
+    return f"; noise floor {low if low == high else f'{low} to {high}'}{times}"
 
 
 def _metric(record: Record, quantity: str) -> Metric | None:
@@ -147,46 +162,12 @@ def _cells(rows: Sequence[Sequence[str]], seeds: Sequence[int], title: str, grou
         f'<text class="end" x="{LEFT - 4}" y="{y * SIDE + SIDE - 2}">{seed}</text>'
         for y, seed in enumerate(seeds)
     ]
-    ticks = _steps(len(rows[0]) * group)
+    ticks = step_marks(len(rows[0]) * group)
     body += [
         f'<text class="mid" x="{LEFT + (step - 0.5) / group * SIDE:.0f}" y="{height + 9}">{step}</text>'
         for step in ticks
     ]
-    return _svg(across + 4, height + 12, title, body)
-
-
-def losses(records: Sequence[Record]) -> str:
-    """Losses of both sides over the steps, a line a seed; empty without any."""
-    having = [r for r in records if r.series.get("loss subject")]
-    values = [
-        v for r in having for side in ("subject", "reference")
-        for v in r.series.get(f"loss {side}", []) if isfinite(v)
-    ]  # fmt: skip
-    if not values:
-        return ""
-    count = max(len(r.series["loss subject"]) for r in having)
-    top = max(*values, 1e-9)
-    w, h, left, low = 420, 150, 34, 134
-    body = []
-    for value in _round_values(top):
-        y = low - (low - 8) * value / top
-        body.append(f'<path class="rule" d="M{left} {y:.1f}H{w - 4}"/>')
-        body.append(f'<text class="end" x="{left - 4}" y="{y + 3:.1f}">{value:g}</text>')
-    for step in _steps(count):
-        x = _along(step, count, left, w - 8)
-        body.append(f'<text class="mid" x="{x:.0f}" y="{h - 4}">{step}</text>')
-    for side in ("reference", "subject"):
-        for record in having:
-            points = record.series.get(f"loss {side}", [])
-            every = ceil(len(points) / STEPS)
-            line = [
-                f"{_along(i + 1, count, left, w - 8):.1f} {low - (low - 8) * v / top:.1f}"
-                for i, v in list(enumerate(points))[::every] if isfinite(v)
-            ]  # fmt: skip
-            if line:
-                body.append(f'<path class="line {side}" d="M{"L".join(line)}"/>')
-    title = f"Losses of subject and reference over {count} steps, {len(having)} seeds"
-    return _svg(w, h, title, body)
+    return drawn(across + 4, height + 12, title, body)
 
 
 class Profile(NamedTuple):
@@ -242,30 +223,24 @@ def profile(record: Record) -> Profile | None:
     span = slice(max((first or 0) - 2, 0), (first or 0) + 3)
     return Profile(
         caption,
-        _svg(w, h, caption, body),
+        drawn(w, h, caption, body),
         found[first][0] if first is not None else "",
         tuple(found[span]),
     )
 
 
-def _along(step: int, count: int, left: float, right: float) -> float:
+def along(step: int, count: int, left: float, right: float) -> float:
+    """Place of a step, counted from 1, between two edges."""
     return left + (right - left) * (step - 1) / max(count - 1, 1)
 
 
-def _steps(count: int) -> list[int]:
+def step_marks(count: int) -> list[int]:
     """At most seven steps for an axis from 1 to `count`."""
     each = next(s * 10**p for p in range(9) for s in (1, 2, 5) if count / (s * 10**p) <= 6)
     return sorted({1, *range(each, count + 1, each)} - ({each} if 1 < each < 3 else set()))
 
 
-def _round_values(top: float) -> list[float]:
-    each = next(
-        float(f"{s}e{p}") for p in range(floor(log10(top)) - 1, floor(log10(top)) + 2)
-        for s in (1, 2, 5) if top / float(f"{s}e{p}") <= 5
-    )  # fmt: skip
-    return [each * i for i in range(int(top / each) + 1)]
-
-
-def _svg(width: float, height: float, title: str, body: Sequence[str]) -> str:
+def drawn(width: float, height: float, title: str, body: Sequence[str]) -> str:
+    """A picture with its title for those who do not see it; it scales with the page."""
     head = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}"'
     return f'{head} style="max-width:{1.6 * width:.0f}px">{"".join(body)}</svg>'

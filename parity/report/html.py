@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from parity.cells.plan import row_of
 from parity.record import Metric, Record, Verdict
-from parity.report import figures, labels, view
+from parity.report import curves, figures, labels, view
 from parity.report.text import headline
 from parity.results.aggregate import Aggregate, FirstFailure, state
 from parity.results.cells import GREEN
@@ -30,7 +30,8 @@ class Section(NamedTuple):
     """What is drawn of one pair."""
 
     pair: view.Pair
-    heats: tuple[figures.HeatMap, ...]
+    heats: tuple[tuple[figures.HeatMap, str], ...]
+    """Each with its curves; empty where all is 0."""
     losses: str
     curves: tuple[Curve, ...]
     passes: tuple[PassRates, ...]
@@ -111,7 +112,7 @@ def _worst_first(result: Aggregate) -> Iterator[Record]:
 
 
 def _section(result: Aggregate, pair: view.Pair) -> Section:
-    heats: list[figures.HeatMap] = []
+    heats: list[tuple[figures.HeatMap, str]] = []
     losses, profiles = "", []
     settings: list[view.Setting] = []
     others: list[str] = []
@@ -120,9 +121,13 @@ def _section(result: Aggregate, pair: view.Pair) -> Section:
     for row in pair.rows:
         records = view.records_of(result, row.row, view.TRAINED)
         seen += records
-        if maps := [m for q in ("dloss", "dgrad") if (m := figures.heat_map(records, q))]:
+        if maps := [
+            (m, curves.differences(records, q))
+            for q in ("dloss", "dgrad")
+            if (m := figures.heat_map(records, q))
+        ]:
             heats += maps
-            losses = figures.losses(records)
+            losses = curves.losses(records)
             if row.total > len(records):
                 left_out.append(
                     f"curves of {len(records)} of {row.total} seeds are drawn, the worst"
