@@ -150,8 +150,7 @@ def test_plan_and_report_need_only_what_their_jobs_install(tmp_path, words):
     """The jobs that run on Linux install no framework."""
     light = set(loaded(ROOT / ".github" / "workflows" / "parity.yml")["env"]["LIGHT"].split())
     with_own = light | {"python-dateutil", "pytz", "six", "tzdata", "markupsafe", "pydantic-core",
-                        "annotated-types", "typing-extensions", "typing-inspection", "contourpy",
-                        "cycler", "fonttools", "kiwisolver", "pillow", "pyparsing", "markdown-it-py",
+                        "annotated-types", "typing-extensions", "typing-inspection", "markdown-it-py",
                         "mdurl", "pygments"}  # fmt: skip
     tops = packages_distributions()
     forbidden = {
