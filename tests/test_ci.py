@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from parity.cells.matrix import parse_probes, parse_seeds
-from parity.cells.plan import Plan, read_plan, write_plan
+from parity.cells.plan import Plan, load_plan, write_plan
 from parity.ci import jobs, versions
 from parity.ci.annotations import workflow_commands
 from parity.cli import main
@@ -62,7 +62,7 @@ def test_the_jobs_fill_each_cell_of_the_plan_once(tmp_path):
                     for reference in options["references"]
                     for seed in parse_seeds(options["seeds"])
                 ]
-        plan = read_plan(tmp_path)
+        plan = load_plan(tmp_path / "plan.json")
         wanted = [(r.probe, (r.subject, r.reference), s) for r, of in plan.rows.items() for s in of]
         assert sorted(cells) == sorted(wanted)
     assert {row.model for row in plan.rows} == {"tiny-gemma3"}
@@ -70,7 +70,7 @@ def test_the_jobs_fill_each_cell_of_the_plan_once(tmp_path):
 
 def test_a_plan_asks_all_probes_unless_groups_are_given(tmp_path):
     planned(tmp_path)
-    assert {row.probe for row in read_plan(tmp_path).rows} == {s.number for s in BY_NUMBER}
+    assert {row.probe for row in load_plan(tmp_path / "plan.json").rows} == {s.number for s in BY_NUMBER}
 
 
 def test_a_single_seed_of_a_shard_is_a_seed_and_no_count(tmp_path):
