@@ -14,6 +14,7 @@ from parity.commands.audit import audit
 from parity.commands.bisect import bisect
 from parity.commands.cache import cache
 from parity.commands.capture import capture
+from parity.commands.ci import ci
 from parity.commands.merge import merge
 from parity.commands.options import (
     EXIT_GREEN,
@@ -103,6 +104,7 @@ def main() -> None:
 
 commands = (
     run, bisect, audit, replay, report, merge, capture, adapter, cache, list_, factors, contract, new_path,
+    ci,
 )  # fmt: skip
 for command in commands:
     main.add_command(command)

@@ -15,6 +15,8 @@ from parity.errors import UsageError
 from parity.files import write_atomically
 
 SCHEMA = 3
+MODULE = "module "
+"""Prefix of the series that hold the difference of a module's output."""
 
 
 class Verdict(StrEnum):
@@ -143,6 +145,8 @@ class Record(BaseModel):
     """Differences as shipped and other observations, which do not decide the verdict."""
     hints: list[str] = Field(default_factory=list)
     series: dict[str, list[float]] = Field(default_factory=dict)
+    """Values a step, by name: `dloss`, `dloss floor`, …; and under `MODULE` with the name of a module,
+    in the order of calls, the greatest difference of its output and what was allowed."""
     passes: dict[str, dict[str, bool]] = Field(default_factory=dict)
     """Side to prompt to whether the expected completion came."""
     facts: dict[str, float] = Field(default_factory=dict)

@@ -21,7 +21,7 @@ from parity.cli import main
 try:
     main(["run", "--reference", "hf", "--seeds", "1", "--probes", "01,04,07", "--out", sys.argv[1]])
 finally:
-    print("LOADED", *(n for n in ("matplotlib", "pandas", "scipy.stats", "torch", "mlx.core") if n in sys.modules))
+    print("LOADED", *(n for n in ("pandas", "scipy.stats", "torch", "mlx.core") if n in sys.modules))
 """
 
 

@@ -9,7 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from shlex import quote
@@ -239,3 +240,38 @@ def _run(*command: object, env: Mapping[str, str] | None = None) -> str:
             " ".join((done.stderr or done.stdout or "it failed").split())[-600:]
         )
     return done.stdout
+
+
+def compiled(project: Path, pins: Sequence[str], python: str, platform: str) -> list[str]:
+    """The newest releases on the index that a project can be installed with, as `name==version`.
+
+    Nothing is installed, and the platform need not be this one.
+
+    Args:
+        project: Its pyproject.toml.
+        pins: Requirements that hold as well.
+        python: Version of the interpreter.
+        platform: As uv names them, such as `aarch64-apple-darwin`.
+
+    Raises:
+        UsageError: Nothing fits, or uv is not installed.
+    """
+    # MLX has wheels from macOS 14 on; uv assumes 13.
+    env = {**os.environ, "MACOSX_DEPLOYMENT_TARGET": "15.0"}
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
+        file.write("\n".join(pins))
+        file.flush()
+        options = ("--quiet", "--no-header", "--no-annotate")
+        words = (
+            "--constraint",
+            file.name,
+            "--python-version",
+            python,
+            "--python-platform",
+            platform,
+        )
+        try:
+            listed = _run(_uv(), "pip", "compile", project, *options, *words, env=env)
+        except UnavailableVersion as error:
+            raise UsageError(f"{project}: no releases fit together: {error}") from None
+    return [line for line in listed.splitlines() if "==" in line]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from parity.judge.noise import EPS, HEADROOM, Noise, distance, greatest, listed
+from parity.judge.noise import EPS, HEADROOM, Noise, Sources, distance, greatest, listed
 from parity.record import Metric, Verdict
 from parity.trace import Array, first_difference
 
@@ -243,8 +243,7 @@ def compare_series(name: str, subject: Array, reference: Array, noise: Noise) ->
             )
     difference = np.abs(subject.astype(np.float64) - reference.astype(np.float64))
     sources = noise.sources(name, reference)
-    measured = [value for value in sources.values() if not isinstance(value, str)]
-    floors = np.maximum.accumulate(np.max(measured, axis=0))
+    floors = _along(sources)
     tolerances = np.zeros_like(floors) if noise.exact else HEADROOM * floors
     over = difference > tolerances
     errors = _errors(name, subject, reference, noise)
@@ -275,6 +274,17 @@ def compare_series(name: str, subject: Array, reference: Array, noise: Noise) ->
         accepted=NEARER if judged["verdict"] is Verdict.AGREE and value > tolerance else "",
         **judged,
     )
+
+
+def series_floor(name: str, reference: Array, noise: Noise) -> Array:
+    """The noise floor at each step, as `compare_series` takes it: the greatest seen up to that step."""
+    return _along(noise.sources(name, reference))
+
+
+def _along(sources: Sources) -> Array:
+    measured = [value for value in sources.values() if not isinstance(value, str)]
+    floors: Array = np.maximum.accumulate(np.max(measured, axis=0))
+    return floors
 
 
 def _at(index: tuple[int, ...] | tuple[np.intp, ...]) -> str:

@@ -1,155 +1,246 @@
-"""Small SVG figures that go into the page: they take its font and its colours, light or dark."""
+"""Small SVG figures, drawn here: they take the page's font and colours, light or dark, and weigh little.
+
+Each has a sentence of what it shows; the numbers stand in a table beside it.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections import defaultdict
-from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from math import ceil, floor, inf, isfinite, log10, nan
+from typing import NamedTuple
 
-import numpy as np
+from markupsafe import escape
 
-from parity.cells.plan import GridRow
-from parity.derived import kept
-from parity.results.aggregate import Aggregate
-from parity.results.series import Curve
-from parity.trace import Array
+from parity.record import MODULE, Metric, Record
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-Steps = list[Any]
-"""Mappings, the lines of `Aggregate.steps`."""
-SIZE = 4.3, 2.3  # inches
-SEEDS = 60  # drawn, those farthest over their tolerance
-# Matplotlib cannot write CSS variables: it draws in placeholder colours, replaced afterwards.
-_INK, _SUBJECT, _REFERENCE, _BAD = "#010101", "#020202", "#030303", "#040404"
-_VARIABLES = {
-    _INK: "currentColor",
-    _SUBJECT: "var(--subject)",
-    _REFERENCE: "var(--reference)",
-    _BAD: "var(--bad)",
-}
+STEPS = 120
+"""Columns of a heat map and points of a curve; of longer ones each stands for several steps."""
+SIDE = 9  # of a cell of a heat map
+LEFT = 44  # room for the names of seeds
+ZONES = (
+    ("zero", "equal bits"),
+    ("low", "below a tenth of the noise floor"),
+    ("floor", "up to the noise floor"),
+    ("allowed", "up to what is allowed"),
+    ("over1", "up to 10 times what is allowed"),
+    ("over2", "up to 100 times"),
+    ("over3", "beyond"),
+    ("none", "not a number, or no value"),
+)
+"""Class of a cell of a heat map and its meaning, each ten times the one before."""
+BITS = (("zero", "equal bits"), ("over2", "bits differ"), ("none", "not a number, or no value"))
+"""The same where bits are compared."""
+_METRICS = {"dloss": "loss per step", "dgrad": "gradient_norm per step"}
 
 
-class Figure(NamedTuple):
-    """A figure and what it shows; no SVG where there is nothing to draw."""
+class SeedLine(NamedTuple):
+    """The numbers of one seed in a heat map."""
+
+    seed: int
+    name: str
+    """Of its record."""
+    largest: float
+    at: int | None
+    """Step of the largest, counted from 1."""
+    floor: float
+    allowed: float
+    """At that step; NaN where the record lacks floors a step."""
+    first: int | None
+    """First step that decides for a divergence."""
+
+
+class HeatMap(NamedTuple):
+    """Differences by seed and step."""
 
     caption: str
     svg: str
+    zones: tuple[tuple[str, str], ...]
+    """Those that occur."""
+    lines: tuple[SeedLine, ...]
 
 
-def figures(result: Aggregate) -> dict[GridRow, list[Figure]]:
-    """For each row with step series: the losses, then |dloss| and |dgrad| over the steps."""
-    found: dict[GridRow, list[Figure]] = {}
-    for row in dict.fromkeys(curve.row for curve in result.curves):
-        steps: Steps = result.steps(row, SEEDS).to_dict("records")
-        curves = {curve.quantity: curve for curve in result.curves if curve.row == row}
-        found[row] = [_losses(steps, row)]
-        found[row] += [
-            _difference(steps, row, curves[quantity])
-            for quantity in ("dloss", "dgrad")
-            if quantity in curves
+def heat_map(records: Sequence[Record], quantity: str) -> HeatMap | None:
+    """|dloss| or |dgrad| by seed and step, coloured by how far it is from the noise floor of its step.
+
+    Args:
+        records: Of one row of the grid; those without the series are left out.
+        quantity: `dloss` or `dgrad`.
+    """
+    having = [r for r in records if r.series.get(quantity)]
+    if not having:
+        return None
+    metrics = {r.seed: _metric(r, quantity) for r in having}
+    bits = all(m is not None and m.tolerance == 0 for m in metrics.values())
+    width = max(len(r.series[quantity]) for r in having)
+    group = ceil(width / STEPS)
+    found: list[list[str]] = []
+    lines = []
+    for record in having:
+        metric = metrics[record.seed]
+        values = [abs(v) for v in record.series[quantity]]
+        floors = record.series.get(f"{quantity} floor", [])
+        # Of records without floors a step, the floor at the place that the verdict names.
+        flat = metric.floor if metric else nan
+        floors = floors if len(floors) == len(values) else [flat] * len(values)
+        times = metric.tolerance / metric.floor if metric and metric.floor > 0 else 1.0
+        zones = [
+            _bits(v) if bits else _zone(v, f, times) for v, f in zip(values, floors, strict=True)
         ]
-    return found
-
-
-def _losses(steps: Steps, row: GridRow) -> Figure:
-    seeds = _by_seed(steps)
-
-    def draw(axes: Axes) -> None:
-        for seed in seeds:
-            step, ours, theirs = (
-                _column(seed, name) for name in ("step", "loss_subject", "loss_reference")
-            )
-            axes.plot(step, theirs, color=_REFERENCE, lw=3.2, alpha=0.45)
-            axes.plot(step, ours, color=_SUBJECT, lw=1)
-        axes.set_ylim(bottom=0)
-
-    n = len(seeds)
-    each = f"one line a seed, {n} seeds" if n > 1 else "one seed"
-    caption = f"Loss: subject ({row.subject}) thin on reference ({row.reference}) broad; {each}"
-    return Figure(caption, _svg(draw, f"{row} loss", steps))
-
-
-def _difference(steps: Steps, row: GridRow, curve: Curve) -> Figure:
-    name = curve.quantity
-    values = np.abs(_column(steps, name))
-    if not (values > 0).any():
-        why = "0 at every step of every seed" if not np.isnan(values).any() else "not measured"
-        return Figure(f"{name}: {why}", "")
-
-    def draw(axes: Axes) -> None:
-        for seed in _by_seed(steps):
-            d = np.abs(_column(seed, name))
-            alone = "." if (d > 0).sum() < 2 else ""  # a single point makes no line
-            shown = np.where(d > 0, d, np.nan)
-            axes.plot(_column(seed, "step"), shown, color=_SUBJECT, lw=1, marker=alone)
-        axes.set_yscale("log")
-        axes.set_xlim(axes.get_xlim()[0], _column(steps, "step").max() + 0.5)
-        if curve.first_step is not None:
-            axes.axvline(curve.first_step, color=_BAD, lw=1, ls="--")
-
-    over = f"; over the tolerance from step {curve.first_step}" if curve.first_step else ""
-    return Figure(
-        f"|{name}| a step, subject − reference, log scale{over}",
-        _svg(draw, f"{row} {name}", (curve.first_step, steps)),
+        zones += ["none"] * (width - len(zones))
+        found.append([_worst(zones[i : i + group]) for i in range(0, width, group)])
+        at = max(range(len(values)), key=lambda i: (values[i] != values[i], values[i]))
+        lines.append(SeedLine(
+            record.seed, record.name, values[at], at + 1, 0.0 if bits else floors[at],
+            0.0 if bits else floors[at] * times, metric.step if metric else None,
+        ))  # fmt: skip
+    named = BITS if bits else ZONES
+    used = {zone for row in found for zone in row}
+    caption = f"|{quantity}|, subject − reference, {len(having)} seed{'s' * (len(having) > 1)} "
+    caption += f"by {width} steps" + (f", the worst of {group} in each cell" if group > 1 else "")
+    caption += "" if bits else _floors(having, quantity)
+    title = f"Heat map of {caption}"
+    return HeatMap(
+        caption,
+        _cells(found, [line.seed for line in lines], title, group),
+        tuple(zone for zone in named if zone[0] in used),
+        tuple(lines),
     )
 
 
-def _by_seed(steps: Steps) -> list[Steps]:
-    found: dict[int, Steps] = defaultdict(list)
-    for step in steps:
-        found[step["seed"]].append(step)
-    return [found[seed] for seed in sorted(found)]
-
-
-def _column(steps: Steps, name: str) -> Array:
-    return np.array([step[name] for step in steps], np.float64)
-
-
-def _svg(draw: Callable[[Axes], None], salt: str, content: object) -> str:
-    """One figure, the same bytes for the same data; drawn once for the same `content`."""
-    code = Path(__file__).read_bytes()
-    parts = version("matplotlib"), hashlib.sha256(code).hexdigest(), salt, content
-    return kept("figures", parts, lambda: _drawn(draw, salt))
-
-
-def _drawn(draw: Callable[[Axes], None], salt: str) -> str:
-    from io import StringIO
-
-    import matplotlib
-    from matplotlib.figure import Figure as Canvas
-    from matplotlib.ticker import MaxNLocator
-
-    style: dict[Any, Any] = {"svg.hashsalt": salt, "svg.fonttype": "none", "font.size": 9}
-    style |= dict.fromkeys(
-        ("xtick.color", "ytick.color", "axes.edgecolor", "axes.labelcolor"), _INK
+def _floors(records: Sequence[Record], quantity: str) -> str:
+    """The noise floor in numbers, with what multiple of it is allowed."""
+    found = [v for r in records for v in r.series.get(f"{quantity} floor", []) if isfinite(v)]
+    metrics = [m for r in records if (m := _metric(r, quantity)) and m.floor > 0]
+    found = found or [m.floor for m in metrics]
+    if not found:
+        return ""
+    times = (
+        f", {metrics[0].tolerance / metrics[0].floor:.3g} times that is allowed" if metrics else ""
     )
-    text = StringIO()
-    with matplotlib.rc_context(style):
-        canvas = Canvas(figsize=SIZE, layout="constrained")
-        axes = canvas.add_subplot()
-        axes.spines[["top", "right"]].set_visible(False)
-        draw(axes)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("step")
-        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        canvas.savefig(text, format="svg", transparent=True, metadata=metadata)
-    return _inline(text.getvalue())
+    low, high = f"{min(found):.2g}", f"{max(found):.2g}"
+    return f"; noise floor {low if low == high else f'{low} to {high}'}{times}"
 
 
-def _inline(svg: str) -> str:
-    """Only the element, scaling with the page, without ids that would occur twice in it."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
-    svg = re.sub(r' id="[\w.]+_\d+"', "", svg)  # figure_1, axes_1, matplotlib.axis_1
-    svg = re.sub(r" font-family: [^;]*;", "", svg)
-    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, variable)
-    return re.sub(r"\n\s*", "\n", svg).strip()
+def _metric(record: Record, quantity: str) -> Metric | None:
+    return next((m for m in record.metrics if m.name == _METRICS[quantity]), None)
+
+
+def _bits(value: float) -> str:
+    return "none" if not isfinite(value) else "over2" if value else "zero"
+
+
+def _zone(value: float, floor: float, times: float) -> str:
+    if not isfinite(value) or not isfinite(floor):
+        return "none"
+    edges = (0, floor / 10, floor, floor * times, 10 * floor * times, 100 * floor * times, inf)
+    return next(zone for edge, (zone, _) in zip(edges, ZONES, strict=False) if value <= edge)
+
+
+def _worst(zones: Sequence[str]) -> str:
+    order = [zone for zone, _ in ZONES]
+    return max(zones, key=order.index)
+
+
+def _cells(rows: Sequence[Sequence[str]], seeds: Sequence[int], title: str, group: int) -> str:
+    """One path for each zone: neighbours in a row are drawn as one rectangle."""
+    paths: dict[str, list[str]] = {}
+    for y, row in enumerate(rows):
+        start = 0
+        for x in range(1, len(row) + 1):
+            if x == len(row) or row[x] != row[start]:
+                w = (x - start) * SIDE
+                place = f"M{LEFT + start * SIDE} {y * SIDE}h{w}v{SIDE}h-{w}z"
+                paths.setdefault(row[start], []).append(place)
+                start = x
+    across, height = LEFT + len(rows[0]) * SIDE, len(rows) * SIDE
+    body = [f'<path class="z-{zone}" d="{"".join(d)}"/>' for zone, d in paths.items()]
+    # Lines between the cells.
+    lines = "".join(f"M{LEFT} {y * SIDE}H{across}" for y in range(1, len(rows)))
+    lines += "".join(f"M{LEFT + x * SIDE} 0V{height}" for x in range(1, len(rows[0])))
+    body.append(f'<path class="gap" d="{lines}"/>' if lines else "")
+    body += [
+        f'<text class="end" x="{LEFT - 4}" y="{y * SIDE + SIDE - 2}">{seed}</text>'
+        for y, seed in enumerate(seeds)
+    ]
+    ticks = step_marks(len(rows[0]) * group)
+    body += [
+        f'<text class="mid" x="{LEFT + (step - 0.5) / group * SIDE:.0f}" y="{height + 9}">{step}</text>'
+        for step in ticks
+    ]
+    return drawn(across + 4, height + 12, title, body)
+
+
+class Profile(NamedTuple):
+    """How far each module's output is from what was allowed, in the order of calls."""
+
+    caption: str
+    svg: str
+    first: str
+    """The first module over what was allowed; empty without one."""
+    near: tuple[tuple[str, float, float], ...]
+    """It and its neighbours: name, greatest |Δ|, allowed."""
+
+
+def profile(record: Record) -> Profile | None:
+    """The modules of a record of the logits that diverge; None where it has none."""
+    found: list[tuple[str, float, float]] = [
+        (name.removeprefix(MODULE), values[0], values[1])
+        for name, values in record.series.items()
+        if name.startswith(MODULE) and len(values) == 2
+    ]
+    ratios = [
+        value / allowed if allowed > 0 else (inf if value else 0.0) for _, value, allowed in found
+    ]
+    shown = [r for r in ratios if isfinite(r) and r > 0]
+    if not found or not shown:
+        return None
+    low, high = min(floor(log10(min(shown))), -1), max(ceil(log10(max(shown))), 1)
+    first = next((i for i, r in enumerate(ratios) if not r <= 1), None)
+    w, h, left = 420, 120, 34
+    step = (w - left - 4) / len(found)
+
+    def y(ratio: float) -> float:
+        place = min(max(log10(ratio), low), high) if ratio > 0 else low
+        return 8 + (h - 22) * (high - place) / (high - low)
+
+    bars: dict[str, list[str]] = {"z-floor": [], "z-over2": []}
+    for i, ratio in enumerate(ratios):
+        top = y(ratio if isfinite(ratio) else 10.0**high)
+        place = f"M{left + i * step:.1f} {h - 14}V{top:.1f}h{max(step - 0.3, 0.4):.1f}V{h - 14}z"
+        bars["z-floor" if ratio <= 1 else "z-over2"].append(place)
+    body = [f'<path class="{zone}" d="{"".join(d)}"/>' for zone, d in bars.items() if d]
+    body.append(f'<path class="limit" d="M{left} {y(1.0):.1f}H{w - 4}"/>')
+    for power in {low, 0, high}:
+        body.append(
+            f'<text class="end" x="{left - 4}" y="{y(10.0**power) + 3:.1f}">1e{power}</text>'
+        )
+    body.append(f'<text x="{left}" y="{h - 3}">first call</text>')
+    body.append(f'<text class="end" x="{w - 4}" y="{h - 3}">last</text>')
+    caption = (
+        "Greatest |Δ| of each module's output as a multiple of what is allowed, in the order of "
+    )
+    caption += f"calls: {sum(not r <= 1 for r in ratios)} of {len(found)} modules are over it"
+    span = slice(max((first or 0) - 2, 0), (first or 0) + 3)
+    return Profile(
+        caption,
+        drawn(w, h, caption, body),
+        found[first][0] if first is not None else "",
+        tuple(found[span]),
+    )
+
+
+def along(step: int, count: int, left: float, right: float) -> float:
+    """Place of a step, counted from 1, between two edges."""
+    return left + (right - left) * (step - 1) / max(count - 1, 1)
+
+
+def step_marks(count: int) -> list[int]:
+    """At most seven steps for an axis from 1 to `count`."""
+    each = next(s * 10**p for p in range(9) for s in (1, 2, 5) if count / (s * 10**p) <= 6)
+    return sorted({1, *range(each, count + 1, each)} - ({each} if 1 < each < 3 else set()))
+
+
+def drawn(width: float, height: float, title: str, body: Sequence[str]) -> str:
+    """A picture with its title for those who do not see it; it scales with the page."""
+    head = f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}"'
+    return f'{head} style="max-width:{1.6 * width:.0f}px">{"".join(body)}</svg>'

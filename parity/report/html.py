@@ -1,50 +1,76 @@
-"""The report as one HTML file that loads nothing: failures first, a filter box, both themes."""
+"""The report as one HTML file that loads nothing: verdict, changes, causes, matrix, pairs, cells."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from math import isnan
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from parity.capture.machine import PASSING
-from parity.cells.plan import GridRow, row_of
-from parity.record import Metric, Record
-from parity.report import labels
-from parity.report.figures import figures
+from markupsafe import Markup
+
+from parity.cells.plan import row_of
+from parity.record import Metric, Record, Verdict
+from parity.report import curves, figures, labels, view
 from parity.report.text import headline
 from parity.results.aggregate import Aggregate, FirstFailure, state
 from parity.results.cells import GREEN
+from parity.results.details import PassRates
+from parity.results.series import Curve
+from parity.results.statistics import Interval, wilson
 
-OPEN = 3  # failures shown unfolded
-SHOWN = 300  # failures shown, and as many records that are none
+OPEN = 1  # failures shown unfolded
+METRICS = 60  # of a record
+DETAIL = 6_000  # characters of the output of a process that failed
 SIDES = ("subject", "reference")
-TEMPLATE = "report.html.j2"
+TEMPLATE, CELL = "report.html.j2", "cell.html.j2"
+
+
+class Section(NamedTuple):
+    """What is drawn of one pair."""
+
+    pair: view.Pair
+    heats: tuple[tuple[figures.HeatMap, str], ...]
+    """Each with its curves; empty where all is 0."""
+    losses: str
+    curves: tuple[Curve, ...]
+    passes: tuple[PassRates, ...]
+    profiles: tuple[tuple[Record, figures.Profile], ...]
+    settings: tuple[view.Setting, ...]
+    others: tuple[str, ...]
+    """Sentences on settings that name no two values."""
+    environment: tuple[tuple[str, str, str, bool], ...]
+    seen: int
+    """Records that the environments are read from."""
+    left_out: str
+    """What of the pair is not drawn; empty where all is."""
 
 
 def render(result: Aggregate) -> str:
     """The page."""
     environment = templates()
-    environment.filters |= {"number": labels.number, "tolerance": tolerance, "excess": excess}
-    environment.globals |= {"labels": labels, "headline": headline, "environment": environment_of}
+    environment.filters |= {
+        "number": labels.number, "tolerance": tolerance, "excess": excess, "percent": percent,
+    }  # fmt: skip
     environment.globals |= {
-        "differing": differing,
-        "row_of": row_of,
-        "state": state,
-        "side_off": side_off,
-        "side_off_of_pair": side_off_of_pair,
-    }
-    failures, rest = result.failures(SHOWN), result.green(SHOWN)
-    shown = {(row_of(record), record.seed): record for record in (*failures, *rest)}
+        "labels": labels, "headline": headline, "row_of": row_of, "state": state, "view": view,
+        "differing": view.differing, "interval": interval, "side_off": side_off,
+        "side_off_of_pair": side_off_of_pair, "symbols": labels.SYMBOLS, "green": GREEN,
+        "most_metrics": METRICS, "most_detail": DETAIL, "intact": intact, "observed": observed,
+    }  # fmt: skip
+    shown, cells = _cells(result, environment.get_template(CELL))
+    names = {(row_of(record), record.seed): record.name for record in shown}
+    listed = view.pairs(result, names)
+    sections = [_section(result, pair) for pair in listed[: view.PAIRS]]
     page: str = environment.get_template(TEMPLATE).render(
         result=result,
-        grids=_by_pair(result, shown),
-        failures=failures,
-        rest=rest,
-        figures=figures(result),
-        symbols=labels.SYMBOLS,
-        green=GREEN,
-        open=OPEN,
+        listed=listed,
+        matrix=view.matrix(listed),
+        sections=sections,
+        anchors={pair.anchor for pair in listed[: view.PAIRS]},
+        cells=cells,
+        shown=len(shown),
+        total=_records(result),
         about=_about(result),
     )
     return page
@@ -63,6 +89,72 @@ def templates() -> Any:
     )
 
 
+def _cells(result: Aggregate, template: Any) -> tuple[list[Record], list[Markup]]:
+    """Records in full and their sections, failures first, as many as fit."""
+    shown: list[Record] = []
+    drawn: list[Markup] = []
+    room = view.BYTES
+    for record in _worst_first(result):
+        unfolded = len(shown) < OPEN and record.verdict not in GREEN
+        text = Markup(template.render(record=record, unfolded=unfolded))
+        room -= len(text.encode())
+        if room < 0 or len(shown) >= view.RECORDS:
+            break
+        shown.append(record)
+        drawn.append(text)
+    return shown, drawn
+
+
+def _worst_first(result: Aggregate) -> Iterator[Record]:
+    failures = result.failures(view.RECORDS)
+    yield from failures
+    yield from result.green(view.RECORDS - len(failures))
+
+
+def _section(result: Aggregate, pair: view.Pair) -> Section:
+    heats: list[tuple[figures.HeatMap, str]] = []
+    losses, profiles = "", []
+    settings: list[view.Setting] = []
+    others: list[str] = []
+    seen: list[Record] = []
+    left_out = []
+    for row in pair.rows:
+        records = view.records_of(result, row.row, view.TRAINED)
+        seen += records
+        if maps := [
+            (m, curves.differences(records, q))
+            for q in ("dloss", "dgrad")
+            if (m := figures.heat_map(records, q))
+        ]:
+            heats += maps
+            losses = curves.losses(records)
+            if row.total > len(records):
+                left_out.append(
+                    f"curves of {len(records)} of {row.total} seeds are drawn, the worst"
+                )
+        diverging = [r for r in records if r.verdict is Verdict.DIVERGE]
+        profiles += [(r, p) for r in diverging if (p := figures.profile(r))][:1]
+        if row.row.stage == "config" and records:
+            settings, others = view.settings(records[0])
+        if row.total > len(row.cells):
+            cut = f"{row.row.title}: {len(row.cells)} of {row.total} seeds are listed, the worst"
+            left_out.append(cut)
+    rows = {row.row for row in pair.rows}
+    return Section(
+        pair,
+        tuple(heats),
+        losses,
+        tuple(c for c in result.curves if c.row in rows),
+        tuple(p for p in result.passes if p.row in rows),
+        tuple(profiles),
+        tuple(settings),
+        tuple(others),
+        tuple(view.environments(seen)),
+        len(seen),
+        "; ".join(left_out),
+    )
+
+
 def tolerance(metric: Metric) -> str:
     """What was allowed: `equal` where bits must be, `not gated` where the verdict does not depend on it."""
     if not metric.gate or isnan(metric.tolerance):
@@ -75,6 +167,27 @@ def excess(metric: Metric) -> str:
     if not metric.gate or not metric.tolerance > 0 or metric.value <= metric.tolerance:
         return ""
     return f"{metric.value / metric.tolerance:,.3g}×"
+
+
+def observed(first: FirstFailure) -> list[str]:
+    """What its record observed: the first bad module, which side repeats itself, and the like."""
+    findings = first.record.findings if first.record else []
+    return [text for text in findings if not text.startswith("as shipped")][:3]
+
+
+def percent(share: float) -> str:
+    """A share of 1 as a length in CSS."""
+    return f"{100 * share:.1f}%"
+
+
+def interval(passed: int, n: int) -> Interval | None:
+    """Wilson's interval of a pass rate; None without any seed."""
+    return wilson(passed, n) if n else None
+
+
+def intact(text: str) -> str:
+    """The end of a long text, which says why a process failed."""
+    return text if len(text) <= DETAIL else f"…\n{text[-DETAIL:]}"
 
 
 def side_off(record: Record) -> str:
@@ -90,54 +203,16 @@ def side_off(record: Record) -> str:
 def side_off_of_pair(result: Aggregate, first: FirstFailure) -> str:
     """The same for a pair, by its first probe with a referee."""
     for row in (first.row, *first.later):
-        cells = result.red()
-        cells = cells[(cells["row"] == result.grid.index(row)) & (cells["position"] >= 0)]
-        for record in result.records(cells["position"].head(5)):
+        for record in view.records_of(result, row, 3):
             if side := side_off(record):
                 return side if row == first.row else f"{side} in probe {row.title}"
     return ""
 
 
-def environment_of(record: Record) -> list[tuple[str, str, str, bool]]:
-    """Key, subject's value, reference's value, whether they differ: differing ones first."""
-    sides = [_flat(side.environment) for side in (record.subject, record.reference)]
-    keys = sorted({*sides[0], *sides[1]})
-    rows = [(k, sides[0].get(k, "–"), sides[1].get(k, "–")) for k in keys]
-    return sorted(((*row, row[1] != row[2]) for row in rows), key=lambda row: not row[3])
-
-
-def differing(record: Record) -> list[tuple[str, Any, Any]]:
-    """Factors in which the sides' recipes differ."""
-    subject, reference = record.subject.recipe, record.reference.recipe
-    values = {k: (subject.get(k), reference.get(k)) for k in sorted({*subject, *reference})}
-    return [(name, a, b) for name, (a, b) in values.items() if a != b]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        elif f"{prefix}{key}" not in PASSING:
-            flat[prefix + key] = (
-                ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-            )
-    return flat
-
-
-def _by_pair(
-    result: Aggregate, shown: Mapping[tuple[GridRow, int], Record]
-) -> dict[str, dict[GridRow, dict[int, tuple[str, Record | None]]]]:
-    """Pair to its rows; seed to state and record, where that is shown."""
-    found: dict[str, dict[GridRow, dict[int, tuple[str, Record | None]]]] = {}
-    for row in result.grid:
-        by_seed = result.states(row).items()
-        cells = {seed: (state, shown.get((row, seed))) for seed, state in by_seed}
-        found.setdefault(row.pair, {})[row] = cells
-    return found
-
-
 def _about(result: Aggregate) -> str:
     """Versions of the tool, platforms, and the number of records."""
-    records = int((result.cells["position"] >= 0).sum())
-    return " · ".join([*result.about, f"{records:,} records"])
+    return " · ".join([*result.about, f"{_records(result):,} records"])
+
+
+def _records(result: Aggregate) -> int:
+    return int((result.cells["position"] >= 0).sum())

@@ -128,7 +128,8 @@ class Aggregate:
         """The lines of `cells` that keep the run from being green, in the order of `failures`."""
         codes = self.cells["state"].cat.codes
         bad = self.cells[codes < WORST_FIRST.index(EXPECTED)]
-        bad = bad.assign(code=codes, far=-bad["excess"].fillna(0.0))
+        # Of these lines alone: a frame without any would take those of the whole column.
+        bad = bad.assign(code=bad["state"].cat.codes, far=-bad["excess"].fillna(0.0))
         bad = bad.sort_values(["code", "far", "row", "seed"], kind="stable")
         bad = bad.assign(turn=bad.groupby("row").cumcount())
         return bad.sort_values(["turn", "code", "far", "row"], kind="stable")

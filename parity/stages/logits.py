@@ -10,7 +10,7 @@ from parity.errors import MissingCapture
 from parity.judge.compare import compare, compare_exact, compare_group
 from parity.judge.noise import HEADROOM, distance
 from parity.names import each
-from parity.record import Verdict
+from parity.record import MODULE, Verdict
 from parity.stages.context import Comparison, Context, Pair
 from parity.trace import Trace
 
@@ -76,10 +76,13 @@ def first_bad_module(context: Context, inputs: Trace, result: Comparison) -> lis
     index = next(i for i, m in enumerate(result.metrics[1:]) if m.verdict is Verdict.DIVERGE)
     a, b = (t.group(f"module.{index}") for t in (pair.subject, pair.reference))
     noise = pair.noise_of(f"module.{index}")
-    for name in order:
-        if a[name].shape != b[name].shape:
-            continue
-        metric = compare_group(name, {name: a[name]}, {name: b[name]}, noise)
+    metrics = {
+        name: compare_group(name, {name: a[name]}, {name: b[name]}, noise)
+        for name in order
+        if a[name].shape == b[name].shape
+    }
+    result.series |= {f"{MODULE}{name}": [m.value, m.tolerance] for name, m in metrics.items()}
+    for name, metric in metrics.items():
         if metric.verdict is Verdict.DIVERGE:
             if a[name].ndim == 3:
                 off = np.abs(a[name] - b[name]).max(axis=(0, 2)) > metric.tolerance

@@ -11,7 +11,7 @@ import numpy as np
 
 from parity.errors import CaptureError, Unsupported
 from parity.judge import noise as noises
-from parity.judge.compare import compare_exact, compare_group, compare_series, nothing
+from parity.judge.compare import compare_exact, compare_group, compare_series, nothing, series_floor
 from parity.judge.noise import Noise, Sources
 from parity.names import each
 from parity.recipe import Recipe
@@ -43,6 +43,9 @@ class LossCurve:
             result.series[f"{key} reference"] = theirs.tolist()
             if len(ours) == len(theirs):
                 result.series[name] = (ours - theirs).tolist()
+                if not pair.noise.exact:  # else bits are compared, and no floor decides
+                    floor = series_floor(key, theirs, pair.noise)
+                    result.series[f"{name} floor"] = floor.tolist()
         adapters = a.group("adapter"), b.group("adapter")
         noise = pair.noise_of("adapter")
         metric = compare_group("final adapter", *adapters, noise)
