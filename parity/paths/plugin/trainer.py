@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import json
 import sys
 import tempfile
@@ -18,7 +19,15 @@ from parity import resources
 from parity.errors import Unsupported, UsageError
 from parity.names import canonical
 from parity.paths import parts
-from parity.paths.measured import Calls, clip_of, combination, unknown, weighting_of
+from parity.paths.measured import (
+    HALF,
+    Calls,
+    clip_of,
+    combination,
+    micro_batches,
+    unknown,
+    weighting_of,
+)
 from parity.paths.mlx import live as _mlx
 from parity.paths.mlx.live import Batch, Setup, to_numpy
 from parity.paths.mlx.observed import calls
@@ -120,7 +129,10 @@ class TrainerPath(MlxPath):
 
     def _loss(self, watch: Watch) -> Any:
         assert watch.loss is not None
-        self._layout = layout(watch.loss, type(self).batch, watch.model_first)
+        try:
+            self._layout = layout(watch.loss, type(self).batch, watch.model_first)
+        except UsageError as error:
+            raise Unsupported(str(error)) from None
         function = watch.loss if watch.model_first else with_any_model(watch.loss, watch.model)
         return normalised(function, self._layout)
 
@@ -295,32 +307,44 @@ class TrainerPath(MlxPath):
     def _facts(self, recipe: Recipe) -> dict[str, Any]:
         seen = Calls()
         with contextlib.ExitStack() as stack:
-            quiet = Watch(
-                lambda model: stack.enter_context(calls(model, seen)),
-                stop_after=1, gain=_QUIET, gradients=True,
-            )  # fmt: skip
-            self.watched(recipe, quiet)
-        loud = self.watched(recipe, Watch(stop_after=1, gain=_LOUD, gradients=True))
-        slack = 0.1 if recipe.model.dtype in ("bfloat16", "float16") else 0.01
+            quiet = self._one_update(
+                recipe, _QUIET, lambda model: stack.enter_context(calls(model, seen))
+            )
+        loud = self._one_update(recipe, _LOUD, lambda _: None)
+        slack = 0.1 if recipe.model.dtype in HALF else 0.01
         step, long = quiet.steps[0], loud.steps[0]
         shares, residual = combination(step.given, [f.gradient for f in step.forwards])
-        found = self._drawn(quiet.steps, self._rows(recipe))
-        tokens = _tokens(quiet, found, self._loss(quiet))
+        tokens = _tokens(quiet, self._drawn(quiet.steps, self._rows(recipe)), self._loss(quiet))
+        weighting = weighting_of(shares, tokens, slack)[1]
         if residual > slack:
-            count: Any = unknown("the optimizer is given no sum of the gradients of the loss")
-            weighting: Any = count
-        else:
-            count, weighting = weighting_of(shares, tokens, slack)
+            weighting = unknown("the optimizer is given no sum of the gradients of the loss")
+        elif len(set(tokens)) == 1 and weighting in ("token", "mean"):
+            whole = np.allclose(shares, 1, rtol=slack)
+            same = unknown("its micro-batches have equally many tokens: a mean, or by token")
+            weighting = "each in full" if whole else same
         full = {name: value * (_LOUD / _QUIET) for name, value in step.given.items()}
         mode, limit = clip_of(full, long.given, slack)
         return {
             "clip.mode": mode,
             "clip.value": None if limit is None else float(f"{limit:.5g}"),
-            "accumulation.steps": count,
+            "accumulation.steps": len(step.forwards),
             "accumulation.weighting": weighting,
             **seen.facts(),
             "train.compile": quiet.compiled and recipe.train.compile,
         }
+
+    def _one_update(self, recipe: Recipe, gain: float, begin: Callable[[Any], Any]) -> Watch:
+        """A step on unlike micro-batches, or on its own where none can be handed over."""
+        once = recipe.override({"train.steps": 1})
+        unlike = itertools.cycle(given(micro_batches(2 * recipe.train.accumulation)) or ())
+        for batches in (unlike, None):
+            watch = Watch(begin, stop_after=1, gain=gain, gradients=True)
+            try:
+                return self.watched(once, watch, batches)
+            except Unsupported:
+                if batches is None:
+                    raise
+        raise AssertionError
 
 
 def _tokens(watch: Watch, batches: list[tuple[Array, Array]], loss: Any) -> list[int]:
