@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from parity import resources
+from parity.bisect.causes import CauseSearch
 from parity.capture.worker import environment
 from parity.cells.cell import Cell
 from parity.cells.run import run_cell
@@ -106,6 +107,7 @@ def test_the_script_of_sixty_lines_is_a_path_of_twelve():
             "00",
             "the loss is divided by: all positions in the subject, supervised tokens in the reference",
         ),
+        ("03", "the subject averages over padding: on"),
         ("05", "supervised tokens / all positions: does its mean count padding as well?"),
         ("06", "Adam without bias correction"),
     ],
@@ -149,3 +151,21 @@ def test_clip_and_accumulation_are_found_by_what_it_does(engine, small):
 def test_what_cannot_be_watched_is_one_clear_reason(name, says, engine, small):
     with pytest.raises(Unsupported, match=says):
         engine.capture(f"{HERE}:{name}", "train", small, Trace())
+
+
+def test_the_search_names_the_loss_of_a_trainer_that_is_run_as_a_whole(engine, small):
+    stages = tuple(map(find, ("00", "03", "04")))
+    report = CauseSearch(
+        engine, "finetune_path:Finetune", "mlx-lm", small, {}, stages=stages
+    ).search()
+    first, second = report.causes
+    assert first.sentence.startswith("the loss of finetune_path:Finetune makes cross_entropy")
+    assert "the subject averages over padding" in str(first.hints)
+    assert second.sentence.startswith("the code of finetune_path:Finetune beside its loss makes")
+    assert "the seed is set: before_load in the subject" in second.sentence
+
+
+@pytest.mark.parametrize("part", ["wiring", "clip"])
+def test_a_part_of_a_whole_trainer_that_cannot_be_lent_is_refused(part, engine, small):
+    with pytest.raises(Unsupported, match=f"its {part} cannot be run by itself"):
+        engine.capture(f"mlx+{part}=finetune_path:Finetune", "train", small, Trace())

@@ -9,6 +9,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
@@ -19,23 +20,18 @@ from parity import resources
 from parity.errors import Unsupported, UsageError
 from parity.names import canonical
 from parity.paths import parts
-from parity.paths.measured import (
-    HALF,
-    Calls,
-    clip_of,
-    combination,
-    micro_batches,
-    unknown,
-    weighting_of,
-)
+from parity.paths.describe import model_key
+from parity.paths.measured import HALF, Calls, micro_batches
 from parity.paths.mlx import live as _mlx
-from parity.paths.mlx.live import Batch, Setup, to_numpy
+from parity.paths.mlx.live import Batch, Loss, Setup, to_numpy
 from parity.paths.mlx.observed import calls
 from parity.paths.mlx.path import MlxPath
 from parity.paths.mlx.settings import one_step
-from parity.paths.mlx.traces import given, supervised_positions
+from parity.paths.mlx.traces import given
 from parity.paths.plugin.arrays import layout
 from parity.paths.plugin.calling import call, defaults, taken, title
+from parity.paths.plugin.facts import LOUD, QUIET, curve, loop_facts, tokens_of
+from parity.paths.plugin.live import in_place, restored_calls, transplant
 from parity.paths.plugin.loss import normalised, with_any_model
 from parity.paths.plugin.watch import Step, Watch
 from parity.recipe import Recipe, factor_names
@@ -47,8 +43,6 @@ OBJECTS = ("path", "model", "adapted", "tokenizer", "folder", "rows", "batches",
 """What a trainer may take beside factors; see `parity.plugin.from_trainer`."""
 _FIRST = 8
 """Micro-batches that are looked at first; more are drawn by running it anew."""
-_QUIET, _LOUD = 1e-3, 1e4
-"""What gradients are multiplied by: too short for a clip to touch them, or longer than it allows."""
 
 
 class TrainerPath(MlxPath):
@@ -60,7 +54,7 @@ class TrainerPath(MlxPath):
     batch: ClassVar[Function | None] = None
     reads: ClassVar[Function | None] = None
     takes: ClassVar[frozenset[str]] = frozenset()
-    takes_parts: ClassVar[tuple[str, ...]] = ()
+    takes_parts: ClassVar[tuple[str, ...]] = ("loss",)
 
     def environment(self) -> dict[str, Any]:
         """That of `mlx`, and which parts are of whom."""
@@ -82,6 +76,8 @@ class TrainerPath(MlxPath):
     ) -> Watch:
         """Runs the trainer under watch; with batches handed over where it takes them."""
         kind = type(self)
+        if donor := self.donors.get("loss"):
+            watch.replaced = partial(in_place, donor.loss(recipe), kind.batch)
         folder = resources.data_dir(recipe.data.source)
         with contextlib.ExitStack() as stack:
             objects: dict[str, Any] = {
@@ -94,7 +90,7 @@ class TrainerPath(MlxPath):
                 text = Path(folder, "train.jsonl").read_text(encoding="utf-8")
                 objects["rows"] = [json.loads(line) for line in text.splitlines() if line.strip()]
             if self.takes & {"model", "adapted", "tokenizer"}:
-                model, objects["tokenizer"] = super().base(recipe)
+                model, objects["tokenizer"] = self._given_model(recipe)
                 if "adapted" in self.takes:
                     self.seed(recipe)
                     super().wire(model, recipe)
@@ -112,7 +108,7 @@ class TrainerPath(MlxPath):
                     home = importlib.import_module(kind.draws.__module__)
                     stand_in = mock.patch.object(home, kind.draws.__name__, lambda *_, **__: raw)
                     stack.enter_context(stand_in)
-            stack.enter_context(_restored_calls(objects["path"]))
+            stack.enter_context(restored_calls(objects["path"]))
             stack.enter_context(_mlx.compiled(recipe.train.compile))
             stack.enter_context(mock.patch.object(sys, "argv", [self.name]))
             watch.run(lambda: call(kind.trainer, recipe, objects, f"trainer {title(kind.trainer)}"))
@@ -127,12 +123,14 @@ class TrainerPath(MlxPath):
 
     _layout: Any = None
 
-    def _loss(self, watch: Watch) -> Any:
+    def _loss(self, watch: Watch, recipe: Recipe) -> Any:
         assert watch.loss is not None
         try:
             self._layout = layout(watch.loss, type(self).batch, watch.model_first)
         except UsageError as error:
             raise Unsupported(str(error)) from None
+        if donor := self.donors.get("loss"):
+            return donor.loss(recipe)
         function = watch.loss if watch.model_first else with_any_model(watch.loss, watch.model)
         return normalised(function, self._layout)
 
@@ -164,11 +162,11 @@ class TrainerPath(MlxPath):
         def begin(model: Any) -> None:
             facts["seed.rng"] = _mlx.rng_state()
             if adapter:
-                _transplant(model, adapter)
+                transplant(model, adapter)
 
         first = recipe.override({"train.steps": 1})
         watch = self.watched(first, Watch(begin, stop_after=1, skip=True))
-        loss = self._loss(watch)
+        loss = self._loss(watch, recipe)
 
         def iterate() -> Iterator[Batch]:
             import mlx.core as mx
@@ -191,14 +189,49 @@ class TrainerPath(MlxPath):
                 return
             done, count = len(found), count * 8
 
+    def _given_model(self, recipe: Recipe) -> tuple[Any, Any]:
+        """The model of path `mlx`, for a trainer that loads none; kept over calls as there."""
+        from mlx_lm.tuner.utils import remove_lora_layers
+
+        if (key := model_key(recipe)) not in self._loaded:
+            self._loaded = {key: super().load(recipe)}
+        model, tokenizer = self._loaded[key]
+        return remove_lora_layers(model).eval(), tokenizer
+
     def base(self, recipe: Recipe) -> tuple[Any, Any]:
         """The model that it loads, without the adapter that it puts in."""
         from mlx_lm.tuner.utils import remove_lora_layers
 
         if "path" not in self.takes:
-            return super().base(recipe)
+            return self._given_model(recipe)
         setup = self.setup(recipe)
         return remove_lora_layers(setup.model).eval(), setup.tokenizer
+
+    # What another path can take from it -----------------------------------------------------------
+
+    def loss(self, recipe: Recipe) -> Loss:
+        """Its live loss, which any model can be given to."""
+        return self.setup(recipe).loss
+
+    def optimizer(self, recipe: Recipe) -> Any:
+        """Its live optimizer before the first update."""
+        return self.setup(recipe).optimizer
+
+    def load(self, recipe: Recipe) -> Any:
+        """Not to be had by itself."""
+        raise Unsupported(f"{self.name} is run as a whole: its loader cannot be run by itself")
+
+    def wire(self, model: Any, recipe: Recipe) -> None:
+        """Not to be had by itself."""
+        raise Unsupported(f"{self.name} is run as a whole: its wiring cannot be run by itself")
+
+    def dataset(self, recipe: Recipe, tokenizer: Any) -> Any:
+        """Not to be had by itself."""
+        raise Unsupported(f"{self.name} is run as a whole: its batching cannot be run by itself")
+
+    def clip(self, recipe: Recipe) -> Any:
+        """Not to be had by itself."""
+        raise Unsupported(f"{self.name} is run as a whole: its clip cannot be run by itself")
 
     # Stages that are answered by a run of it ------------------------------------------------------
 
@@ -235,18 +268,13 @@ class TrainerPath(MlxPath):
         """A full run of it; its first step begins with the adapter that is handed over, if one is."""
         watch = self._trained(recipe, inputs)
         rows = self._rows(recipe)
-        setup_loss = self._loss(watch)
+        loss = self._loss(watch, recipe)
         trace, found = Trace(), self._drawn(watch.steps, rows)
         for index, (ids, lengths) in enumerate(found):
             trace.arrays[f"batches/ids.{index}"] = ids
             trace.arrays[f"batches/lengths.{index}"] = lengths
-        counts = iter(_tokens(watch, found, setup_loss))
-        tokens = [[next(counts) for _ in step.forwards] for step in watch.steps]
-        trace.arrays["loss"] = np.array(
-            [np.mean([forward.loss for forward in step.forwards]) for step in watch.steps]
-        )
-        trace.arrays["gradient_norm"] = np.array([step.norm for step in watch.steps])
-        trace.arrays["tokens"] = np.array([sum(step) for step in tokens])
+        for name, values in curve(watch, tokens_of(watch, found, loss)).items():
+            trace.arrays[name] = np.asarray(values)
         return trace.with_group("adapter", _mlx.adapter(watch.model))
 
     def _trained(self, recipe: Recipe, inputs: Trace, out: str | None = None) -> Watch:
@@ -254,7 +282,7 @@ class TrainerPath(MlxPath):
         if handed is not None and self._layout is None:
             self.setup(recipe)  # what its loss takes
         watch = Watch(
-            (lambda model: _transplant(model, adapter)) if adapter else (lambda _: None),
+            (lambda model: transplant(model, adapter)) if adapter else (lambda _: None),
             stop_after=recipe.train.steps,
         )
         self.watched(recipe, watch, handed, out)
@@ -278,7 +306,7 @@ class TrainerPath(MlxPath):
         self._saves()
         with tempfile.TemporaryDirectory() as out:
             once = recipe.override({"train.steps": 1})
-            watch = Watch(lambda model: _transplant(model, adapter), skip=True)
+            watch = Watch(lambda model: transplant(model, adapter), skip=True)
             self.watched(once, watch, out=out)
             see(watch.model)
             yield Path(out)
@@ -308,30 +336,14 @@ class TrainerPath(MlxPath):
         seen = Calls()
         with contextlib.ExitStack() as stack:
             quiet = self._one_update(
-                recipe, _QUIET, lambda model: stack.enter_context(calls(model, seen))
+                recipe, QUIET, lambda model: stack.enter_context(calls(model, seen))
             )
-        loud = self._one_update(recipe, _LOUD, lambda _: None)
-        slack = 0.1 if recipe.model.dtype in HALF else 0.01
-        step, long = quiet.steps[0], loud.steps[0]
-        shares, residual = combination(step.given, [f.gradient for f in step.forwards])
-        tokens = _tokens(quiet, self._drawn(quiet.steps, self._rows(recipe)), self._loss(quiet))
-        weighting = weighting_of(shares, tokens, slack)[1]
-        if residual > slack:
-            weighting = unknown("the optimizer is given no sum of the gradients of the loss")
-        elif len(set(tokens)) == 1 and weighting in ("token", "mean"):
-            whole = np.allclose(shares, 1, rtol=slack)
-            same = unknown("its micro-batches have equally many tokens: a mean, or by token")
-            weighting = "each in full" if whole else same
-        full = {name: value * (_LOUD / _QUIET) for name, value in step.given.items()}
-        mode, limit = clip_of(full, long.given, slack)
-        return {
-            "clip.mode": mode,
-            "clip.value": None if limit is None else float(f"{limit:.5g}"),
-            "accumulation.steps": len(step.forwards),
-            "accumulation.weighting": weighting,
-            **seen.facts(),
-            "train.compile": quiet.compiled and recipe.train.compile,
-        }
+        loud = self._one_update(recipe, LOUD, lambda _: None)
+        tokens = tokens_of(
+            quiet, self._drawn(quiet.steps, self._rows(recipe)), self._loss(quiet, recipe)
+        )
+        found = loop_facts(quiet, loud, tokens, recipe.model.dtype in HALF)
+        return {**found, **seen.facts(), "train.compile": quiet.compiled and recipe.train.compile}
 
     def _one_update(self, recipe: Recipe, gain: float, begin: Callable[[Any], Any]) -> Watch:
         """A step on unlike micro-batches, or on its own where none can be handed over."""
@@ -345,42 +357,6 @@ class TrainerPath(MlxPath):
                 if batches is None:
                     raise
         raise AssertionError
-
-
-def _tokens(watch: Watch, batches: list[tuple[Array, Array]], loss: Any) -> list[int]:
-    """Supervised tokens of each micro-batch: as the loss returned them, else as it depends on them."""
-    forwards = [forward for step in watch.steps for forward in step.forwards]
-    if all(forward.rest and forward.rest[0].size == 1 for forward in forwards):
-        return [int(forward.rest[0].item()) for forward in forwards]
-    return [len(supervised_positions(loss, *batch)) for batch in batches]
-
-
-def _transplant(model: Any, adapter: Mapping[str, Array]) -> None:
-    import mlx.core as mx
-
-    model.load_weights(list(_mlx.renamed(model, adapter).items()), strict=False)
-    mx.eval(model.parameters())
-
-
-@contextlib.contextmanager
-def _restored_calls(path: str) -> Iterator[None]:
-    """Undoes what a run does to the classes of modules: checkpointing patches those of layers."""
-    import mlx.nn as nn
-
-    with contextlib.suppress(Exception):  # a class that is imported first by the run is not known
-        kind = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["model_type"]
-        importlib.import_module(f"mlx_lm.models.{kind}")
-    kinds, queue = dict[type, Any](), [nn.Module]
-    while queue:
-        kind = queue.pop()
-        kinds[kind] = vars(kind).get("__call__")
-        queue += [k for k in kind.__subclasses__() if k not in kinds]
-    try:
-        yield
-    finally:
-        for kind, was in kinds.items():
-            if was is not None and vars(kind).get("__call__") is not was:
-                setattr(kind, "__call__", was)  # noqa: B010 mypy knows no such assignment
 
 
 def make(
