@@ -28,7 +28,7 @@ from parity.paths.mlx.observed import calls
 from parity.paths.mlx.path import MlxPath
 from parity.paths.mlx.settings import one_step
 from parity.paths.mlx.traces import given
-from parity.paths.plugin.arrays import layout
+from parity.paths.plugin.arrays import Layout, layout
 from parity.paths.plugin.calling import call, defaults, taken, title
 from parity.paths.plugin.facts import LOUD, QUIET, curve, loop_facts, tokens_of
 from parity.paths.plugin.live import in_place, restored_calls, transplant
@@ -39,8 +39,17 @@ from parity.trace import Array, Trace
 
 Function = Callable[..., Any]
 
-OBJECTS = ("path", "model", "adapted", "tokenizer", "folder", "rows", "batches", "out")
-"""What a trainer may take beside factors; see `parity.plugin.from_trainer`."""
+OBJECTS = {
+    "path": "the model's folder, for a trainer that loads the model itself",
+    "model": "else the loaded model without adapter",
+    "adapted": "or the loaded model with LoRA in it",
+    "tokenizer": "the tokenizer that comes with the model",
+    "folder": "the folder of train.jsonl",
+    "rows": "else its lines, as dicts",
+    "batches": "None to draw its own, else an iterator of what its loss takes after the model",
+    "out": "an empty folder for the adapter",
+}
+"""What a trainer may take beside factors."""
 _FIRST = 8
 """Micro-batches that are looked at first; more are drawn by running it anew."""
 
@@ -55,6 +64,11 @@ class TrainerPath(MlxPath):
     reads: ClassVar[Function | None] = None
     takes: ClassVar[frozenset[str]] = frozenset()
     takes_parts: ClassVar[tuple[str, ...]] = ("loss",)
+
+    def __init__(self, cache: Path) -> None:
+        super().__init__(cache)
+        self._layout: Layout | None = None
+        self._taken = False
 
     def environment(self) -> dict[str, Any]:
         """That of `mlx`, and which parts are of whom."""
@@ -111,17 +125,22 @@ class TrainerPath(MlxPath):
             stack.enter_context(restored_calls(objects["path"]))
             stack.enter_context(_mlx.compiled(recipe.train.compile))
             stack.enter_context(mock.patch.object(sys, "argv", [self.name]))
+            self._taken = False
             watch.run(lambda: call(kind.trainer, recipe, objects, f"trainer {title(kind.trainer)}"))
+        if batches is not None and not self._taken:
+            raise Unsupported(
+                f"{self.name} does not train on the batches that are handed over: the function that "
+                "from_trainer(…, batches=) names must be the one that it looks up in that module"
+            )
         return watch
 
     def _as_taken(self, batches: Iterator[Batch]) -> Iterator[Any]:
         """Batches as the trainer's loss takes them: one array, or a tuple of several."""
         wanted = self._layout
         for ids, lengths in batches:
+            self._taken = True
             made = wanted.arguments(ids, lengths) if wanted else (ids, lengths)
             yield made if len(made) > 1 else made[0]
-
-    _layout: Any = None
 
     def _loss(self, watch: Watch, recipe: Recipe) -> Any:
         assert watch.loss is not None
@@ -147,6 +166,7 @@ class TrainerPath(MlxPath):
         return load_tokenizer(Path(resources.model_dir(recipe.model.source)))
 
     def _drawn(self, steps: list[Step], rows: list[list[int]]) -> list[tuple[Array, Array]]:
+        assert self._layout is not None
         return [
             self._layout.batch(forward.arguments, rows)
             for step in steps
