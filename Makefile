@@ -25,13 +25,13 @@ benchmark: $(VENV)/installed
 	$(BIN)/python benchmarks/matrix.py $(ARGS)
 
 # torch first and pinned, and unsloth-zoo without its dependencies: a resolver would install gigabytes
-# of CUDA packages on Linux for both.
+# of CUDA packages on Linux for both. mlx-lm-lora is an example: what it needs is there.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install -q --no-deps -c constraints.txt unsloth-zoo
+	$(BIN)/pip install -q --no-deps -c constraints.txt unsloth-zoo mlx-lm-lora
 	touch $@
 
 clean:

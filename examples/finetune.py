@@ -38,10 +38,9 @@ def train(model_path, data, out, steps=100, lr=1e-3, rank=8, scale=2.0, batch_si
     model.freeze()
     linear_to_lora_layers(model, -1, {"rank": rank, "scale": scale, "dropout": 0.0})
     lines = Path(data, "train.jsonl").read_text().splitlines()
-    rows = [[*tokenizer.encode(json.loads(line)["text"]), tokenizer.eos_token_id] for line in lines]
+    rows = [[*tokenizer.encode(json.loads(x)["text"]), tokenizer.eos_token_id] for x in lines]
     optimizer = optim.AdamW(learning_rate=lr, weight_decay=0.0)
-    loss_and_grad = nn.value_and_grad(model, loss_fn)
-    state = [model.state, optimizer.state]
+    state, loss_and_grad = [model.state, optimizer.state], nn.value_and_grad(model, loss_fn)
 
     @partial(mx.compile, inputs=state, outputs=state)
     def step(ids, lengths):
@@ -52,9 +51,9 @@ def train(model_path, data, out, steps=100, lr=1e-3, rank=8, scale=2.0, batch_si
     for number, batch in zip(range(steps), batches(rows, batch_size, seed), strict=False):
         loss = step(*batch)
         mx.eval(state, loss)
-        print(f"step {number + 1}: loss {loss.item():.4f}")
+        print(number + 1, loss.item())
     adapter = dict(tree_flatten(model.trainable_parameters()))
-    mx.save_safetensors(str(Path(out, "adapters.safetensors")), adapter)
+    mx.save_safetensors(f"{out}/adapters.safetensors", adapter)
 
 
 if __name__ == "__main__":

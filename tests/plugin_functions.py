@@ -65,3 +65,13 @@ def no_prompts(model, ids, lengths):
     counted = steps <= lengths[:, 1:]
     losses = nn.losses.cross_entropy(model(ids[:, :-1]), ids[:, 1:])
     return (losses * counted).sum() / counted.sum()
+
+
+def plain_loop(model, optimizer, loss, batches, steps):
+    """One micro-batch a step, nothing compiled."""
+    value_and_grad = nn.value_and_grad(model, loss)
+    model.train()
+    for _, batch in zip(range(steps), batches, strict=False):
+        _, gradient = value_and_grad(model, *batch)
+        optimizer.update(model, gradient)
+        mx.eval(model.parameters(), optimizer.state)

@@ -11,3 +11,4 @@ Masked = plugin.from_loss(
 Mixed = plugin.from_parts(
     dataset=functions.no_eos, batches=functions.in_order, optimizer=functions.adam, name="mixed"
 )
+Looped = plugin.from_parts(loop=functions.plain_loop)

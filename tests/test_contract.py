@@ -234,7 +234,7 @@ def test_a_skeleton_runs_and_is_skipped_until_it_is_written(tmp_path):
             [*command, *words], capture_output=True, text=True, check=False, cwd=tmp_path
         )
 
-    made = parity("new-path", "my-trainer", "--out", "my_trainer.py")
+    made = parity("new-path", "my-trainer", "--methods", "--out", "my_trainer.py")
     assert made.returncode == 0, made.stderr
     assert "my_trainer:MyTrainer" in made.stdout
     again = parity("new-path", "my-trainer", "--out", "my_trainer.py")

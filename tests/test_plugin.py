@@ -13,6 +13,7 @@ from parity.errors import UsageError
 from parity.paths.registry import resolve
 from parity.record import Verdict
 from parity.stages import find
+from parity.trace import Trace
 from tests import plugin_functions as functions
 from tests.plugin_paths import Averaged, Mixed
 
@@ -114,3 +115,11 @@ def test_a_clip_of_ones_own(engine, small):
     sgd = small.override({"optim.name": "sgd"})
     record = run_cell(engine, cell("06", f"mlx+clip={HERE}:halved", "mlx", sgd))
     assert record.verdict is Verdict.DIVERGE
+
+
+def test_a_loop_of_ones_own_is_watched(engine, small):
+    record = run_cell(engine, cell("07", "tests.plugin_paths:Looped", "mlx-lm", small))
+    assert record.verdict is Verdict.IDENTICAL, record.reason
+    found = engine.capture("tests.plugin_paths:Looped", "config", small, Trace()).scalars
+    assert (found["clip.mode"], found["accumulation.steps"]) == ("none", 1)
+    assert found["train.compile"] is False

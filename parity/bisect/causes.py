@@ -333,11 +333,16 @@ class CauseSearch:
 
     def _whose(self, part: str, stage: Stage) -> str:
         """A part of the subject in words; beside the loss curve the loop stands for all but the parts."""
-        own = self._own[part]
-        if part != names_of_parts.LOOP or stage.name == "loss_curve":
+        own, swapped = self._own[part], [p for p in names_of_parts.PARTS if p in self._can]
+        if part != names_of_parts.LOOP:
             return f"the {part} of {own}"
-        *some, last = names_of_parts.PARTS
-        return f"the code of {own} beside its {', '.join(some)} and {last}"
+        if stage.name == "loss_curve" and len(swapped) == len(names_of_parts.PARTS):
+            return f"the {part} of {own}"
+        if not swapped:
+            return f"the code of {own}"
+        *some, last = swapped
+        listed = f"{', '.join(some)} and {last}" if some else last
+        return f"the code of {own} beside its {listed}"
 
     def _factors(self, stage: Stage, names: tuple[str, ...], unproven: Sequence[str]) -> Cause:
         record = self.record(stage, names)

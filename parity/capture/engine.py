@@ -54,6 +54,8 @@ class Declared(NamedTuple):
     operations: Mapping[str, str]
     knobs: Mapping[str, Any]
     """Factors that only it has, with their defaults."""
+    own_factors: tuple[str, ...] = ()
+    """Factors that its own code decides, whatever a recipe has."""
 
 
 class Engine:
@@ -265,13 +267,15 @@ def declared(spec: str) -> Declared:
         UsageError: It is neither.
     """
     if is_bundle(spec):
-        found = opened(spec)
-        return Declared(found.path, found.framework, found.operations, found.knobs)
+        found, decided = opened(spec), tuple[str, ...]()
+        with contextlib.suppress(UsageError):  # who judges a bundle need not have its path
+            decided = resolve(found.path).own_factors
+        return Declared(found.path, found.framework, found.operations, found.knobs, decided)
     kind = resolve(spec)
     own = {knobs.section for knobs in kind.knob_types()}
     factors = kind_of(kind.knob_types())().factors()
     knobs = {name: value for name, value in factors.items() if name.partition(".")[0] in own}
-    return Declared(spec, kind.framework, kind.operations, knobs)
+    return Declared(spec, kind.framework, kind.operations, knobs, kind.own_factors)
 
 
 def knobs(specs: Iterable[str]) -> tuple[type[Knobs], ...]:

@@ -242,6 +242,7 @@ def context_of(
         capture=capture,
         again=again,
         both=both,
+        own_factors=tuple(f for path in sides.values() for f in path.own_factors),
     )
 
 

@@ -78,24 +78,28 @@ def contract(methods: tuple[str, ...]) -> None:
 @click.argument("name")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False),
               help="A file that does not exist yet.  [default: print it]")  # fmt: skip
-def new_path(name: str, out: Path | None) -> None:
+@click.option("--methods", is_flag=True,
+              help="A class with every method of the contract, for what is no trainer on MLX.")  # fmt: skip
+def new_path(name: str, out: Path | None, methods: bool) -> None:
     """Write the skeleton of a path of your own.
 
-    It has every method of the contract, any of which may be left out.
+    It runs your trainer as a whole, and lists what it may take and what may be left out.
 
     \b
     Examples:
-      parity new-path my-trainer --out my_trainer.py
-      parity run --subject my_trainer:MyTrainer --reference hf
+      parity new-path my-trainer --out my_trainer_path.py
+      parity new-path my-trainer --methods --out my_trainer_path.py
+      parity run --subject my_trainer_path:MyTrainer --reference mlx-lm
     """  # noqa: D301
     from parity.errors import UsageError
-    from parity.paths.skeleton import class_name, skeleton
+    from parity.paths import skeleton
 
-    text = skeleton(name)
+    text = skeleton.skeleton(name) if methods else skeleton.trainer(name)
     if out is None:
         click.echo(text, nl=False)
         return
     if out.exists():
         raise UsageError(f"{out} exists: give --out a file that does not")
     out.write_text(text, encoding="utf-8")
-    click.echo(f"wrote {out}: parity run --subject {out.stem}:{class_name(name)} --reference hf")
+    subject = f"{out.stem}:{skeleton.class_name(name)}"
+    click.echo(f"wrote {out}: parity run --subject {subject} --reference mlx-lm")

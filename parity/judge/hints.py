@@ -202,6 +202,18 @@ def seed_placement(record: Record) -> str | None:
     )
 
 
+def averages_over_padding(record: Record) -> str | None:
+    """On given logits the loss is the other's times supervised tokens / all positions, in each case."""
+    cases = record.facts.get("cases that average over padding", 0)
+    if not cases:
+        return None
+    one, other = ("subject", "reference") if cases > 0 else ("reference", "subject")
+    return (
+        f"the {one} averages over padding: on {abs(cases):g} batches of unlike lengths its loss is the {other}'s "
+        "times supervised tokens / all positions"
+    )
+
+
 def divisor(record: Record) -> str | None:
     """Loss and gradient are one multiple of the reference's, whatever the adapter."""
     facts, names = (
@@ -314,5 +326,5 @@ def logsumexp(record: Record) -> str | None:
 RULES: tuple[Rule, ...] = (
     double_bos, silent_cast, rope, prompt_offset, padding_supervised, padding_absent,
     prompt_supervised, last_token, cache, lora_scale, last_layers,
-    seed_placement, divisor, clip, bias_correction, weight_decay, logsumexp,
+    seed_placement, averages_over_padding, divisor, clip, bias_correction, weight_decay, logsumexp,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The skeleton of a new path, made from the contract."""
+"""Skeletons of a new path: of a trainer that is run as a whole, and of one with every method of the contract."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import textwrap
 from parity.errors import UsageError
 from parity.paths.contract import METHODS, described
 from parity.paths.method import Method
+from parity.paths.plugin.calling import parameter_names
+from parity.paths.plugin.parts import PART
+from parity.paths.plugin.trainer import OBJECTS
 from parity.recipe import Recipe
 
 _HEAD = '''\
@@ -51,6 +54,52 @@ def class_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9]*([-_][A-Za-z0-9]+)*", name):
         raise UsageError(f"{name!r} is no name of a path: write letters and digits, as my-trainer")
     return "".join(part[0].upper() + part[1:] for part in re.split("[-_]", name))
+
+
+_TRAINER = '''\
+"""Path `{name}`: `parity run --subject MODULE:{kind} --reference mlx-lm`."""
+
+from parity import plugin
+
+
+def run(path, folder, out, steps, lr, rank, scale, batch_size, seed):
+    """Calls the trainer for `steps` updates; it is watched from outside.
+
+    It gets what its parameters name. Leave out what your trainer does not take: what it does instead is
+    compared all the same. Objects:
+
+{objects}
+
+    Factors of the recipe (`parity factors` lists them with their values):
+
+{factors}
+    """
+    raise NotImplementedError("{name}: call your trainer here")
+
+
+# All that may be left out: `batches`, the function of your module that draws its batches, so that others
+# can be handed over; `batch`, which makes what your loss takes from (ids, lengths) where the names of its
+# parameters do not tell; `packages`, whose versions go into records; `fixed`, factors that always have one
+# value; `shipped`, a function that reads your defaults.
+{kind} = plugin.from_trainer(run, name="{name}")
+
+# Without a trainer, parts of it; each may be left out and is then that of path mlx:
+# {kind} = plugin.from_parts({parts})
+# {kind} = plugin.from_loss(loss)
+'''
+
+
+def trainer(name: str) -> str:
+    """A module with a trainer that is run as a whole, and what it may take and leave out."""
+    objects = "\n".join(f"    - `{key}`: {meaning}" for key, meaning in OBJECTS.items())
+    shortest = {names: key for key, names in parameter_names().items()}
+    factors = textwrap.fill(
+        ", ".join(sorted(shortest.values())), 96, initial_indent="    ", subsequent_indent="    "
+    )
+    parts = ", ".join(f"{key}={key}" for key in PART)
+    return _TRAINER.format(
+        name=name, kind=class_name(name), objects=objects, factors=factors, parts=parts
+    )
 
 
 def skeleton(name: str) -> str:

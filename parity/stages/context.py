@@ -211,6 +211,8 @@ class Context:
         capture: Runs one method of one side.
         again: Runs it once more: what it gives is no copy of what it gave before.
         both: Runs one method on both sides at once.
+        own_factors: Factors that the code of either side decides, whatever a recipe has: the recipe's value
+            is compared, and no other is asked for.
     """
 
     recipe: Recipe
@@ -225,6 +227,7 @@ class Context:
     capture: Capture
     again: Capture
     both: Callable[..., tuple[Trace, Trace]]
+    own_factors: tuple[str, ...] = ()
 
     @property
     def exact(self) -> bool:

@@ -13,6 +13,9 @@ from parity.stages.inputs import LENGTHS, loss_cases
 
 TOKEN_LOSS = "token_loss"
 
+LEAST = 1e-3
+"""Losses below it are not divided by each other."""
+
 
 class CrossEntropy:
     """Reduction, masking and per-token cross-entropy."""
@@ -36,9 +39,12 @@ class CrossEntropy:
             targets = a.arrays["targets"][both], b.arrays["targets"][both]
             result.metrics.append(compare_exact("target ids", *targets))
         result.metrics += losses(pair)
+        pairs = [pair]
         rng = np.random.default_rng([context.seed, self.number, 1])
         for case, logits in loss_cases(rng, context.vocabulary).items():
-            result.metrics += losses(context.pair("cross_entropy", logits), f", {case}")
+            pairs.append(context.pair("cross_entropy", logits))
+            result.metrics += losses(pairs[-1], f", {case}")
+        result.facts |= padding_facts(pairs)
         if result.metrics[0].verdict is Verdict.DIVERGE:
             result.findings.append(describe_mask(*masks, LENGTHS))
             result.facts |= mask_facts(*masks, LENGTHS)
@@ -61,6 +67,27 @@ def losses(pair: Pair, case: str = "") -> list[Metric]:
         metrics.append(metric.model_copy(update={"name": name}))
     metric = compare("loss", a.arrays["loss"], b.arrays["loss"], pair.noise)
     return [*metrics, metric.model_copy(update={"name": f"reduced loss{case}"})]
+
+
+def padding_facts(pairs: list[Pair]) -> dict[str, float]:
+    """How many cases show that one side divides by all positions, padding included; > 0: the subject.
+
+    There its loss is the other's times supervised tokens / all positions, whatever that share is.
+    """
+    cases = []
+    for pair in pairs:
+        masks = pair.subject.arrays["supervised"], pair.reference.arrays["supervised"]
+        values = [float(trace.arrays["loss"]) for trace in (pair.subject, pair.reference)]
+        if not np.array_equal(*masks) or not all(np.isfinite(values)):
+            return {}
+        if min(map(abs, values)) > LEAST:
+            cases.append((values[0] / values[1], float(masks[0].mean())))
+    if len({share for _, share in cases}) < 2:
+        return {}
+    for sign in (1, -1):
+        if all(np.isclose(ratio, share**sign, rtol=1e-4) for ratio, share in cases):
+            return {"cases that average over padding": float(sign * len(cases))}
+    return {}
 
 
 def mask_facts(subject: np.ndarray, reference: np.ndarray, lengths: list[int]) -> dict[str, float]:

@@ -46,6 +46,8 @@ class OptimizerStep:
         own = context.recipe.optim.weight_decay
         for decay, changes in ((own, {}), (DECAY, {"optim.weight_decay": DECAY})):
             try:
+                if decided := [name for name in changes if name in context.own_factors]:
+                    raise Unsupported(f"the code of a side decides {decided[0]}")
                 self._steps(context, inputs, decay, changes, result)
             except Unsupported as error:
                 if not changes:

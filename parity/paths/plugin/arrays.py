@@ -42,6 +42,24 @@ class Layout:
         arrays = {"ids": ids, "inputs": ids[:, :-1], "targets": ids[:, 1:], "lengths": lengths}
         return tuple(arrays[name] for name in self.names)
 
+    def live(self, arguments: Sequence[Any]) -> tuple[Any, Any]:
+        """Ids and lengths of live arrays.
+
+        Raises:
+            Unsupported: There are no lengths among them.
+        """
+        import mlx.core as mx
+
+        given = dict(zip(self.names, arguments, strict=False))
+        if "lengths" not in given:
+            raise Unsupported("its loss is given no lengths, which the loss of another path takes")
+        lengths = given["lengths"]
+        if lengths.ndim == 1:
+            lengths = mx.stack([mx.zeros_like(lengths), lengths], axis=1)
+        if "ids" in given:
+            return given["ids"], lengths
+        return mx.concatenate([given["inputs"][:, :1], given["targets"]], axis=1), lengths
+
     def batch(
         self, arguments: Sequence[Array], rows: Sequence[Sequence[int]]
     ) -> tuple[Array, Array]:

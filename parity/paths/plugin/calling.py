@@ -15,6 +15,8 @@ from parity.errors import UsageError
 from parity.recipe import Recipe, factor_names
 
 _OTHER = {"seed": ("seed.value",), "learning_rate": ("optim.lr",)}
+_VAGUE = ("name", "value", "data", "source", "weights", "placement")
+"""Last parts of names that mean something else elsewhere."""
 _ALPHA: Mapping[str, tuple[str, ...]] = {"alpha": ("lora.scale", "lora.rank")}
 
 
@@ -23,11 +25,11 @@ def parameter_names() -> dict[str, tuple[str, ...]]:
 
     It is the last part of a factor's name where that is unique (`rank`), or both (`model_source`).
     """
-    factors = factor_names()
+    factors = [name for name in factor_names() if not name.startswith("decode.")]
     counts = Counter(name.partition(".")[2] for name in factors)
     found: dict[str, tuple[str, ...]] = {name.replace(".", "_"): (name,) for name in factors}
     for name in factors:
-        if counts[short := name.partition(".")[2]] == 1:
+        if counts[short := name.partition(".")[2]] == 1 and short not in _VAGUE:
             found[short] = (name,)
     return {**found, **_OTHER, **_ALPHA}
 

@@ -17,8 +17,11 @@ from parity.paths.mlx.live import Batch, Loss, Setup, to_numpy
 from parity.paths.mlx.path import MlxPath
 from parity.paths.plugin.arrays import Layout, layout
 from parity.paths.plugin.calling import call, defaults, taken, title
+from parity.paths.plugin.facts import curve, tokens_of
 from parity.paths.plugin.loss import normalised
+from parity.paths.plugin.watch import Stop, Watch
 from parity.recipe import Recipe, factor_names
+from parity.trace import Array
 
 Function = Callable[..., Any]
 
@@ -149,7 +152,24 @@ class PluginPath(MlxPath):
         """See `from_parts`; what it does is watched from outside."""
         if "loop" not in self.functions:
             return super().loop(recipe, setup, batches)
-        raise Unsupported("a loop of its own is not run yet")
+        watch, drawn = Watch(stop_after=recipe.train.steps), list[tuple[Array, Array]]()
+
+        def handed() -> Iterator[Any]:
+            for ids, lengths in batches:
+                drawn.append((to_numpy(ids), to_numpy(lengths)))
+                raw = self.layout.arguments(ids, lengths)
+                yield raw if len(raw) > 1 else raw[0]
+                if len(watch.steps) >= recipe.train.steps:
+                    raise Stop
+
+        objects = {"model": setup.model, "tokenizer": setup.tokenizer, "optimizer": setup.optimizer}
+        objects |= {"loss": getattr(setup.loss, "raw", setup.loss), "clip": setup.clip}
+        watch.run(lambda: self._call("loop", recipe, **objects, batches=handed()))
+        if len(watch.steps) < recipe.train.steps:
+            raise Unsupported(
+                f"{self.name} made {len(watch.steps)} updates where train.steps={recipe.train.steps}"
+            )
+        return curve(watch, tokens_of(watch, drawn, setup.loss))
 
 
 class Rows(Sequence[tuple[list[int], int]]):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
@@ -18,15 +20,18 @@ from parity import resources
 from parity.errors import Unsupported, UsageError
 from parity.names import canonical
 from parity.paths import parts
-from parity.paths.measured import Calls, clip_of, combination, unknown, weighting_of
+from parity.paths.describe import model_key
+from parity.paths.measured import HALF, Calls, micro_batches
 from parity.paths.mlx import live as _mlx
-from parity.paths.mlx.live import Batch, Setup, to_numpy
+from parity.paths.mlx.live import Batch, Loss, Setup, to_numpy
 from parity.paths.mlx.observed import calls
 from parity.paths.mlx.path import MlxPath
 from parity.paths.mlx.settings import one_step
-from parity.paths.mlx.traces import given, supervised_positions
-from parity.paths.plugin.arrays import layout
+from parity.paths.mlx.traces import given
+from parity.paths.plugin.arrays import Layout, layout
 from parity.paths.plugin.calling import call, defaults, taken, title
+from parity.paths.plugin.facts import LOUD, QUIET, curve, loop_facts, tokens_of
+from parity.paths.plugin.live import in_place, restored_calls, transplant
 from parity.paths.plugin.loss import normalised, with_any_model
 from parity.paths.plugin.watch import Step, Watch
 from parity.recipe import Recipe, factor_names
@@ -34,12 +39,19 @@ from parity.trace import Array, Trace
 
 Function = Callable[..., Any]
 
-OBJECTS = ("path", "model", "adapted", "tokenizer", "folder", "rows", "batches", "out")
-"""What a trainer may take beside factors; see `parity.plugin.from_trainer`."""
+OBJECTS = {
+    "path": "the model's folder, for a trainer that loads the model itself",
+    "model": "else the loaded model without adapter",
+    "adapted": "or the loaded model with LoRA in it",
+    "tokenizer": "the tokenizer that comes with the model",
+    "folder": "the folder of train.jsonl",
+    "rows": "else its lines, as dicts",
+    "batches": "None to draw its own, else an iterator of what its loss takes after the model",
+    "out": "an empty folder for the adapter",
+}
+"""What a trainer may take beside factors."""
 _FIRST = 8
 """Micro-batches that are looked at first; more are drawn by running it anew."""
-_QUIET, _LOUD = 1e-3, 1e4
-"""What gradients are multiplied by: too short for a clip to touch them, or longer than it allows."""
 
 
 class TrainerPath(MlxPath):
@@ -51,7 +63,12 @@ class TrainerPath(MlxPath):
     batch: ClassVar[Function | None] = None
     reads: ClassVar[Function | None] = None
     takes: ClassVar[frozenset[str]] = frozenset()
-    takes_parts: ClassVar[tuple[str, ...]] = ()
+    takes_parts: ClassVar[tuple[str, ...]] = ("loss",)
+
+    def __init__(self, cache: Path) -> None:
+        super().__init__(cache)
+        self._layout: Layout | None = None
+        self._taken = False
 
     def environment(self) -> dict[str, Any]:
         """That of `mlx`, and which parts are of whom."""
@@ -73,6 +90,8 @@ class TrainerPath(MlxPath):
     ) -> Watch:
         """Runs the trainer under watch; with batches handed over where it takes them."""
         kind = type(self)
+        if donor := self.donors.get("loss"):
+            watch.replaced = partial(in_place, donor.loss(recipe), kind.batch)
         folder = resources.data_dir(recipe.data.source)
         with contextlib.ExitStack() as stack:
             objects: dict[str, Any] = {
@@ -85,7 +104,7 @@ class TrainerPath(MlxPath):
                 text = Path(folder, "train.jsonl").read_text(encoding="utf-8")
                 objects["rows"] = [json.loads(line) for line in text.splitlines() if line.strip()]
             if self.takes & {"model", "adapted", "tokenizer"}:
-                model, objects["tokenizer"] = super().base(recipe)
+                model, objects["tokenizer"] = self._given_model(recipe)
                 if "adapted" in self.takes:
                     self.seed(recipe)
                     super().wire(model, recipe)
@@ -103,24 +122,34 @@ class TrainerPath(MlxPath):
                     home = importlib.import_module(kind.draws.__module__)
                     stand_in = mock.patch.object(home, kind.draws.__name__, lambda *_, **__: raw)
                     stack.enter_context(stand_in)
-            stack.enter_context(_restored_calls(objects["path"]))
+            stack.enter_context(restored_calls(objects["path"]))
             stack.enter_context(_mlx.compiled(recipe.train.compile))
             stack.enter_context(mock.patch.object(sys, "argv", [self.name]))
+            self._taken = False
             watch.run(lambda: call(kind.trainer, recipe, objects, f"trainer {title(kind.trainer)}"))
+        if batches is not None and not self._taken:
+            raise Unsupported(
+                f"{self.name} does not train on the batches that are handed over: the function that "
+                "from_trainer(…, batches=) names must be the one that it looks up in that module"
+            )
         return watch
 
     def _as_taken(self, batches: Iterator[Batch]) -> Iterator[Any]:
         """Batches as the trainer's loss takes them: one array, or a tuple of several."""
         wanted = self._layout
         for ids, lengths in batches:
+            self._taken = True
             made = wanted.arguments(ids, lengths) if wanted else (ids, lengths)
             yield made if len(made) > 1 else made[0]
 
-    _layout: Any = None
-
-    def _loss(self, watch: Watch) -> Any:
+    def _loss(self, watch: Watch, recipe: Recipe) -> Any:
         assert watch.loss is not None
-        self._layout = layout(watch.loss, type(self).batch, watch.model_first)
+        try:
+            self._layout = layout(watch.loss, type(self).batch, watch.model_first)
+        except UsageError as error:
+            raise Unsupported(str(error)) from None
+        if donor := self.donors.get("loss"):
+            return donor.loss(recipe)
         function = watch.loss if watch.model_first else with_any_model(watch.loss, watch.model)
         return normalised(function, self._layout)
 
@@ -137,6 +166,7 @@ class TrainerPath(MlxPath):
         return load_tokenizer(Path(resources.model_dir(recipe.model.source)))
 
     def _drawn(self, steps: list[Step], rows: list[list[int]]) -> list[tuple[Array, Array]]:
+        assert self._layout is not None
         return [
             self._layout.batch(forward.arguments, rows)
             for step in steps
@@ -152,11 +182,11 @@ class TrainerPath(MlxPath):
         def begin(model: Any) -> None:
             facts["seed.rng"] = _mlx.rng_state()
             if adapter:
-                _transplant(model, adapter)
+                transplant(model, adapter)
 
         first = recipe.override({"train.steps": 1})
         watch = self.watched(first, Watch(begin, stop_after=1, skip=True))
-        loss = self._loss(watch)
+        loss = self._loss(watch, recipe)
 
         def iterate() -> Iterator[Batch]:
             import mlx.core as mx
@@ -179,14 +209,49 @@ class TrainerPath(MlxPath):
                 return
             done, count = len(found), count * 8
 
+    def _given_model(self, recipe: Recipe) -> tuple[Any, Any]:
+        """The model of path `mlx`, for a trainer that loads none; kept over calls as there."""
+        from mlx_lm.tuner.utils import remove_lora_layers
+
+        if (key := model_key(recipe)) not in self._loaded:
+            self._loaded = {key: super().load(recipe)}
+        model, tokenizer = self._loaded[key]
+        return remove_lora_layers(model).eval(), tokenizer
+
     def base(self, recipe: Recipe) -> tuple[Any, Any]:
         """The model that it loads, without the adapter that it puts in."""
         from mlx_lm.tuner.utils import remove_lora_layers
 
         if "path" not in self.takes:
-            return super().base(recipe)
+            return self._given_model(recipe)
         setup = self.setup(recipe)
         return remove_lora_layers(setup.model).eval(), setup.tokenizer
+
+    # What another path can take from it -----------------------------------------------------------
+
+    def loss(self, recipe: Recipe) -> Loss:
+        """Its live loss, which any model can be given to."""
+        return self.setup(recipe).loss
+
+    def optimizer(self, recipe: Recipe) -> Any:
+        """Its live optimizer before the first update."""
+        return self.setup(recipe).optimizer
+
+    def load(self, recipe: Recipe) -> Any:
+        """Not to be had by itself."""
+        raise Unsupported(f"{self.name} is run as a whole: its loader cannot be run by itself")
+
+    def wire(self, model: Any, recipe: Recipe) -> None:
+        """Not to be had by itself."""
+        raise Unsupported(f"{self.name} is run as a whole: its wiring cannot be run by itself")
+
+    def dataset(self, recipe: Recipe, tokenizer: Any) -> Any:
+        """Not to be had by itself."""
+        raise Unsupported(f"{self.name} is run as a whole: its batching cannot be run by itself")
+
+    def clip(self, recipe: Recipe) -> Any:
+        """Not to be had by itself."""
+        raise Unsupported(f"{self.name} is run as a whole: its clip cannot be run by itself")
 
     # Stages that are answered by a run of it ------------------------------------------------------
 
@@ -223,18 +288,13 @@ class TrainerPath(MlxPath):
         """A full run of it; its first step begins with the adapter that is handed over, if one is."""
         watch = self._trained(recipe, inputs)
         rows = self._rows(recipe)
-        setup_loss = self._loss(watch)
+        loss = self._loss(watch, recipe)
         trace, found = Trace(), self._drawn(watch.steps, rows)
         for index, (ids, lengths) in enumerate(found):
             trace.arrays[f"batches/ids.{index}"] = ids
             trace.arrays[f"batches/lengths.{index}"] = lengths
-        counts = iter(_tokens(watch, found, setup_loss))
-        tokens = [[next(counts) for _ in step.forwards] for step in watch.steps]
-        trace.arrays["loss"] = np.array(
-            [np.mean([forward.loss for forward in step.forwards]) for step in watch.steps]
-        )
-        trace.arrays["gradient_norm"] = np.array([step.norm for step in watch.steps])
-        trace.arrays["tokens"] = np.array([sum(step) for step in tokens])
+        for name, values in curve(watch, tokens_of(watch, found, loss)).items():
+            trace.arrays[name] = np.asarray(values)
         return trace.with_group("adapter", _mlx.adapter(watch.model))
 
     def _trained(self, recipe: Recipe, inputs: Trace, out: str | None = None) -> Watch:
@@ -242,7 +302,7 @@ class TrainerPath(MlxPath):
         if handed is not None and self._layout is None:
             self.setup(recipe)  # what its loss takes
         watch = Watch(
-            (lambda model: _transplant(model, adapter)) if adapter else (lambda _: None),
+            (lambda model: transplant(model, adapter)) if adapter else (lambda _: None),
             stop_after=recipe.train.steps,
         )
         self.watched(recipe, watch, handed, out)
@@ -266,7 +326,7 @@ class TrainerPath(MlxPath):
         self._saves()
         with tempfile.TemporaryDirectory() as out:
             once = recipe.override({"train.steps": 1})
-            watch = Watch(lambda model: _transplant(model, adapter), skip=True)
+            watch = Watch(lambda model: transplant(model, adapter), skip=True)
             self.watched(once, watch, out=out)
             see(watch.model)
             yield Path(out)
@@ -295,68 +355,28 @@ class TrainerPath(MlxPath):
     def _facts(self, recipe: Recipe) -> dict[str, Any]:
         seen = Calls()
         with contextlib.ExitStack() as stack:
-            quiet = Watch(
-                lambda model: stack.enter_context(calls(model, seen)),
-                stop_after=1, gain=_QUIET, gradients=True,
-            )  # fmt: skip
-            self.watched(recipe, quiet)
-        loud = self.watched(recipe, Watch(stop_after=1, gain=_LOUD, gradients=True))
-        slack = 0.1 if recipe.model.dtype in ("bfloat16", "float16") else 0.01
-        step, long = quiet.steps[0], loud.steps[0]
-        shares, residual = combination(step.given, [f.gradient for f in step.forwards])
-        found = self._drawn(quiet.steps, self._rows(recipe))
-        tokens = _tokens(quiet, found, self._loss(quiet))
-        if residual > slack:
-            count: Any = unknown("the optimizer is given no sum of the gradients of the loss")
-            weighting: Any = count
-        else:
-            count, weighting = weighting_of(shares, tokens, slack)
-        full = {name: value * (_LOUD / _QUIET) for name, value in step.given.items()}
-        mode, limit = clip_of(full, long.given, slack)
-        return {
-            "clip.mode": mode,
-            "clip.value": None if limit is None else float(f"{limit:.5g}"),
-            "accumulation.steps": count,
-            "accumulation.weighting": weighting,
-            **seen.facts(),
-            "train.compile": quiet.compiled and recipe.train.compile,
-        }
+            quiet = self._one_update(
+                recipe, QUIET, lambda model: stack.enter_context(calls(model, seen))
+            )
+        loud = self._one_update(recipe, LOUD, lambda _: None)
+        tokens = tokens_of(
+            quiet, self._drawn(quiet.steps, self._rows(recipe)), self._loss(quiet, recipe)
+        )
+        found = loop_facts(quiet, loud, tokens, recipe.model.dtype in HALF)
+        return {**found, **seen.facts(), "train.compile": quiet.compiled and recipe.train.compile}
 
-
-def _tokens(watch: Watch, batches: list[tuple[Array, Array]], loss: Any) -> list[int]:
-    """Supervised tokens of each micro-batch: as the loss returned them, else as it depends on them."""
-    forwards = [forward for step in watch.steps for forward in step.forwards]
-    if all(forward.rest and forward.rest[0].size == 1 for forward in forwards):
-        return [int(forward.rest[0].item()) for forward in forwards]
-    return [len(supervised_positions(loss, *batch)) for batch in batches]
-
-
-def _transplant(model: Any, adapter: Mapping[str, Array]) -> None:
-    import mlx.core as mx
-
-    model.load_weights(list(_mlx.renamed(model, adapter).items()), strict=False)
-    mx.eval(model.parameters())
-
-
-@contextlib.contextmanager
-def _restored_calls(path: str) -> Iterator[None]:
-    """Undoes what a run does to the classes of modules: checkpointing patches those of layers."""
-    import mlx.nn as nn
-
-    with contextlib.suppress(Exception):  # a class that is imported first by the run is not known
-        kind = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))["model_type"]
-        importlib.import_module(f"mlx_lm.models.{kind}")
-    kinds, queue = dict[type, Any](), [nn.Module]
-    while queue:
-        kind = queue.pop()
-        kinds[kind] = vars(kind).get("__call__")
-        queue += [k for k in kind.__subclasses__() if k not in kinds]
-    try:
-        yield
-    finally:
-        for kind, was in kinds.items():
-            if was is not None and vars(kind).get("__call__") is not was:
-                setattr(kind, "__call__", was)  # noqa: B010 mypy knows no such assignment
+    def _one_update(self, recipe: Recipe, gain: float, begin: Callable[[Any], Any]) -> Watch:
+        """A step on unlike micro-batches, or on its own where none can be handed over."""
+        once = recipe.override({"train.steps": 1})
+        unlike = itertools.cycle(given(micro_batches(2 * recipe.train.accumulation)) or ())
+        for batches in (unlike, None):
+            watch = Watch(begin, stop_after=1, gain=gain, gradients=True)
+            try:
+                return self.watched(once, watch, batches)
+            except Unsupported:
+                if batches is None:
+                    raise
+        raise AssertionError
 
 
 def make(

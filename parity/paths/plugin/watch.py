@@ -63,6 +63,7 @@ class Watch:
             objects are all that is wanted.
         gain: What gradients of the loss are multiplied by.
         gradients: Whether to keep them, and what the optimizer is given.
+        replaced: Makes the loss that is trained with of that of the training.
     """
 
     begin: Hook = lambda _: None
@@ -70,6 +71,7 @@ class Watch:
     skip: bool = False
     gain: float = 1.0
     gradients: bool = False
+    replaced: Callable[[Any, Callable[..., Any]], Callable[..., Any]] = lambda _, function: function
     steps: list[Step] = field(default_factory=list)
     model: Any = None
     loss: Callable[..., Any] | None = None
@@ -152,10 +154,10 @@ class Watch:
         from mlx.utils import tree_flatten, tree_map
 
         def value_and_grad(model: Any, function: Callable[..., Any]) -> Any:
-            inner = original(model, function)
             if self.model is not None and self.model is not model:
-                return inner  # another model's: of what trains first everything is taken
+                return original(model, function)  # of the model that trains first all is taken
             self.model, self.loss = model, function
+            inner = original(model, self.replaced(model, function))
 
             @functools.wraps(inner)
             def call(*args: Any, **kwargs: Any) -> Any:
