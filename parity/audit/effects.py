@@ -136,6 +136,19 @@ def unlike(method: str, ours: Effect, theirs: Effect) -> tuple[str, str]:
     return "", ""
 
 
+def difference(a: Trace, b: Trace) -> str:
+    """The first array that is not the same bit for bit, and how many there are; empty if all are."""
+    names = sorted(a.arrays.keys() | b.arrays.keys())
+    off = [
+        name
+        for name in names
+        if name not in a.arrays
+        or name not in b.arrays
+        or not _equal(a.arrays[name], b.arrays[name])
+    ]
+    return f"{len(off)} of {len(names)} arrays, first {off[0]}" if off else ""
+
+
 def _shapes(trace: Trace) -> Mapping[str, tuple[int, ...]]:
     return {name: value.shape for name, value in trace.arrays.items()}
 
