@@ -126,7 +126,12 @@ class Auditor:
             for finding in pool.map(self.move, chosen):
                 result.findings.append(finding)
                 self.progress(finding)
-            beside = [pair for found in result.findings for pair in self._beside(found, chosen)]
+            right = [
+                move
+                for move, found in zip(chosen, result.findings, strict=True)
+                if found.status not in WRONG
+            ]
+            beside = [pair for found in result.findings for pair in self._beside(found, right)]
             for finding in pool.map(self.move, beside):
                 if finding.status in WRONG:
                     result.findings.append(finding)

@@ -130,9 +130,8 @@ def unlike(method: str, ours: Effect, theirs: Effect) -> tuple[str, str]:
     ratio = float((b - a) @ (d - c)) / length**2
     if apart > LIKE * length:
         return (
-            f"{apart / length:.2g} of the reference's effect apart, {ratio:.2g} times it along",
-            "",
-        )
+            f"{ratio:.2g} times as long in its direction, {apart / length:.2g} of its length away"
+        ), ""
     return "", ""
 
 
