@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from typing import Any
 
 from parity.audit import moves as known_moves
+from parity.audit.concurrent import each
 from parity.audit.effects import Effect, effect, unlike
 from parity.audit.inputs import given, shapes
 from parity.audit.moves import BESIDE, Move
@@ -29,7 +29,6 @@ from parity.trace import Trace
 
 CONTROLS = ("hf", "mlx")
 """Paths that show whether a move has an effect at all, in the order in which they are tried."""
-AT_ONCE = 4  # moves under way
 
 
 class Status(StrEnum):
@@ -122,20 +121,20 @@ class Auditor:
         wanted = tuple(factors) or ("",)
         chosen = [move for move in known_moves.moves(self.kind) if move.factor.startswith(wanted)]
         result = Audit(self.path)
-        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="audit") as pool:
-            for finding in pool.map(self.move, chosen):
+        for finding in each(self.move, chosen):
+            result.findings.append(finding)
+            self.progress(finding)
+        right = [
+            move
+            for move, found in zip(chosen, result.findings, strict=True)
+            if found.status not in WRONG
+        ]
+        beside = [move for found in result.findings for move in self._beside(found, right)]
+        for finding in each(self.move, beside):
+            # The control has no such knob, so that its effect need not be the same.
+            if finding.status is Status.SWALLOWED:
                 result.findings.append(finding)
                 self.progress(finding)
-            right = [
-                move
-                for move, found in zip(chosen, result.findings, strict=True)
-                if found.status not in WRONG
-            ]
-            beside = [pair for found in result.findings for pair in self._beside(found, right)]
-            for finding in pool.map(self.move, beside):
-                if finding.status in WRONG:
-                    result.findings.append(finding)
-                    self.progress(finding)
         if wanted == ("",):
             result.defaults, result.not_known = self.defaults()
             result.not_moved = known_moves.unmoved(self.kind)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
@@ -14,6 +13,7 @@ from typing import Any
 from parity.audit import alarm
 from parity.audit import moves as known_moves
 from parity.audit.audit import CONTROLS
+from parity.audit.concurrent import each
 from parity.audit.effects import Effect, difference, effect
 from parity.audit.inputs import given, shapes
 from parity.capture.engine import Engine
@@ -25,7 +25,6 @@ from parity.recipe import Recipe
 from parity.stages.settings import TITLES, short
 from parity.trace import Trace
 
-AT_ONCE = 4
 NOT_ASKED = ("load_adapter", "defaults", "config")
 """Methods that need a saved adapter, or are looked at by themselves."""
 REPEATED = ("batches", "lora_init", "gradient", "optimizer_step", "train")
@@ -95,9 +94,8 @@ class Examiner:
         return found
 
     def _checks(self, found: Fitness) -> Iterator[Check]:
-        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="fitness") as pool:
-            yield from self._contract(found, pool)
-            yield from self._repeats(pool)
+        yield from self._contract(found)
+        yield from self._repeats()
         yield from self._seed()
         yield from self._settings()
         yield from self._parts()
@@ -113,7 +111,7 @@ class Examiner:
 
     # Contract, repeats and seed ------------------------------------------------------------------
 
-    def _contract(self, found: Fitness, pool: ThreadPoolExecutor) -> Iterator[Check]:
+    def _contract(self, found: Fitness) -> Iterator[Check]:
         """Each method once: what it gives is held against the contract where it runs."""
 
         def attempt(method: str) -> Exception | None:
@@ -125,7 +123,7 @@ class Examiner:
 
         asked = [name for name in METHODS if name not in NOT_ASKED]
         absent: dict[str, str] = {}
-        for name, error in zip(asked, pool.map(attempt, asked), strict=True):
+        for name, error in zip(asked, each(attempt, asked), strict=True):
             if error is None:
                 if METHODS[name].stage:
                     found.stages.append(METHODS[name].stage)
@@ -141,8 +139,8 @@ class Examiner:
             words = f"it does not run {', '.join(absent)} ({first}: {why[:200]})"
             yield Check("contract", State.UNKNOWN, words)
 
-    def _repeats(self, pool: ThreadPoolExecutor) -> Iterator[Check]:
-        effects = pool.map(lambda method: self._effect(method, self.recipe), REPEATED)
+    def _repeats(self) -> Iterator[Check]:
+        effects = each(lambda method: self._effect(method, self.recipe), REPEATED)
         equal = []
         for method, repeated in zip(REPEATED, effects, strict=True):
             if repeated.before is None:
