@@ -10,7 +10,7 @@ import click
 
 from parity import __version__
 from parity.commands.adapter import adapter
-from parity.commands.audit import audit
+from parity.commands.audit import audit, check_path
 from parity.commands.bisect import bisect
 from parity.commands.cache import cache
 from parity.commands.capture import capture
@@ -79,6 +79,7 @@ Examples:
   parity run --probes 02,05 --set model.source=smollm2-135m
   parity run --subject my_trainer:Path         a trainer of your own
   parity bisect --reference hf --shipped       what makes two stacks differ
+  parity check-path my_trainer:Path            whether it is fit to be judged
   parity audit my_trainer:Path                 knobs without effect, or with another
   parity replay                                known cases with known causes
   parity report reports/run-1                  the report of a folder of records
@@ -103,8 +104,8 @@ def main() -> None:
 
 
 commands = (
-    run, bisect, audit, replay, report, merge, capture, adapter, cache, list_, factors, contract, new_path,
-    ci,
+    run, bisect, check_path, audit, replay, report, merge, capture, adapter, cache, list_, factors, contract,
+    new_path, ci,
 )  # fmt: skip
 for command in commands:
     main.add_command(command)

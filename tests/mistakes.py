@@ -106,6 +106,9 @@ MISTAKES = [
     Mistake("a folder without records", "report reports"),
     Mistake("a folder that is not there", "report reports/run-1"),
     Mistake("a skeleton over a file", "new-path mine --out taken.py"),
+    Mistake("a factor that a path does not honour", "audit mlx-lm --factors optim.clip"),
+    Mistake("an audit of a bundle", "audit old.bundle"),
+    Mistake("a fitness of no path", "check-path mlxlm"),
     Mistake("an unknown method", "contract gradients"),
     Mistake("an adapter that is not there", "adapter check adapters"),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
@@ -55,10 +56,8 @@ def test_a_knob_of_its_own_has_an_effect_or_none(engine):
 
 def test_defaults_are_compared_with_what_is_documented_and_in_effect(engine):
     auditor = Auditor(engine, f"{PATHS}:HasKnobs")
-    assert auditor.defaults() == [
-        "train.accumulation is documented as 4, the library has 1",
-    ]
-    [clip] = Auditor(engine, f"{PATHS}:SaysNoClip").defaults()
+    assert auditor.defaults() == (["train.accumulation is documented as 4, the library has 1"], [])
+    [clip], _ = Auditor(engine, f"{PATHS}:SaysNoClip").defaults()
     assert clip == "as shipped optim.clip is none, and norm is in effect"
 
 
@@ -100,3 +99,25 @@ def test_the_command(engine):
     assert done.exit_code == 2
     done = CliRunner().invoke(main, ["audit", f"{PATHS}:HasKnobs", "--factors", "own.nothing"])
     assert done.exit_code == 3
+
+
+@pytest.mark.long
+def test_knobs_that_releases_of_unsloth_swallowed_are_named(engine, uv):
+    """finetune_last_n_layers and max_grad_norm by itself; 2026.5.5 honours both."""
+    for release, expected in (
+        ("2026.5.2", {"lora.num_layers", "optim.clip", "optim.clip_value"}),
+        ("2026.5.5", set()),
+    ):
+        auditor = Auditor(engine, f"unsloth@{release}")
+        found = auditor.audit(["lora.num_layers", "optim.clip", "unsloth.explicit_clip"])
+        assert {*found.named(Status.SWALLOWED)} == expected, release
+        clips = [f for f in found.findings if f.status is Status.SWALLOWED and "clip" in f.factor]
+        assert all("beside unsloth.explicit_clip=False" in f.notes for f in clips)
+
+
+def test_a_default_that_is_not_what_is_in_effect(engine):
+    """Left open, the clip of unsloth-zoo is none in its options and on in its steps."""
+    if not importlib.util.find_spec("unsloth_zoo"):
+        pytest.skip("unsloth-zoo is not installed")
+    wrong, _ = Auditor(engine, "unsloth").defaults()
+    assert wrong == ["as shipped optim.clip is none, and leaf_norm is in effect"]

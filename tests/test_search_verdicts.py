@@ -10,6 +10,7 @@ from parity.bisect.causes import CauseSearch
 from parity.cells.cell import Cell
 from parity.cells.run import run_cell
 from parity.commands.bisect import bisect
+from parity.paths.registry import knobs
 from parity.recipe import Recipe
 from parity.record import Verdict
 from parity.stages import find
@@ -73,6 +74,19 @@ def test_a_subject_that_does_not_repeat_itself_comes_first(engine, few):
 def test_a_seed_without_effect_comes_first(engine, few):
     report = search(engine, few, "tests.search_faults:NoSeed", probes=["02"])
     assert "the seed of tests.search_faults:NoSeed has no effect" in answer(report).splitlines()[0]
+
+
+def test_a_knob_without_effect_is_named(engine, few):
+    subject = "tests.audit_paths:HasKnobs"
+    shared = few.with_knobs(knobs([subject]))
+    changes = {"own.nothing": 6, "own.doubled": True}
+    report = search(engine, shared, subject, "mlx", changes=changes, probes=["06"])
+    assert [[*cause.factors] for cause in report.causes] == [["own.doubled"]]
+    [sentence] = report.silent
+    assert sentence.startswith(
+        f"own.nothing = 6 against 3 has no effect on {subject}: lora_init and"
+    )
+    assert sentence in answer(report)
 
 
 @pytest.mark.parametrize("subject", [long("mlx"), "mlx-lm", "hf"])

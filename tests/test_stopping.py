@@ -71,3 +71,20 @@ def test_a_search_is_stopped(tmp_path, engine):
     assert "run the same command again" in err
     assert seconds < AT_ONCE
     assert not left
+
+
+def test_an_audit_is_stopped(tmp_path, engine):
+    logs = engine.cache / "logs"
+    before = {*logs.glob("*")}
+    words = ["check-path", "tests.slow_path:Slow"]
+    begun = time.monotonic()
+
+    def ready():
+        return {*logs.glob("*")} - before and time.monotonic() - begun > 8
+
+    code, seconds, _, err, left = stopped(words, ready)
+    assert code == 130, err
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("stopped; to start again: parity check-path")
+    assert seconds < AT_ONCE
+    assert not left

@@ -7,16 +7,16 @@ on another path: then the recipe makes it matter.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from typing import Any
 
 from parity.audit import moves as known_moves
+from parity.audit.concurrent import each
 from parity.audit.effects import Effect, effect, unlike
-from parity.audit.inputs import given
+from parity.audit.inputs import given, shapes
 from parity.audit.moves import BESIDE, Move
 from parity.capture.engine import Engine
 from parity.errors import CaptureError, UnmatchedNames, Unsupported
@@ -29,7 +29,6 @@ from parity.trace import Trace
 
 CONTROLS = ("hf", "mlx")
 """Paths that show whether a move has an effect at all, in the order in which they are tried."""
-AT_ONCE = 4  # moves under way
 
 
 class Status(StrEnum):
@@ -81,6 +80,8 @@ class Audit:
     findings: list[Finding] = field(default_factory=list)
     defaults: list[str] = field(default_factory=list)
     """Defaults that are not what the path reports or documents, in sentences."""
+    not_known: list[str] = field(default_factory=list)
+    """Why defaults could not be read, or not all of them held against what is in effect."""
     not_moved: list[str] = field(default_factory=list)
     """Factors that it honours, and for which no other value is known."""
     seconds: float = 0.0
@@ -120,22 +121,46 @@ class Auditor:
         wanted = tuple(factors) or ("",)
         chosen = [move for move in known_moves.moves(self.kind) if move.factor.startswith(wanted)]
         result = Audit(self.path)
-        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="audit") as pool:
-            for finding in pool.map(self.move, chosen):
+        for finding in each(self.move, chosen):
+            result.findings.append(finding)
+            self.progress(finding)
+        right = [
+            move
+            for move, found in zip(chosen, result.findings, strict=True)
+            if found.status not in WRONG
+        ]
+        beside = [move for found in result.findings for move in self._beside(found, right)]
+        for finding in each(self.move, beside):
+            # The control has no such knob, so that its effect need not be the same.
+            if finding.status is Status.SWALLOWED:
                 result.findings.append(finding)
                 self.progress(finding)
-        if not any(wanted) or "" in wanted:
-            result.defaults = self.defaults()
+        if wanted == ("",):
+            result.defaults, result.not_known = self.defaults()
             result.not_moved = known_moves.unmoved(self.kind)
         result.seconds = time.perf_counter() - started
         return result
+
+    def _beside(self, knob: Finding, chosen: Iterable[Move]) -> Iterator[Move]:
+        """Moves that a knob may undo: those that show where it does, beside its other value."""
+        if knob.status is not Status.HONOURED or not self._is_knob(knob.factor):
+            return
+        for move in chosen:
+            for method in knob.methods.keys() & {*move.methods}:
+                if not self._is_knob(move.factor):
+                    needs = {**move.needs, knob.factor: knob.after}
+                    yield replace(move, methods=(method,), needs=needs)
+
+    def _is_knob(self, factor: str) -> bool:
+        """Whether only this path has a factor."""
+        sections = {knobs.section for knobs in self.kind.knob_types()}
+        return factor.partition(".")[0] in sections
 
     # One factor ----------------------------------------------------------------------------------
 
     def move(self, move: Move) -> Finding:
         """What moving one factor does."""
-        section = move.factor.partition(".")[0]
-        if section in {knobs.section for knobs in self.kind.knob_types()}:
+        if self._is_knob(move.factor):
             return self._knob(move)
         before = self.base.override(move.needs)
         after = before.override({move.factor: move.value})
@@ -152,7 +177,9 @@ class Auditor:
             texts[method] = text
         status = _overall(statuses)
         values = before.factors()[move.factor], after.factors()[move.factor]
-        return Finding(move.factor, *values, status, texts, tuple(dict.fromkeys(notes)))
+        knobs = [f"{name}={short(v)}" for name, v in move.needs.items() if self._is_knob(name)]
+        notes = [*(f"beside {knob}" for knob in knobs), *dict.fromkeys(notes)]
+        return Finding(move.factor, *values, status, texts, tuple(notes))
 
     def _method(
         self, move: Move, method: str, before: Recipe, after: Recipe
@@ -186,28 +213,30 @@ class Auditor:
 
     def _knob(self, move: Move) -> Finding:
         """A factor of this path alone: there is no other path to tell whether it should show."""
-        texts: dict[str, str] = {}
         values: tuple[Any, Any] = (None, None)
+        still, unseen = dict[str, None](), dict[str, None]()
         for beside in BESIDE:
             before = self.base.override(beside)
             after = before.override({move.factor: move.value})
             values = before.factors()[move.factor], after.factors()[move.factor]
-            words = "".join(f", with {name}={value}" for name, value in beside.items())
+            words = "".join(f" with {name}={value}" for name, value in beside.items())
             for method in move.methods:
                 found = self._effect(self.path, method, before, after)
                 early = _without_comparison(found)
-                if early and early[0] is Status.FAILED:
-                    return Finding(move.factor, *values, Status.FAILED, {method: early[1] + words})
-                if early and early[0] is Status.REFUSED:
-                    return Finding(move.factor, *values, Status.REFUSED, {method: early[1] + words})
                 if not early and (changed := found.moved()):
                     text = f"{_count(changed)} changed{words}"
                     return Finding(move.factor, *values, Status.HONOURED, {method: text})
-                texts[method] = early[1] if early else "no effect"
-        blind = all(text != "no effect" for text in texts.values())
-        status = Status.NOT_SEEN if blind else Status.NO_EFFECT
-        beside_too = ", ".join(f"{n}={v}" for also in BESIDE[1:] for n, v in also.items())
-        return Finding(move.factor, *values, status, texts, (f"the same with {beside_too}",))
+                if early and early[0] is not Status.NOT_SEEN:
+                    return Finding(move.factor, *values, early[0], {method: early[1] + words})
+                if early:
+                    unseen[f"{method}{words} ({early[1]})"] = None
+                else:
+                    still[f"{method}{words}"] = None
+        texts = {"no effect in": ", ".join(still)} if still else {}
+        if unseen:
+            texts["not seen in"] = f"{len(unseen)} others, first {next(iter(unseen))}"
+        status = Status.NO_EFFECT if still else Status.NOT_SEEN
+        return Finding(move.factor, *values, status, texts)
 
     def _effect(self, path: str, method: str, before: Recipe, after: Recipe) -> Effect:
         try:
@@ -221,18 +250,8 @@ class Auditor:
         needed = recipe.override({"seed.value": 0})
         key = f"{needed.model.source} {needed.lora.model_dump_json()}"
         if key not in self._starts:
-            error: Exception | None = None
-            for path in (self.path, *self.controls):
-                try:
-                    found = self.engine.capture(path, "lora_init", needed, Trace())
-                except (Unsupported, CaptureError, UnmatchedNames) as failure:
-                    error = error or failure
-                    continue
-                self._starts[key] = found.group("adapter")
-                break
-            else:
-                assert error is not None
-                raise error
+            paths = (self.path, *self.controls)
+            self._starts[key] = shapes(self.engine, paths, needed)
         return self._starts[key]
 
     # Settings ------------------------------------------------------------------------------------
@@ -287,35 +306,31 @@ class Auditor:
 
     # Defaults ------------------------------------------------------------------------------------
 
-    def defaults(self) -> list[str]:
-        """Defaults that are not in effect where nothing is set, and those documented otherwise."""
-        found = []
+    def defaults(self) -> tuple[list[str], list[str]]:
+        """Defaults that are not in effect where nothing is set or documented otherwise; what is not known."""
         try:
             reported = self.engine.capture(self.path, "defaults", self.base, Trace()).scalars
         except (Unsupported, CaptureError) as error:
-            return [f"not known: {error}"]
-        for factor, value in self.kind.documented.items():
-            if factor in reported and reported[factor] != value:
-                found.append(
-                    f"{factor} is documented as {short(value)}, the library has {short(reported[factor])}"
-                )
-        return found + self._in_effect()
-
-    def _in_effect(self) -> list[str]:
+            return [], [f"the defaults of {self.path} are not known: {error}"]
+        wrong = [
+            f"{factor} is documented as {short(value)}, the library has {short(reported[factor])}"
+            for factor, value in self.kind.documented.items()
+            if factor in reported and reported[factor] != value
+        ]
         shipped = self.engine.shipped(self.path, self.base)
         try:
             settings = self._config(self.path, shipped)
         except (Unsupported, CaptureError, UnmatchedNames) as error:
-            return [f"which of them are in effect is not known: {error}"]
-        factors = shipped.factors()
-        return [
-            f"as shipped {factor} is {short(factors[factor])}, and {short(settings[key])} is in effect"
-            for factor, key in REQUESTED.items()
-            if key in settings
-            and known(settings[key])
-            and not same(key, factors[factor], settings[key])
-            and factor in shipped.active()
-        ]
+            return wrong, [f"which defaults are in effect is not known: {error}"]
+        factors, active = shipped.factors(), shipped.active()
+        for factor, key in REQUESTED.items():
+            if factor not in active or not known(real := settings.get(key, "unknown")):
+                continue
+            if not same(key, factors[factor], real):
+                wrong.append(
+                    f"as shipped {factor} is {short(factors[factor])}, and {short(real)} is in effect"
+                )
+        return wrong, []
 
 
 def _without_comparison(found: Effect) -> tuple[Status, str] | None:

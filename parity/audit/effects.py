@@ -130,10 +130,22 @@ def unlike(method: str, ours: Effect, theirs: Effect) -> tuple[str, str]:
     ratio = float((b - a) @ (d - c)) / length**2
     if apart > LIKE * length:
         return (
-            f"{apart / length:.2g} of the reference's effect apart, {ratio:.2g} times it along",
-            "",
-        )
+            f"{ratio:.2g} times as long in its direction, {apart / length:.2g} of its length away"
+        ), ""
     return "", ""
+
+
+def difference(a: Trace, b: Trace) -> str:
+    """The first array that is not the same bit for bit, and how many there are; empty if all are."""
+    names = sorted(a.arrays.keys() | b.arrays.keys())
+    off = [
+        name
+        for name in names
+        if name not in a.arrays
+        or name not in b.arrays
+        or not _equal(a.arrays[name], b.arrays[name])
+    ]
+    return f"{len(off)} of {len(names)} arrays, first {off[0]}" if off else ""
 
 
 def _shapes(trace: Trace) -> Mapping[str, tuple[int, ...]]:

@@ -39,8 +39,7 @@ class Move:
 
 _STEP, _MASK = ("optimizer_step", "train"), ("supervised_positions", "gradient", "train")
 _ROWS, _INIT = ("tokenization", "batches"), ("lora_init",)
-# With a large eps Adam does not undo the length of a gradient.
-_CLIPPED = {"optim.clip": "norm", "optim.eps": 0.1}
+_SGD = {"optim.name": "sgd"}  # Adam undoes the length of a gradient
 
 MOVES = (
     Move("model.source", "tiny-llama", ("logits",)),
@@ -68,12 +67,12 @@ MOVES = (
     Move("optim.eps", 0.1, _STEP),
     Move("optim.weight_decay", 0.5, _STEP),
     Move("optim.bias_correction", False, _STEP),
-    Move("optim.momentum", 0.9, _STEP, {"optim.name": "sgd"}),
+    Move("optim.momentum", 0.9, _STEP, _SGD),
     Move("optim.schedule", "linear", _STEP),
     Move("optim.warmup_steps", 2, _STEP),
-    Move("optim.clip", "norm", _STEP, {"optim.clip_value": 0.01, "optim.eps": 0.1}),
-    Move("optim.clip", "value", _STEP, {"optim.clip_value": 0.001, "optim.eps": 0.1}),
-    Move("optim.clip_value", 0.02, _STEP, {"optim.clip_value": 0.01, **_CLIPPED}),
+    Move("optim.clip", "norm", _STEP, {"optim.clip_value": 0.01, **_SGD}),
+    Move("optim.clip", "value", _STEP, {"optim.clip_value": 0.001, **_SGD}),
+    Move("optim.clip_value", 0.02, _STEP, {"optim.clip_value": 0.01, "optim.clip": "norm", **_SGD}),
     Move("train.steps", 2, ("train",)),
     Move("train.batch_size", 3, ("batches",)),
     Move("train.accumulation", 2, ("train",)),

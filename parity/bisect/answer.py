@@ -15,6 +15,7 @@ def answer(report: SearchReport) -> str:
         lines += [cause.sentence, *(f"  hint: {hint}" for hint in cause.hints)]
         lines.append(f"  shown by: {cause.reproduce}")
     lines += verdict_lines(report)
+    lines += report.silent
     if report.aligned:
         lines.append(f"with all of these from the reference, {report.aligned}")
     lines += [f"not compared: {text}" for text in report.skipped]

@@ -22,6 +22,7 @@ from parity.bisect.result import (
     SearchReport,
     StageVisit,
 )
+from parity.bisect.silent import silent
 from parity.capture.engine import Engine
 from parity.cells.cell import Cell, reproduce
 from parity.cells.run import run_cell
@@ -176,6 +177,9 @@ class CauseSearch:
     def _conclude(self, report: SearchReport) -> None:
         """The verdict of a search that nothing ended before its last stage."""
         report.left = list(self._differing(self.rest, self.parts).values())
+        if self.steady:
+            mine = self.recipe.override(self.changes)
+            report.silent = silent(self.engine, self.subject, mine, self.recipe, self.rest)
         if report.causes:
             report.verdict, report.aligned = FOUND, self._aligned()
         elif not report.compared:

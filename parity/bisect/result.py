@@ -71,6 +71,8 @@ class SearchReport:
     """What the effective configuration says differs, in words."""
     left: list[str] = field(default_factory=list)
     """Those of them that still differ once every cause is taken from the reference."""
+    silent: list[str] = field(default_factory=list)
+    """Factors that differ and change nothing in the subject, in sentences."""
     ledger: list[Hypothesis] = field(default_factory=list)
     path: list[StageVisit] = field(default_factory=list)
     """Stages in the order in which they were visited."""

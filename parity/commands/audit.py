@@ -70,5 +70,35 @@ def audit(
     click.echo(json.dumps(json.loads(to_json(found))) if as_json else report.text(found))
     if found.named(*WRONG) or found.defaults:
         sys.exit(EXIT_NOT_GREEN)
-    doubtful = found.named(Status.FAILED, Status.NO_EFFECT, Status.NOT_SEEN) or found.not_moved
-    sys.exit(EXIT_MISSING if doubtful else EXIT_GREEN)
+    doubtful = found.named(Status.FAILED, Status.NO_EFFECT, Status.NOT_SEEN)
+    not_known = doubtful or found.not_moved or found.not_known
+    sys.exit(EXIT_MISSING if not_known else EXIT_GREEN)
+
+
+@click.command("check-path")
+@click.argument("path")
+@device_option
+@timeout_option
+def check_path(path: str, timeout: float) -> None:
+    """Tell whether PATH is fit to be judged.
+
+    On a tiny model: whether what it gives fits the contract and which stages it can be judged at,
+    whether it repeats itself and its seed has an effect, which settings are known, whether each part
+    that could be swapped is the one that it uses, and whether the bare trainer and the watched one end
+    in the same bytes. Exit code 1: a check is not passed.
+
+    \b
+    Examples:
+      parity check-path my_trainer:Path
+      parity check-path mlx-lm
+    """  # noqa: D301
+    from parity.audit.fitness import Examiner
+    from parity.capture import engine as engines
+    from parity.report import audit as report
+
+    engines.check_fitness(path)
+    with engines.Engine(timeout=timeout) as engine:
+        examiner = Examiner(engine, path, lambda found: click.echo(report.check(found)))
+        found = examiner.examine()
+    click.echo(report.fitness(found))
+    sys.exit(EXIT_NOT_GREEN if found.wrong() else EXIT_GREEN)

@@ -1,0 +1,63 @@
+"""A donor whose parts tell that they were called: what a path takes from `self.part(...)`."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from parity.errors import Unsupported
+from parity.paths.mlx.path import MlxPath
+from parity.recipe import Recipe
+
+SPEC = f"{__name__}:Alarm"
+METHODS = {
+    "loader": ("load",),
+    "wiring": ("wire",),
+    "batching": ("dataset", "iterate"),
+    "loss": ("loss",),
+    "clip": ("clip",),
+    "optimizer": ("optimizer",),
+}
+"""Part to the methods of an MLX path that are it."""
+
+
+def called(part: str) -> str:
+    """What is raised where a part is called."""
+    return f"the {part} was taken from elsewhere"
+
+
+def _alarm(part: str) -> NoReturn:
+    raise Unsupported(called(part))
+
+
+class Alarm(MlxPath):
+    """None of its parts does anything else."""
+
+    name = "alarm"
+
+    def load(self, recipe: Recipe) -> Any:
+        """Raises."""
+        _alarm("loader")
+
+    def wire(self, model: Any, recipe: Recipe) -> Any:
+        """Raises."""
+        _alarm("wiring")
+
+    def dataset(self, recipe: Recipe, tokenizer: Any) -> Any:
+        """Raises."""
+        _alarm("batching")
+
+    def iterate(self, recipe: Recipe, dataset: Any) -> Any:
+        """Raises."""
+        _alarm("batching")
+
+    def loss(self, recipe: Recipe) -> Any:
+        """Raises."""
+        _alarm("loss")
+
+    def clip(self, recipe: Recipe) -> Any:
+        """Raises."""
+        _alarm("clip")
+
+    def optimizer(self, recipe: Recipe) -> Any:
+        """Raises."""
+        _alarm("optimizer")
