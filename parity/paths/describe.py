@@ -7,6 +7,7 @@ import inspect
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from parity import resources
+from parity.names import is_factor, layer_of
 from parity.recipe import Recipe
 from parity.trace import Array
 
@@ -85,3 +87,21 @@ def model_key(recipe: Recipe) -> tuple[str, ...]:
     # Knobs may decide what a loader makes.
     knobs = "".join(recipe.knobs(kind).model_dump_json() for kind in recipe.knob_types())
     return source, factors, resources.fingerprint(source), knobs
+
+
+def trained(names: Iterable[str]) -> dict[str, Any]:
+    """What is trained, in which layers and modules, from the canonical names of trainable tensors."""
+    tensors = {name: name.rpartition(".") for name in names}
+    adapted = {module for name, (module, _, _) in tensors.items() if is_factor(name)}
+    rest = [(m, last) for name, (m, _, last) in tensors.items() if not is_factor(name)]
+    if not adapted:
+        kind = "full" if rest else "nothing"
+    elif any(last != "m" or module not in adapted for module, last in rest):
+        kind = "LoRA and other weights"
+    else:
+        kind = "dora" if rest else "lora"
+    return {
+        "kind": kind,
+        "layers": sorted({n for name in tensors if (n := layer_of(name)) is not None}),
+        "modules": sorted({module.rpartition(".")[2] for module, _, _ in tensors.values()}),
+    }

@@ -200,7 +200,7 @@ class MlxStages(RoundTrips):
         return forward(model, ids)
 
     def adapter_of(self, model: Any) -> tuple[dict[str, Array], dict[str, float]]:
-        """`<module>.lora_a`, `.lora_b` and DoRA's `.m` of a live model; module → scale."""
+        """What is trained of a live model by canonical name; module → scale, of those with LoRA."""
         return adapter_of(model)
 
     def kv_cache(self, recipe: Recipe, inputs: Trace) -> Trace:

@@ -25,7 +25,7 @@ from parity.paths.mlx import live as _mlx
 from parity.paths.mlx.kv_cache import kv_cache_trace
 from parity.paths.mlx.live import Batch, Setup, to_numpy
 from parity.paths.mlx.path import MlxPath
-from parity.paths.mlx.settings import one_step
+from parity.paths.mlx.settings import as_trained, one_step
 from parity.paths.mlx.traces import decode_trace, given, recorded
 from parity.paths.mlx_lm.settings import arguments, checkpoint
 from parity.recipe import Recipe
@@ -170,7 +170,8 @@ class MlxLmPath(MlxPath):
 
         if "loader" in self.donors:
             return super().reloaded(recipe, folder)
-        return mlx_lm.load(checkpoint(recipe, self.cache), adapter_path=str(folder))[0]
+        model = mlx_lm.load(checkpoint(recipe, self.cache), adapter_path=str(folder))[0]
+        return as_trained(model, recipe)
 
     def merged(self, recipe: Recipe, folder: Path, dequantize: bool) -> Any:
         """By `mlx_lm.fuse`, and `mlx_lm.load` of what it saves."""
