@@ -72,6 +72,7 @@ _ALL = (
             scalar("eos", int | None, "id of its end"),
             scalar("pad", int | None, "id of padding"),
             scalar("vocab_size", int, "size of the vocabulary"),
+            scalar("embedded", int, "tokens that the model's configuration has", "embedded"),
         ),
         reads=("model.source", *_ROWS),
     ),
@@ -307,7 +308,7 @@ _ALL = (
     Method(
         "kv_cache", "kv_cache", "a conversation of T tokens with a KV cache and without one",
         inputs=(
-            *_adapter("adapter", _TENSORS),
+            *_adapter("adapter", f"{_TENSORS}; else the base alone", "adapter"),
             array("turn.N", "(n)", "int", "ids of a turn; every second one is a reply"),
             scalar("trim", int, "the turn that is taken back out of the cache"),
         ),

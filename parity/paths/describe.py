@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import os
 import platform
 import sys
@@ -74,6 +75,16 @@ def row_digests(ids: Array, lengths: Array) -> list[str]:
         hashlib.sha256(np.asarray(row[:n], np.int64).tobytes()).hexdigest()[:8]
         for row, (_, n) in zip(ids, lengths, strict=True)
     ]
+
+
+def embedded(recipe: Recipe) -> dict[str, int]:
+    """`embedded`: how many tokens the configuration of a model in a folder has; nothing where it says none."""
+    file = Path(resources.model_dir(recipe.model.source), "config.json")
+    if not file.is_file():
+        return {}
+    config = json.loads(file.read_text("utf-8"))
+    size = config.get("text_config", config).get("vocab_size", config.get("vocab_size"))
+    return {"embedded": size} if isinstance(size, int) else {}
 
 
 def defaults(function: Any) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class RoundTrips(TrainingPath):
         """What a live model gives for token ids (B, T)."""
 
     @abstractmethod
-    def adapter_of(self, model: Any) -> tuple[dict[str, Array], dict[str, float]]:
+    def adapter_of(self, model: Any, recipe: Recipe) -> tuple[dict[str, Array], dict[str, float]]:
         """What is trained of a live model by canonical name; module → scale, of those with LoRA."""
 
     def round_trip(self, recipe: Recipe, inputs: Trace) -> Trace:
@@ -127,7 +127,7 @@ class RoundTrips(TrainingPath):
         adapter, scales = dict[str, Array](), dict[str, float]()
 
         def see(model: Any) -> None:
-            found, factors = self.adapter_of(model)
+            found, factors = self.adapter_of(model, recipe)
             adapter.update(found)
             scales.update(factors)
             live["live"] = self.forward(model, ids).values
@@ -150,6 +150,6 @@ class RoundTrips(TrainingPath):
     def _reloaded_trace(self, recipe: Recipe, folder: Path, ids: Array) -> Trace:
         model = self.reloaded(recipe, folder)
         loaded = self.forward(model, ids)
-        adapter, scales = self.adapter_of(model)
+        adapter, scales = self.adapter_of(model, recipe)
         trace = Trace({"loaded": loaded.values}, {"dtype": loaded.dtype, "scales": scales})
         return trace.with_group("adapter", adapter)

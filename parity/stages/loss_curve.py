@@ -197,6 +197,7 @@ def aligned_inputs(context: Context, batches_too: bool = False) -> Trace:
 
     Where the sizes of batches differ both are handed the larger ones, which a path cuts to its size.
     """
+    _ = context.vocabulary  # refuses rows with tokens that the model has not
     inputs = Trace().with_group("adapter", context.given("lora_init").group("adapter"))
     sizes = {recipe.train.batch_size: recipe.train for recipe in context.recipes.values()}
     if batches_too or not context.exact or len(sizes) > 1:

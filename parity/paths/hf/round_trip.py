@@ -6,7 +6,7 @@ from typing import Any
 
 from parity.names import canonical, is_factor
 from parity.paths.hf import tensors
-from parity.paths.hf.live import adapter, ids_tensor, to_numpy
+from parity.paths.hf.live import ids_tensor, to_numpy
 from parity.paths.hf.readback import dtype_name
 from parity.paths.round_trip import Logits
 from parity.trace import Array
@@ -24,7 +24,7 @@ def forward(model: Any, ids: Array) -> Logits:
 def adapter_of(model: Any) -> tuple[dict[str, Array], dict[str, float]]:
     """A (in, r) and B (r, out) of each module, or (experts, r, in) and (experts, out, r); its scale.
 
-    DoRA's magnitude is (out). Without LoRA it is what is trainable.
+    DoRA's magnitude is (out).
     """
     scales = dict[str, float]()
     for module, live in model.named_modules():
@@ -33,8 +33,6 @@ def adapter_of(model: Any) -> tuple[dict[str, Array], dict[str, float]]:
             parameter = getattr(live, "parameter_name", "")
             name = canonical(module) + f".{parameter}" * bool(parameter)
             scales[tensors.expert_name(name)] = float(live.scaling["default"])
-    if not scales:
-        return adapter(model), scales
-    found = tensors.tensors(model).items()
+    found = tensors.tensors(model).items() if scales else ()
     kept = {name: to_numpy(t.value) for name, t in found if is_factor(name) or name.endswith(".m")}
     return kept, scales

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from parity.names import each
+from parity.paths.describe import embedded
 from parity.paths.hf import live as _torch
 from parity.paths.hf import readback
 from parity.paths.hf.kv_cache import forward_dtype, kv_cache_trace
@@ -25,6 +26,7 @@ from parity.paths.hf.tensors import check_names
 from parity.paths.hf.work import accumulate, completion_loss, greedy, supervised_positions
 from parity.paths.measured import Calls, loop_facts, probing, seed_facts
 from parity.paths.round_trip import Logits, RoundTrips
+from parity.paths.targets import config_without_targets
 from parity.recipe import Recipe
 from parity.trace import Array, Trace
 
@@ -97,6 +99,7 @@ class TorchStages(RoundTrips):
             "eos": tokenizer.eos_token_id,
             "pad": _torch.padding_id(tokenizer),
             "vocab_size": len(tokenizer),
+            **embedded(recipe),
         }
         return trace
 
@@ -227,13 +230,14 @@ class TorchStages(RoundTrips):
         """What a live model gives for token ids (B, T)."""
         return forward(model, ids)
 
-    def adapter_of(self, model: Any) -> tuple[dict[str, Array], dict[str, float]]:
+    def adapter_of(self, model: Any, recipe: Recipe) -> tuple[dict[str, Array], dict[str, float]]:
         """What is trained of a live model by canonical name; module → scale, of those with LoRA."""
-        return adapter_of(model)
+        return (_torch.adapter(model), {}) if recipe.lora.kind == "full" else adapter_of(model)
 
     def kv_cache(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `parity contract kv_cache`."""
-        with self.adapted(recipe, inputs.group("adapter")) as model:
+        adapter = inputs.group("adapter")
+        with self.adapted(recipe, adapter) if adapter else self.pristine(recipe) as model:
             return kv_cache_trace(model.eval(), self.prompt_cache, inputs)
 
     def prompt_cache(self, model: Any) -> Any:
@@ -264,6 +268,9 @@ class TorchStages(RoundTrips):
 
     def config(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `parity contract config`."""
+        return config_without_targets(recipe, self._config)
+
+    def _config(self, recipe: Recipe) -> Trace:
         tokenizer = self.tokenizer(recipe)
         drawn = list(itertools.islice(self.iterate(recipe, tokenizer), SHOWN))
         targets = _torch.labels(recipe, *drawn[0])

@@ -29,11 +29,14 @@ def lora_config(base: Any, recipe: Recipe) -> Any:
     lora, layers = recipe.lora, _layers(base, recipe)
     kinds = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv1d)
     modules = [name for name, _ in base.named_modules()]
-    adaptable = {n.rpartition(".")[2] for n, m in base.named_modules() if isinstance(m, kinds)}
+    adaptable = {
+        name.rpartition(".")[2]: layer_of(canonical(name)) is not None
+        for name, module in base.named_modules()
+        if isinstance(module, kinds)
+    }
     experts = _experts(base)
-    found = targets(
-        recipe, [*modules, *experts], adaptable | {n.rpartition(".")[2] for n in experts}
-    )
+    others = {name.rpartition(".")[2]: False for name in experts}
+    found = targets(recipe, [*modules, *experts], others | adaptable)
     if joined := sorted(name for name in set(found) & experts.keys() if experts[name] == "joined"):
         raise Unsupported(
             f"PEFT adapts gate and up projection of experts by one adapter of gate_up_proj, "

@@ -22,7 +22,7 @@ from parity.errors import Unsupported
 from parity.paths.describe import defaults as defaults_of
 from parity.paths.describe import describe_process, model_key
 from parity.paths.mlx import live as _mlx
-from parity.paths.mlx import settings
+from parity.paths.mlx import loading, settings
 from parity.paths.mlx.live import Batch, Loss, Setup
 from parity.paths.mlx.pristine import Pristine
 from parity.paths.mlx.quantized import quantize
@@ -105,7 +105,8 @@ class MlxPath(MlxStages):
         if recipe.model.dtype == "float64":
             raise Unsupported("MLX has no float64 on the GPU and no fast kernels for it elsewhere")
         source = resources.model_dir(recipe.model.source)
-        model, tokenizer, config = mlx_lm.load(source, return_config=True)
+        with loading.explained(source):
+            model, tokenizer, config = mlx_lm.load(source, return_config=True)
         if recipe.model.weights != "stored":
             model.set_dtype(getattr(mx, recipe.model.weights))
         else:
@@ -115,6 +116,14 @@ class MlxPath(MlxStages):
         model.set_dtype(getattr(mx, recipe.model.dtype))
         mx.eval(model.parameters())
         return model, tokenizer
+
+    def tokenizer(self, recipe: Recipe) -> Any:
+        """As `mlx_lm.load` makes it, without the model."""
+        return self.part("loader").read_tokenizer(recipe)
+
+    def read_tokenizer(self, recipe: Recipe) -> Any:
+        """What `load` makes beside the model."""
+        return loading.tokenizer(recipe)
 
     def wire(self, model: Any, recipe: Recipe) -> None:
         """Freezes the base and makes trainable what `lora.kind` says."""

@@ -39,11 +39,9 @@ def forward(model: Any, ids: Array) -> Logits:
 def adapter_of(model: Any) -> tuple[dict[str, Array], dict[str, float]]:
     """A (in, r) and B (r, out) of each module, or (experts, r, in) and (experts, out, r); its scale.
 
-    DoRA's magnitude is (out). Without LoRA it is what is trainable.
+    DoRA's magnitude is (out).
     """
     modules = _mlx.lora_modules(model)
-    if not modules:
-        return _mlx.adapter(model), {}
     adapter = {
         f"{name}.{factor}": to_numpy(getattr(module, factor))
         for name, module in modules.items()

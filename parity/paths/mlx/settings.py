@@ -50,15 +50,16 @@ def fine_tuning(recipe: Recipe, model: Any) -> dict[str, Any]:
     }
 
 
-def adaptable(model: Any) -> set[str]:
-    """Last parts of the names of the modules that mlx-lm has an adapter for."""
+def adaptable(model: Any) -> dict[str, bool]:
+    """Last parts of the names of the modules that mlx-lm has an adapter for; whether in a layer."""
     import mlx.nn as nn
     from mlx_lm.models import switch_layers
 
     kinds = [nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding]
     kinds += [switch_layers.SwitchLinear, switch_layers.QuantizedSwitchLinear]
+    layers = {id(module) for layer in model.layers for _, module in layer.named_modules()}
     return {
-        name.rpartition(".")[2]
+        name.rpartition(".")[2]: id(module) in layers
         for name, module in model.named_modules()
         if isinstance(module, tuple(kinds)) or hasattr(module, "to_lora")
     }

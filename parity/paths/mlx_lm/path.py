@@ -24,6 +24,7 @@ from parity.paths.describe import defaults
 from parity.paths.mlx import live as _mlx
 from parity.paths.mlx.kv_cache import kv_cache_trace
 from parity.paths.mlx.live import Batch, Setup, to_numpy
+from parity.paths.mlx.loading import explained
 from parity.paths.mlx.path import MlxPath
 from parity.paths.mlx.settings import as_trained, one_step
 from parity.paths.mlx.traces import decode_trace, given, recorded
@@ -54,7 +55,9 @@ class MlxLmPath(MlxPath):
         """The checkpoint as `mlx_lm.load` gives it."""
         import mlx_lm
 
-        return mlx_lm.load(checkpoint(recipe, self.cache))[:2]  # type: ignore[no-any-return]
+        source = checkpoint(recipe, self.cache)
+        with explained(source):
+            return mlx_lm.load(source)[:2]  # type: ignore[no-any-return]
 
     def setup(self, recipe: Recipe, adapter: Mapping[str, Array] | None = None) -> Setup:
         """The live objects that the CLI hands to `train`."""
@@ -187,7 +190,8 @@ class MlxLmPath(MlxPath):
 
     def kv_cache(self, recipe: Recipe, inputs: Trace) -> Trace:
         """As `mlx_lm.chat` does: the adapter saved and loaded back, one prompt cache for all turns."""
-        model, _ = self._reloaded(recipe, inputs.group("adapter"))
+        adapter = inputs.group("adapter")
+        model = self._reloaded(recipe, adapter)[0] if adapter else self.base(recipe)[0]
         return kv_cache_trace(model, self.prompt_cache, inputs)
 
     def _reloaded(self, recipe: Recipe, adapter: Mapping[str, Array]) -> tuple[Any, Any]:

@@ -109,6 +109,10 @@ class UnslothPath(MlxPath):
         library()
         return super().base(recipe)
 
+    def read_tokenizer(self, recipe: Recipe) -> Any:
+        """Its loader changes the tokenizer by the model."""
+        return self.base(recipe)[1]
+
     @timed(LOAD)
     def load(self, recipe: Recipe) -> tuple[Any, Any]:
         """The checkpoint as `FastMLXModel.from_pretrained` gives it."""
