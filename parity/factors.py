@@ -51,6 +51,11 @@ class Knobs(FactorGroup):
 AnyKnobs = TypeVar("AnyKnobs", bound=Knobs)
 
 
+_FULL = Idle("lora.kind", "full")
+_STORED = Idle("model.quantization", "stored")
+_PACKED = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+
+
 class Model(FactorGroup):
     """Which weights, and the precision they are computed in."""
 
@@ -59,6 +64,23 @@ class Model(FactorGroup):
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     weights: Annotated[Literal["stored", "bfloat16", "float16"], Neutral("stored")] = "stored"
     """What the weights are rounded to before they are computed with in `dtype`."""
+    quantization: Annotated[
+        Literal["stored", "affine", "mxfp4", "mxfp8", "nvfp4"], Neutral("stored")
+    ] = "stored"
+    """How MLX quantizes the weights when they are loaded; `stored` leaves them as they are."""
+    bits: Annotated[Literal[2, 3, 4, 5, 6, 8], _STORED] = 4
+    group_size: Annotated[Literal[16, 32, 64, 128], _STORED] = 64
+    """Elements of a row that share a scale."""
+
+    @model_validator(mode="after")
+    def _packed(self) -> Model:
+        """The modes beside affine are defined for one width and one size of groups each."""
+        if (only := _PACKED.get(self.quantization)) and (self.bits, self.group_size) != only:
+            raise ValueError(
+                f"quantization {self.quantization!r} has model.bits={only[0]} and "
+                f"model.group_size={only[1]}, not {self.bits} and {self.group_size}"
+            )
+        return self
 
 
 class Data(FactorGroup):
@@ -78,18 +100,20 @@ class Seed(FactorGroup):
     """The seed and where it is set."""
 
     value: Annotated[int, Field(ge=0, lt=2**32)] = 3407
-    placement: Literal["before_load", "before_lora"] = "before_lora"
+    placement: Annotated[Literal["before_load", "before_lora"], _FULL] = "before_lora"
     data: Annotated[Annotated[int, Field(ge=0, lt=2**32)] | None, Neutral(None)] = None
     """Seed of the data order; none means `value`."""
 
 
 class Lora(FactorGroup):
-    """The adapter. `alpha` may be written instead of `scale` (scale = alpha / rank)."""
+    """What is trained. `alpha` may be written instead of `scale` (scale = alpha / rank)."""
 
-    rank: Positive = 8
-    scale: PositiveFloat = 2.0
-    dropout: Annotated[float, Field(ge=0, lt=1), Neutral(0.0)] = 0.0
-    target_modules: Annotated[tuple[Name, ...], Field(min_length=1, strict=False)] = (
+    kind: Annotated[Literal["lora", "dora", "full"], Neutral("lora")] = "lora"
+    """Low-rank adapters, those with a magnitude of each row, or all weights of the layers."""
+    rank: Annotated[Positive, _FULL] = 8
+    scale: Annotated[PositiveFloat, _FULL] = 2.0
+    dropout: Annotated[float, Field(ge=0, lt=1), Neutral(0.0), _FULL] = 0.0
+    target_modules: Annotated[tuple[Name, ...], Field(min_length=1, strict=False), _FULL] = (
         "q_proj",
         "k_proj",
         "v_proj",
@@ -99,7 +123,7 @@ class Lora(FactorGroup):
         "down_proj",
     )
     num_layers: Annotated[int, Field(ge=-1), Neutral(-1)] = -1
-    """How many of the last layers are adapted; -1 means all."""
+    """How many of the last layers are trained; -1 means all."""
 
     @model_validator(mode="before")
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Value = TypeVar("Value")
 
@@ -15,10 +15,28 @@ def canonical(name: str) -> str:
     `base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight` and
     `model.layers.0.self_attn.q_proj.lora_a` are both `layers.0.self_attn.q_proj.lora_a`.
     """
-    name = name.replace(".lora_A.default.weight", ".lora_a")
-    name = name.replace(".lora_B.default.weight", ".lora_b")
+    for theirs, ours in _ADAPTER.items():
+        name = re.sub(theirs, ours, name)
     name = name.replace(".base_layer", "").replace(".linear.weight", ".weight")
     return re.sub(r"^(?:(?:base_model|model|language_model)\.)+", "", name)
+
+
+# What PEFT calls the tensors of its one adapter; embeddings hold bare parameters.
+_ADAPTER = {
+    r"\.lora_(?:embedding_)?A\.default(?:\.weight)?$": ".lora_a",
+    r"\.lora_(?:embedding_)?B\.default(?:\.weight)?$": ".lora_b",
+    r"\.lora_magnitude_vector\.default\.weight$": ".m",
+}
+
+
+def is_factor(name: str) -> bool:
+    """Whether a tensor is one of LoRA's two matrices."""
+    return name.endswith((".lora_a", ".lora_b"))
+
+
+def inputs_of(lora_a: Any) -> int:
+    """How many inputs a module has whose A is (in, r), or of experts (experts, r, in)."""
+    return int(lora_a.shape[-1] if lora_a.ndim == 3 else lora_a.shape[0])
 
 
 LOGITS = "logits"

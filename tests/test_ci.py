@@ -70,7 +70,9 @@ def test_the_jobs_fill_each_cell_of_the_plan_once(tmp_path):
 
 def test_a_plan_asks_all_probes_unless_groups_are_given(tmp_path):
     planned(tmp_path)
-    assert {row.probe for row in load_plan(tmp_path / "plan.json").rows} == {s.number for s in BY_NUMBER}
+    assert {row.probe for row in load_plan(tmp_path / "plan.json").rows} == {
+        s.number for s in BY_NUMBER
+    }
 
 
 def test_a_single_seed_of_a_shard_is_a_seed_and_no_count(tmp_path):

@@ -266,7 +266,8 @@ def serve(framework: str, cache: Path, hidden: Collection[str] = ()) -> None:
             with timing.span(timing.WRITE, "manifest"):
                 answer["loaded"] = manifests.write()
         except tuple(_RAISED.values()) as error:
-            answer = {"status": type(error).__name__, "message": str(error)}
+            status = next(name for name, kind in _RAISED.items() if isinstance(error, kind))
+            answer = {"status": status, "message": str(error)}
         except Exception as error:
             answer = {
                 "status": "error",

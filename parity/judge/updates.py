@@ -8,7 +8,7 @@ import numpy as np
 
 from parity.judge.compare import compare, compare_exact, compare_group, nothing
 from parity.judge.noise import EPS, Noise, Sources
-from parity.names import layer_of
+from parity.names import is_factor, layer_of
 from parity.record import Metric, Verdict
 from parity.trace import Array
 
@@ -19,16 +19,20 @@ PRODUCTS = "products in float64"
 class Updates(Mapping[str, Array]):
     """Module → scale · A · B as (out, in) or (experts, out, in), in float64.
 
-    Multiplied when it is looked up: all of them together are as large as the model.
+    Multiplied when it is looked up: all of them together are as large as the model. Tensors that are no
+    factors (DoRA's magnitudes, weights that are trained themselves) stand beside these as they are.
     """
 
     def __init__(self, adapter: Mapping[str, Array], scales: float | Mapping[str, float]) -> None:
         self._adapter = adapter
-        names = {name.rpartition(".")[0] for name in adapter}
+        names = {name.rpartition(".")[0] if is_factor(name) else name for name in adapter}
         if not isinstance(scales, Mapping):
             scales = dict.fromkeys(names, scales)
         # A module without a scale has no update: not a number is never green.
-        self.scales = {name: scales.get(name, float("nan")) for name in sorted(names)}
+        self.scales = {
+            name: 1.0 if name in adapter else scales.get(name, float("nan"))
+            for name in sorted(names)
+        }
 
     def factors(self, name: str) -> tuple[Array, Array]:
         """A and B of a module."""
@@ -36,12 +40,12 @@ class Updates(Mapping[str, Array]):
 
     def only(self, names: Iterable[str]) -> Updates:
         """The same of some of the modules."""
-        return Updates(
-            {f"{n}.{part}": self._adapter[f"{n}.{part}"] for n in names for part in _FACTORS},
-            self.scales,
-        )
+        wanted = {key for name in names for key in (name, *(f"{name}.{f}" for f in _FACTORS))}
+        return Updates({k: v for k, v in self._adapter.items() if k in wanted}, self.scales)
 
     def __getitem__(self, name: str) -> Array:
+        if name in self._adapter:
+            return self._adapter[name].astype(np.float64)
         a, b = (factor.astype(np.float64) for factor in self.factors(name))
         with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is compared as such
             return self.scales[name] * (b @ a if a.ndim == 3 else (a @ b).T)
@@ -57,6 +61,8 @@ class Updates(Mapping[str, Array]):
 
         |A|·|B| there is bounded by the greatest norms of what is multiplied.
         """
+        if name in self._adapter:
+            return {PRODUCTS: np.zeros(())}
         a, b = (factor.astype(np.float64) for factor in self.factors(name))
         unit = (a.shape[1] + 1) * EPS["float64"] / 2  # the rank, and the scale
         norms = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=-1 if b.ndim == 3 else 0)

@@ -19,11 +19,16 @@ from parity.paths.schema import Spec
 
 
 def _adapter(group: str, meaning: str, together: str = "", rank: str = "r") -> tuple[Spec, ...]:
-    """LoRA's tensors; those of mixtures of experts have one matrix an expert, stored (out, in)."""
+    """What is trained: LoRA's factors, DoRA's magnitudes, or weights as they are (`lora.kind`).
+
+    Factors of mixtures of experts have one matrix an expert, stored (out, in).
+    """
     a, b = (f"(in, {rank}) | (experts, {rank}, in)", f"({rank}, out) | (experts, out, {rank})")
+    weights = f"{group}/<weight>"
     return (
-        array(f"{group}/<name>.lora_a", a, "float", meaning, together),
-        array(f"{group}/<name>.lora_b", b, "float", meaning, together),
+        array(f"{group}/<name>.lora_a", a, "float", meaning, together, weights),
+        array(f"{group}/<name>.lora_b", b, "float", meaning, together, weights),
+        array(weights, "(*S)", "float", f"{meaning}: DoRA's `.m`, or a weight", f"{group} weights"),
     )
 
 
@@ -67,6 +72,7 @@ _ALL = (
             scalar("eos", int | None, "id of its end"),
             scalar("pad", int | None, "id of padding"),
             scalar("vocab_size", int, "size of the vocabulary"),
+            scalar("embedded", int, "tokens that the model's configuration has", "embedded"),
         ),
         reads=("model.source", *_ROWS),
     ),
@@ -142,7 +148,8 @@ _ALL = (
             scalar("rank", int | list[int], f"LoRA rank: {_ONE_OR_MANY}"),
             scalar("scale", float | list[float], f"alpha / rank: {_ONE_OR_MANY}"),
             scalar("dropout", float | list[float], f"probability of dropping: {_ONE_OR_MANY}"),
-            scalar("layers", list[int], "layers that are adapted"),
+            scalar("kind", str, "what is trained, as `lora.kind` names it", "kind"),
+            scalar("layers", list[int], "layers that are trained"),
             scalar("modules", _NAMES, "last parts of the names of the modules", "modules"),
             scalar("dtype", str | _NAMES, f"dtype of the adapter: {_ONE_OR_MANY}"),
         ),
@@ -301,7 +308,7 @@ _ALL = (
     Method(
         "kv_cache", "kv_cache", "a conversation of T tokens with a KV cache and without one",
         inputs=(
-            *_adapter("adapter", _TENSORS),
+            *_adapter("adapter", f"{_TENSORS}; else the base alone", "adapter"),
             array("turn.N", "(n)", "int", "ids of a turn; every second one is a reply"),
             scalar("trim", int, "the turn that is taken back out of the cache"),
         ),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from parity import resources
+from parity.names import is_factor, layer_of
 from parity.recipe import Recipe
 from parity.trace import Array
 
@@ -74,6 +77,16 @@ def row_digests(ids: Array, lengths: Array) -> list[str]:
     ]
 
 
+def embedded(recipe: Recipe) -> dict[str, int]:
+    """`embedded`: how many tokens the configuration of a model in a folder has; nothing where it says none."""
+    file = Path(resources.model_dir(recipe.model.source), "config.json")
+    if not file.is_file():
+        return {}
+    config = json.loads(file.read_text("utf-8"))
+    size = config.get("text_config", config).get("vocab_size", config.get("vocab_size"))
+    return {"embedded": size} if isinstance(size, int) else {}
+
+
 def defaults(function: Any) -> dict[str, Any]:
     """The default of each parameter of a function or class."""
     return {k: p.default for k, p in inspect.signature(function).parameters.items()}
@@ -85,3 +98,21 @@ def model_key(recipe: Recipe) -> tuple[str, ...]:
     # Knobs may decide what a loader makes.
     knobs = "".join(recipe.knobs(kind).model_dump_json() for kind in recipe.knob_types())
     return source, factors, resources.fingerprint(source), knobs
+
+
+def trained(names: Iterable[str]) -> dict[str, Any]:
+    """What is trained, in which layers and modules, from the canonical names of trainable tensors."""
+    tensors = {name: name.rpartition(".") for name in names}
+    adapted = {module for name, (module, _, _) in tensors.items() if is_factor(name)}
+    rest = [(m, last) for name, (m, _, last) in tensors.items() if not is_factor(name)]
+    if not adapted:
+        kind = "full" if rest else "nothing"
+    elif any(last != "m" or module not in adapted for module, last in rest):
+        kind = "LoRA and other weights"
+    else:
+        kind = "dora" if rest else "lora"
+    return {
+        "kind": kind,
+        "layers": sorted({n for name in tensors if (n := layer_of(name)) is not None}),
+        "modules": sorted({module.rpartition(".")[2] for module, _, _ in tensors.values()}),
+    }

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from parity.errors import Unsupported
-from parity.names import each
+from parity.names import each, is_factor
 from parity.paths import demands
 from parity.paths.protocol import TrainingPath
 from parity.recipe import Recipe
@@ -112,7 +112,8 @@ def loop_facts(
 
     The update of a step of SGD at rate 1 is a combination of the gradients of its micro-batches; which
     one tells how many there were and what they weigh. At a scale at which the gradient is far too long
-    the update shows the clip.
+    the update shows the clip. Where weights are trained themselves (`lora.kind` full) no scale makes the
+    gradient longer: there a clip at more than its own length is not seen.
 
     Args:
         path: Whose `train` is measured.
@@ -135,21 +136,26 @@ def _loop_facts(
     quiet = probing(recipe, QUIET, **{"optim.clip": "none"})
     drawn_start = _call(path, "lora_init", quiet, Trace()).group("adapter")
     # Where B is zero the forward pass knows nothing of the scale, and the gradient grows with it.
-    start = {n: v * 0 if n.endswith("lora_b") else v for n, v in drawn_start.items()}
+    start = {n: v * 0 if n.endswith(".lora_b") else v for n, v in drawn_start.items()}
     handed = micro_batches(2 * parts).with_group("adapter", start)
     with watched:
         update, drawn = _update(path, quiet, handed, start)
     gradients, tokens = zip(
         *(_gradient(path, quiet, start, *batch) for batch in drawn), strict=True
     )
-    loud = probing(recipe, LOUD, **{"train.accumulation": 1, "train.compile": False})
+    # Weights that are trained themselves have the gradient that they have.
+    longer = LOUD / QUIET if any(map(is_factor, start)) else 1.0
+    loud = probing(recipe, QUIET * longer, **{"train.accumulation": 1, "train.compile": False})
     one = micro_batches(1).with_group("adapter", start)
     clipped, _ = _update(path, loud, one, start)
-    full = {name: value * (LOUD / QUIET) for name, value in gradients[0].items()}
+    full = {name: value * longer for name, value in gradients[0].items()}
     shares, residual = combination(update, gradients)
     # What a short gradient is multiplied by as well is no clip.
     usual = 1.0 if residual > slack else float(shares.sum())
     mode, limit = clip_of(full, clipped, slack, usual)
+    if mode == "none" and longer == 1 and recipe.optim.clip != "none":
+        norm = np.sqrt(sum(float((value**2).sum()) for value in full.values()))
+        mode = unknown(f"a gradient of norm {norm:.3g} is not clipped, and none is longer")
     if residual > slack:
         steps: Any = unknown("an update of SGD is no sum of the gradients of its micro-batches")
         weighting: Any = steps
@@ -172,8 +178,13 @@ def _update(
     after = trained.group("adapter")
     if not after.keys() >= start.keys():
         raise Unsupported("`train` ends with other tensors than it starts with")
-    moved = {name: value.astype(np.float64) - after[name] for name, value in start.items()}
+    moved = {name: start[name].astype(np.float64) - after[name] for name in _compared(start)}
     return moved, list(zip(*stems, strict=True))
+
+
+def _compared(start: Mapping[str, Array]) -> list[str]:
+    """LoRA's factors, or else all: DoRA's magnitudes have a gradient that does not grow with the scale."""
+    return [name for name in start if is_factor(name)] or list(start)
 
 
 def _gradient(
@@ -182,7 +193,8 @@ def _gradient(
     once = recipe.override({"train.accumulation": 1})
     inputs = Trace({"ids": ids, "lengths": lengths}).with_group("adapter", start)
     trace = _call(path, "gradient", once, inputs)
-    gradient = {name: v.astype(np.float64) for name, v in trace.group("gradient").items()}
+    found = trace.group("gradient")
+    gradient = {name: found[name].astype(np.float64) for name in _compared(start)}
     return gradient, int(trace.scalars["tokens"])
 
 
@@ -363,13 +375,19 @@ def seed_facts(
         without: The placement where no seed was set.
     """
     seen = list(events)
-    last = max((at for at, (what, _) in enumerate(seen) if what == "draw"), default=len(seen))
+    drawn = [at for at, (what, _) in enumerate(seen) if what == "draw"]
+    first = min((at for at, (what, _) in enumerate(seen) if what == "seed"), default=-1)
+    # What was drawn before any seed is of a model whose weights were then read.
+    nothing = first >= 0 and all(at < first for at in drawn)
+    last = len(seen) if nothing else max(drawn, default=len(seen))
     value, placement = unknown("no seed was set before the adapter was drawn"), without
     for what, argument in seen[:last]:
         if what == "seed":
             value, placement = argument, "before_lora"
         elif what == "load" and placement == "before_lora":
             placement = "before_load"
-    state = [argument for what, argument in seen if what == "draw"][-1:]
+    if nothing:
+        placement = "nowhere: nothing is drawn"
+    state = [] if nothing else [seen[at][1] for at in drawn[-1:]]
     found = {"seed.value": value, "seed.placement": placement}
     return found | ({"seed.rng": state[0]} if state and state[0] else {})

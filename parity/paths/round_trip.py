@@ -54,8 +54,8 @@ class RoundTrips(TrainingPath):
         """What a live model gives for token ids (B, T)."""
 
     @abstractmethod
-    def adapter_of(self, model: Any) -> tuple[dict[str, Array], dict[str, float]]:
-        """`<module>.lora_a`, `.lora_b` and DoRA's `.m` of a live model; module → scale."""
+    def adapter_of(self, model: Any, recipe: Recipe) -> tuple[dict[str, Array], dict[str, float]]:
+        """What is trained of a live model by canonical name; module → scale, of those with LoRA."""
 
     def round_trip(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `parity contract round_trip`.
@@ -127,7 +127,7 @@ class RoundTrips(TrainingPath):
         adapter, scales = dict[str, Array](), dict[str, float]()
 
         def see(model: Any) -> None:
-            found, factors = self.adapter_of(model)
+            found, factors = self.adapter_of(model, recipe)
             adapter.update(found)
             scales.update(factors)
             live["live"] = self.forward(model, ids).values
@@ -142,12 +142,14 @@ class RoundTrips(TrainingPath):
     def load_adapter(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `parity contract load_adapter`."""
         folder = Path(inputs.scalars["folder"])
-        return self._reloaded_trace(recipe, folder, inputs.arrays["ids"])
+        trace = self._reloaded_trace(recipe, folder, inputs.arrays["ids"])
+        magnitudes = [name for name in trace.arrays if name.endswith(".m")]
+        found = {name.split("/", 1)[1][:-2]: trace.arrays.pop(name) for name in magnitudes}
+        return trace.with_group("magnitude", found)
 
     def _reloaded_trace(self, recipe: Recipe, folder: Path, ids: Array) -> Trace:
         model = self.reloaded(recipe, folder)
         loaded = self.forward(model, ids)
-        adapter, scales = self.adapter_of(model)
+        adapter, scales = self.adapter_of(model, recipe)
         trace = Trace({"loaded": loaded.values}, {"dtype": loaded.dtype, "scales": scales})
-        magnitudes = {k[:-2]: adapter.pop(k) for k in sorted(adapter) if k.endswith(".m")}
-        return trace.with_group("adapter", adapter).with_group("magnitude", magnitudes)
+        return trace.with_group("adapter", adapter)

@@ -30,13 +30,14 @@ class ArraySpec:
     """An array, or all arrays of a pattern.
 
     Attributes:
-        name: Such as `loss`, `ids.N`, `adapter/<name>`.
+        name: Such as `loss`, `ids.N`, `adapter/<name>`; `<weight>` is a name that is no factor of LoRA's.
         shape: Such as `()`, `(B, W)`, `(B, T + 1)`, `(K, 3)`; `(*S)` is any shape, the same wherever
             S stands; `(...)` is any shape; alternatives are separated by `|`.
         kind: A key of `KINDS`.
         meaning: A phrase.
         together: Empty where it is required; else what is optional as a whole: of items with the same
             word all are there or none.
+        instead: The name of a spec that may stand in its place.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ArraySpec:
     kind: str
     meaning: str
     together: str = ""
+    instead: str = ""
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
@@ -92,6 +94,8 @@ Spec = ArraySpec | ScalarSpec
 
 
 def _fragment(part: str) -> str:
+    if part == "<weight>":
+        return r"(?P<word>(?!.*\.lora_\w+$).+)"
     if part.startswith("<"):
         return "(?P<word>.+)"
     if re.fullmatch(r"[A-Z]", part):
@@ -208,11 +212,12 @@ def _indices(
         if indices and spec.letter not in bindings.counts:
             every = set().union(*(s for other, s in sets.items() if other.letter == spec.letter))
             bindings.counts[spec.letter] = max(every) + 1, spec.name
+    stand_ins = {spec.name for spec in specs if matches[spec]}
     for spec in specs:
         if spec.together and spec.together not in present:
             continue
         if not spec.letter:
-            if not matches[spec]:
+            if not matches[spec] and spec.instead not in stand_ins:
                 found.append(f"{spec.described()} is missing ({spec.meaning})")
             continue
         count, shown = bindings.counts.get(spec.letter, (None, ""))

@@ -60,9 +60,9 @@ class Config:
         """What the recipe says and is not in effect: a setting that was dropped without a word."""
         found = []
         for side, settings in zip(("subject", "reference"), sides, strict=True):
-            factors = context.recipes[side].factors()
+            factors = context.recipes[side].active()
             for factor, key in REQUESTED.items():
-                if key in INTERNAL and context.frameworks[side] != "mlx":
+                if factor not in factors or (key in INTERNAL and context.frameworks[side] != "mlx"):
                     continue
                 wanted, real = factors[factor], settings.get(key)
                 if real is not None and known(real) and not same(key, wanted, real):
@@ -106,6 +106,7 @@ def _one(value: Any) -> Any:
 
 
 REQUESTED = {
+    "lora.kind": "lora.kind",
     "lora.rank": "lora.rank",
     "lora.scale": "lora.scale",
     "lora.dropout": "lora.dropout",

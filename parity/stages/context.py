@@ -12,6 +12,7 @@ import numpy as np
 from parity.errors import CaptureError, MissingCapture, Unsupported
 from parity.judge import noise as sources
 from parity.judge.noise import REPEATS, Noise, Sources, perturb, running_sum_error
+from parity.names import each
 from parity.recipe import Recipe
 from parity.record import Metric
 from parity.stages.inputs import OPTIMIZES, REDUCES, loss_inputs, nudged
@@ -254,9 +255,22 @@ class Context:
 
     @cached_property
     def vocabulary(self) -> int:
-        """Size of the reference's vocabulary."""
+        """Tokens that the reference's tokenizer and its model both have.
+
+        Raises:
+            Unsupported: A training row has a token that the model has not.
+        """
         texts = Trace(scalars={"texts": [], "conversations": []})
-        return int(self.given("tokenization", texts).scalars["vocab_size"])
+        tokens = self.given("tokenization", texts)
+        size = int(tokens.scalars["vocab_size"])
+        rows = [int(row.max(initial=0)) for row in each(tokens.arrays, "row")]
+        known = int(tokens.scalars.get("embedded", size))
+        if (greatest := max(rows, default=0)) >= known:
+            raise Unsupported(
+                f"a training row has token id {greatest}, the model has {known} tokens: its "
+                "tokenizer is of another model (model.source)"
+            )
+        return min(size, known)
 
     def given(self, method: str, inputs: Trace | None = None) -> Trace:
         """What both sides are to be handed: emitted by the reference under the shared recipe."""

@@ -8,11 +8,14 @@ from typing import ClassVar
 import numpy as np
 
 from parity.judge.compare import compare, compare_exact, compare_group
+from parity.names import is_factor
 from parity.stages.context import Comparison, Context, Pair
 from parity.stages.inputs import common_rows
 from parity.trace import Array, Trace
 
 LENGTHS = [9, 21, 30, 14]
+MOVED = 0.02
+"""Standard deviation of B, and of the relative change of any other tensor."""
 WIDTH = 33
 
 
@@ -54,7 +57,9 @@ class Gradient:
         init = context.given("lora_init").group("adapter")
         rng = context.rng(self.number)
         rows = common_rows(rng, context.vocabulary, LENGTHS, WIDTH)
-        for what, adapter in (("B = 0", init), ("B ≠ 0", filled(init, rng))):
+        low_rank = any(map(is_factor, init))
+        names = ("B = 0", "B ≠ 0") if low_rank else ("weights as loaded", "weights moved")
+        for what, adapter in zip(names, (init, filled(init, rng)), strict=True):
             yield rows.with_group("adapter", adapter), what
 
 
@@ -72,13 +77,15 @@ def reduction_facts(subject: Trace, reference: Trace, what: str) -> dict[str, fl
 
 
 def filled(init: dict[str, Array], rng: np.random.Generator) -> dict[str, Array]:
-    """An adapter whose B is no longer zero, as after some training."""
-    return {
-        name: np.asarray(rng.normal(0, 0.02, value.shape), value.dtype)
-        if name.endswith("_b")
-        else value
-        for name, value in init.items()
-    }
+    """An adapter as after some training: B is no longer zero, and what is no factor has moved."""
+    return {name: _trained(name, value, rng) for name, value in init.items()}
+
+
+def _trained(name: str, value: Array, rng: np.random.Generator) -> Array:
+    if name.endswith(".lora_a"):
+        return value
+    drawn = rng.normal(0, MOVED, value.shape)
+    return np.asarray(drawn if name.endswith(".lora_b") else value * (1 + drawn), value.dtype)
 
 
 def proportional(facts: dict[str, float], what: str) -> list[str]:

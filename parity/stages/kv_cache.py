@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from parity.errors import Unsupported
 from parity.judge.compare import compare, compare_exact
 from parity.judge.noise import Noise
 from parity.record import Metric, Verdict
@@ -37,18 +38,26 @@ class KvCache:
 
     def run(self, context: Context) -> Comparison:
         """On one path and across them alike, what rounding explains is measured on the reference."""
-        pair = context.pair("kv_cache", conversation(context))
         result = Comparison()
+        pair = context.pair("kv_cache", conversation(context, result.findings))
         for side, trace in (("subject", pair.subject), ("reference", pair.reference)):
             _within(side, trace, pair, result)
         _across(pair, result)
         return result
 
 
-def conversation(context: Context) -> Trace:
-    """Seeded random ids in turns, and an adapter whose B is not zero."""
+def conversation(context: Context, findings: list[str] | None = None) -> Trace:
+    """Seeded random ids in turns, and an adapter whose B is not zero.
+
+    Where the recipe's adapter cannot be had the base is asked alone, which the findings say.
+    """
     rng = context.rng(KvCache.number)
-    init = context.given("lora_init").group("adapter")
+    try:
+        init = context.given("lora_init").group("adapter")
+    except Unsupported as error:
+        init = {}
+        if findings is not None:
+            findings.append(f"without an adapter: {error}")
     turns = {
         f"turn.{index}": rng.integers(1, context.vocabulary, length).astype(np.int32)
         for index, length in enumerate(TURNS)

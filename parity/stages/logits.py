@@ -48,7 +48,7 @@ class Logits:
         texts = Trace(scalars={"texts": [], "conversations": []})
         tokens = context.given("tokenization", texts)
         row = next(each(tokens.arrays, "row"))
-        random = context.rng(self.number).integers(1, tokens.scalars["vocab_size"], (2, LONG))
+        random = context.rng(self.number).integers(1, context.vocabulary, (2, LONG))
         return Trace({"ids.0": row[None, :], "ids.1": random.astype(np.int32)}, {"modules": False})
 
 

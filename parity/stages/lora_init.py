@@ -10,7 +10,8 @@ import numpy as np
 from parity.derived import kept
 from parity.files import dumps, loads
 from parity.judge.compare import compare_exact, compare_group, nothing
-from parity.judge.noise import EPS
+from parity.judge.noise import EPS, Noise
+from parity.names import inputs_of, is_factor
 from parity.record import Metric, Verdict
 from parity.stages.context import Comparison, Context
 from parity.trace import Array, Trace
@@ -42,8 +43,9 @@ class LoraInit:
             result.metrics.append(compare_exact(f"LoRA {key}", a_value, b_value, note=shown))
         result.facts = setting_facts(a, b)
         ours, theirs = a.group("adapter"), b.group("adapter")
+        low_rank = any(map(is_factor, {**ours, **theirs}))
         for side, tensors in (("subject", ours), ("reference", theirs)):
-            result.metrics.append(_zero_b(side, tensors))
+            result.metrics += [_zero_b(side, tensors)] if low_rank else []
         if context.exact:
             metric = compare_group("adapter bits", ours, theirs, pair.noise_of("adapter"))
             result.metrics.append(metric)
@@ -51,8 +53,20 @@ class LoraInit:
                 drawn = distributions(a, b)
                 result.facts["A is uniform on both sides"] = all(m.verdict.green for m in drawn)
         else:
-            result.metrics += distributions(a, b)
+            result.metrics += distributions(a, b) if low_rank else []
+            result.metrics += _not_drawn(ours, theirs, pair.noise_of("adapter"))
         return result
+
+
+def _not_drawn(
+    subject: dict[str, Array], reference: dict[str, Array], noise: Noise
+) -> list[Metric]:
+    """Tensors that come from the checkpoint and not from a generator: magnitudes, weights."""
+    ours, theirs = (
+        {name: value for name, value in tensors.items() if not is_factor(name)}
+        for tensors in (subject, reference)
+    )
+    return [compare_group("tensors that are not drawn", ours, theirs, noise)] if theirs else []
 
 
 def setting_facts(subject: Trace, reference: Trace) -> dict[str, float]:
@@ -115,7 +129,7 @@ def distribution(side: str, tensors: dict[str, Array], dtype: str = "float32") -
         dtype: What they are stored in.
     """
     scaled = {
-        name: np.sort(v.ravel().astype(np.float64) * np.sqrt(v.shape[0]))
+        name: np.sort(v.ravel().astype(np.float64) * np.sqrt(inputs_of(v)))
         for name, v in tensors.items()
         if name.endswith(".lora_a") and v.size
     }
@@ -204,7 +218,7 @@ def _described(name: str, tensor: Array, distance: float) -> str:
     """A tensor that is not uniform, with its spread: that of a uniform one is 1."""
     if not tensor.any():
         return f"{name} (all zero)"
-    spread = float(np.std(tensor.astype(np.float64)) * np.sqrt(3 * tensor.shape[0]))
+    spread = float(np.std(tensor.astype(np.float64)) * np.sqrt(3 * inputs_of(tensor)))
     return f"{name} ({spread:.2g} times the spread of a uniform one, D = {distance:.2g})"
 
 

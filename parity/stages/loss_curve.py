@@ -53,7 +53,8 @@ class LossCurve:
         # single elements of the adapter say little: there what it adds to each module counts.
         result.metrics.append(metric.model_copy(update={"gate": noise.exact}))
         if not noise.exact:
-            result.metrics.append(final_updates(*adapters, noise))
+            start = context.given("lora_init").group("adapter")
+            result.metrics.append(final_updates(*adapters, noise, start))
         if across(context) and context.recipe.lora.dropout:
             result.findings.append(
                 "trained without dropout: no two frameworks draw the same masks from a seed"
@@ -106,8 +107,15 @@ class LossCurve:
             )
 
 
-def final_updates(subject: dict[str, Array], reference: dict[str, Array], noise: Noise) -> Metric:
+def final_updates(
+    subject: dict[str, Array],
+    reference: dict[str, Array],
+    noise: Noise,
+    start: Mapping[str, Array] | None = None,
+) -> Metric:
     """What the final adapter adds to each module, A·B, compared by its norm in float64.
+
+    Of a tensor that is no factor of LoRA it is how far it has moved from the start.
 
     The floor is how far the reference's is from that of the float64 run and of the perturbed one, by
     the same norm; relative to its size, of the module where this is greatest: a module's error is a
@@ -116,11 +124,12 @@ def final_updates(subject: dict[str, Array], reference: dict[str, Array], noise:
     name = "what the final adapter adds to the weights"
     if subject.keys() != reference.keys():
         return compare_group(name, subject, reference, noise)
-    ours, theirs = products(subject), products(reference)
+    moved_from = dict(start or {})
+    ours, theirs = products(subject, moved_from), products(reference, moved_from)
     sizes = {module: float(np.linalg.norm(value)) for module, value in theirs.items()}
-    rounded = theirs if noise.rounded_is_reference else products(noise.rounded)
+    rounded = theirs if noise.rounded_is_reference else products(noise.rounded, moved_from)
     sides = {
-        source: (first, products(getattr(noise, field)))
+        source: (first, products(getattr(noise, field), moved_from))
         for source, field, first in (
             (noises.REFEREE, "referee", rounded),
             (noises.PERTURBED, "perturbed", theirs),
@@ -145,16 +154,22 @@ def final_updates(subject: dict[str, Array], reference: dict[str, Array], noise:
     return compare_group(name, apart, none, replace(noise, given=given, referee={}))
 
 
-def products(adapter: Mapping[str, Array]) -> dict[str, Array]:
-    """Module → A·B in float64, (in, out); with experts (experts, in, out)."""
+def products(
+    adapter: Mapping[str, Array], start: Mapping[str, Array] | None = None
+) -> dict[str, Array]:
+    """Module → A·B in float64, (in, out); with experts B·A, (experts, out, in).
+
+    Any other tensor is given less what it was at the start.
+    """
     found = {}
     for name, value in adapter.items():
         module, _, side = name.rpartition(".")
         if side == "lora_a" and f"{module}.lora_b" in adapter:
             other = adapter[f"{module}.lora_b"].astype(np.float64)
-            found[module] = value.astype(np.float64) @ other
+            ours = value.astype(np.float64)
+            found[module] = other @ ours if ours.ndim == 3 else ours @ other
         elif side not in ("lora_a", "lora_b"):
-            found[name] = value.astype(np.float64)
+            found[name] = value.astype(np.float64) - (start or {}).get(name, 0.0)
     return found
 
 
@@ -185,6 +200,7 @@ def aligned_inputs(context: Context, batches_too: bool = False) -> Trace:
 
     Where the sizes of batches differ both are handed the larger ones, which a path cuts to its size.
     """
+    _ = context.vocabulary  # refuses rows with tokens that the model has not
     inputs = Trace().with_group("adapter", context.given("lora_init").group("adapter"))
     sizes = {recipe.train.batch_size: recipe.train for recipe in context.recipes.values()}
     if batches_too or not context.exact or len(sizes) > 1:

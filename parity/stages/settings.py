@@ -22,10 +22,12 @@ TITLES: dict[str, str] = {
     "rope.width": "dimensions that the rotary embedding turns",
     "rope.attention_scaling": "factor of the rotary embedding on queries and keys",
     "rope.kind": "frequencies of the rotary embedding",
+    "model.quantization": "quantization of the base weights",
     "dtype.parameters": "dtype of the base weights",
     "dtype.adapter": "dtype of the adapter",
     "train.autocast": "autocast of the forward pass",
     "dtype.activations": "modules that are called, by the dtype of what they give",
+    "lora.kind": "what is trained",
     "lora.layers": "layers with LoRA",
     "lora.scale": "LoRA scale (alpha / rank)",
     "lora.rank": "LoRA rank",
@@ -55,7 +57,7 @@ TITLES: dict[str, str] = {
 }
 BATCHES = ("mask.supervised", "batch.shapes", "batch.rows", "batch.pad_id")
 """Depend on the order and width of the batches."""
-INTERNAL = ("train.compile", "seed.rng", "dtype.activations")
+INTERNAL = ("model.quantization", "train.compile", "seed.rng", "dtype.activations")
 """Mean something within one framework only."""
 
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from parity import resources
 from parity.errors import UnmatchedNames, Unsupported, UsageError
-from parity.names import canonical
 from parity.paths.batches import input_batches
+from parity.paths.hf import tensors
 from parity.recipe import Recipe
 from parity.trace import Array, Trace
 
@@ -128,42 +128,55 @@ def recorded(trace: Trace, batches: Iterator[Batch], prefix: str = "batches/") -
 # The adapter -------------------------------------------------------------------------------------
 
 
-def adapter_parameters(model: Any) -> dict[str, Any]:
-    """Canonical name → live trainable parameter, in PEFT's orientation."""
-    return {canonical(n): p for n, p in model.named_parameters() if p.requires_grad}
+def trainable(model: Any) -> list[Any]:
+    """The live trainable parameters."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def oriented(tensors: Mapping[str, Any]) -> dict[str, Array]:
-    """PEFT's (r, in) and (out, r) as canonical (in, r) and (r, out)."""
-    return {name: to_numpy(value).T for name, value in tensors.items()}
+def adapter(model: Any) -> dict[str, Array]:
+    """The trainable tensors under canonical names, in MLX's orientation."""
+    return {name: to_numpy(tensor.value) for name, tensor in tensors.trainable(model).items()}
 
 
-def transplant(parameters: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
-    """Copies canonical arrays into live parameters.
+def gradient(model: Any) -> dict[str, Array]:
+    """Their gradients.
 
     Raises:
-        UnmatchedNames: Names that stand on one side only.
-        ValueError: A shape that does not fit.
+        UnmatchedNames: A tensor that the loss does not depend on.
     """
-    import torch
-
-    check_names(parameters, arrays)
-    for name, parameter in parameters.items():
-        value = torch.from_numpy(np.ascontiguousarray(arrays[name].T))
-        if value.shape != parameter.shape:
-            raise ValueError(f"{name}: shape {arrays[name].shape} does not fit")
-        parameter.data.copy_(value)
+    found = tensors.trainable(model)
+    if lone := sorted(name for name, tensor in found.items() if tensor.gradient is None):
+        raise UnmatchedNames(f"{len(lone)} trainable tensors have no gradient, first {lone[0]!r}")
+    return {name: to_numpy(tensor.gradient) for name, tensor in found.items()}
 
 
-def check_names(ours: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Raises UnmatchedNames unless both sides name the same tensors."""
-    missing, strange = sorted(ours.keys() - given.keys()), sorted(given.keys() - ours.keys())
-    if missing or strange:
-        raise UnmatchedNames(
-            f"cannot hand over the tensors: {len(missing)} of the model were not given "
-            f"({', '.join(missing[:3])}), {len(strange)} that were given are not in the model "
-            f"({', '.join(strange[:3])})"
-        )
+def without_adapter(model: Any) -> Any:
+    """The transformers model inside a PeftModel, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class Pristine:
+    """A loaded base model as it was, before anything of it was made trainable."""
+
+    def __init__(self, base: Any) -> None:
+        self.base = base
+        self._required = {name: p.requires_grad for name, p in base.named_parameters()}
+        self._kept: list[tuple[Any, Any]] = []
+
+    def keep_trained(self) -> None:
+        """Copies the base weights that are trainable now: torch changes them in place."""
+        own = dict(self.base.named_parameters())
+        self._kept = [
+            (own[name], own[name].detach().clone())
+            for name in self._required.keys() & own.keys()
+            if own[name].requires_grad
+        ]
+
+    def restore(self, recipe: Recipe, model: Any) -> None:
+        """Puts the weights back; takes the adapter out, see `unload`."""
+        for parameter, value in self._kept:
+            parameter.data.copy_(value)
+        unload(recipe, model, self.base, self._required)
 
 
 def unload(recipe: Recipe, model: Any, base: Any, trainable: Mapping[str, bool]) -> None:
@@ -171,14 +184,16 @@ def unload(recipe: Recipe, model: Any, base: Any, trainable: Mapping[str, bool])
 
     Args:
         recipe: What the adapter was put in for.
-        model: The PeftModel around `base`.
+        model: The PeftModel around `base`, or `base` where its own weights were trained.
         base: The model that was wrapped.
         trainable: `requires_grad` of each parameter before it was.
 
     Raises:
         RuntimeError: Something of the adapter stayed behind.
     """
-    model.unload()
+    if model is not base:
+        model.unload()
+    base.zero_grad(set_to_none=True)
     if recipe.train.gradient_checkpointing:
         base.gradient_checkpointing_disable()
         base.disable_input_require_grads()

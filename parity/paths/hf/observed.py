@@ -27,7 +27,7 @@ def calls(seen: Calls) -> Iterator[None]:
             seen.compiled.append(bool(torch.compiler.is_compiling()))
             name = str(torch.get_autocast_dtype(kind)) if cast else "none"
             seen.autocast.add(name.removeprefix("torch."))
-        elif hasattr(module, "lora_A") and seen.passes:
+        elif seen.passes and _trained(module):
             seen.passes[-1][id(module)] += 1
 
     hook = register_module_forward_pre_hook(before)
@@ -35,6 +35,12 @@ def calls(seen: Calls) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def _trained(module: Any) -> bool:
+    """Whether it is adapted, or a parameter of its own is trainable."""
+    own = module.parameters(recurse=False)
+    return hasattr(module, "lora_A") or any(parameter.requires_grad for parameter in own)
 
 
 def rng_state() -> str:

@@ -18,9 +18,10 @@ from parity import resources
 from parity.errors import Unsupported, UsageError
 from parity.paths.describe import defaults, describe_process, model_key
 from parity.paths.hf import live as _torch
-from parity.paths.hf import process
+from parity.paths.hf import loading, process, wiring
 from parity.paths.hf.live import Batch
 from parity.paths.hf.stages import TorchStages
+from parity.paths.hf.tensors import trainable, transplant
 from parity.paths.hf.work import accumulate
 from parity.recipe import Recipe
 from parity.timing import LOAD, timed
@@ -90,37 +91,8 @@ class HfPath(TorchStages):
 
     @timed(LOAD)
     def load(self, recipe: Recipe) -> Any:
-        """The base model with eager attention and experts.
-
-        sdpa dropped Gemma 2's soft-capping in 4.57; grouped products of experts have no float64.
-
-        Raises:
-            Unsupported: float64 on a device without it.
-            RuntimeError: Weights that are not in the checkpoint.
-        """
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        device, dtype = _torch.device(), getattr(torch, recipe.model.dtype)
-        source = resources.model_dir(recipe.model.source)
-        file = {"gguf_file": name} if (name := resources.exported(source)) else {}
-        if device.type == "mps" and dtype is torch.float64:
-            raise Unsupported("MPS has no float64")
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source,
-            **file,
-            dtype=dtype,
-            attn_implementation="eager",
-            experts_implementation="eager",
-            output_loading_info=True,
-        )
-        # transformers fills them with random numbers and goes on
-        if absent := sorted(report["missing_keys"]):
-            raise RuntimeError(f"{len(absent)} weights are not in the checkpoint: {absent[0]}, ...")
-        if recipe.model.weights != "stored":
-            for parameter in model.parameters():
-                parameter.data = parameter.data.to(getattr(torch, recipe.model.weights)).to(dtype)
-        return model.to(device).eval()
+        """The base model, see `parity.paths.hf.loading`."""
+        return loading.load(recipe, self.cache)
 
     @contextlib.contextmanager
     def pristine(self, recipe: Recipe) -> Iterator[Any]:
@@ -145,14 +117,15 @@ class HfPath(TorchStages):
             else:
                 base = self.load(recipe) if base is None else base
                 torch.manual_seed(recipe.seed.value)
-            trainable = {name: p.requires_grad for name, p in base.named_parameters()}
+            pristine = _torch.Pristine(base)
             model = self.wire(base, recipe)
+            pristine.keep_trained()
             try:
                 if adapter is not None:
-                    _torch.transplant(_torch.adapter_parameters(model), adapter)
+                    transplant(trainable(model), adapter)
                 yield model
             finally:
-                _torch.unload(recipe, model, base, trainable)
+                pristine.restore(recipe, model)
                 # Only here: a base that did not come back clean is never used again.
                 self._keep(key, base)
 
@@ -162,42 +135,23 @@ class HfPath(TorchStages):
             del self._bases[next(iter(self._bases))]
 
     def wire(self, base: Any, recipe: Recipe) -> Any:
-        """Puts LoRA into the base model.
+        """Makes trainable what `lora.kind` says: a PeftModel, or the base itself.
 
         Raises:
-            Unsupported: More layers, or other modules, than the model has.
+            Unsupported: More layers, or other modules, than the model has; what PEFT refuses.
         """
         from peft import get_peft_model
 
-        config = self.lora_config(base, recipe)
+        config = None if recipe.lora.kind == "full" else wiring.lora_config(base, recipe)
         if recipe.train.gradient_checkpointing:
             # Before PEFT, which sees it and makes the frozen embedding's output require a gradient.
             base.gradient_checkpointing_enable({"use_reentrant": False})
-        return get_peft_model(base, config)
-
-    def lora_config(self, base: Any, recipe: Recipe) -> Any:
-        """PEFT's configuration of the recipe's adapter.
-
-        Raises:
-            Unsupported: More layers, or other modules, than the model has.
-        """
-        from peft import LoraConfig
-
-        lora, layers = recipe.lora, base.config.get_text_config().num_hidden_layers
-        if lora.num_layers > layers:
-            raise Unsupported(f"lora.num_layers={lora.num_layers}, the model has {layers} layers")
-        present = {name.rpartition(".")[2] for name, _ in base.named_modules()}
-        if missing := sorted(set(lora.target_modules) - present):
-            raise Unsupported(f"the model has no modules {missing} (lora.target_modules)")
-        last = list(range(layers - lora.num_layers, layers))
-        return LoraConfig(
-            task_type="CAUSAL_LM",
-            r=lora.rank,
-            lora_alpha=lora.scale * lora.rank,
-            lora_dropout=lora.dropout,
-            target_modules=list(lora.target_modules),
-            layers_to_transform=None if lora.num_layers == -1 else last,
-        )
+        if config is None:
+            return wiring.unfrozen(base, recipe)
+        try:
+            return get_peft_model(base, config)
+        except ValueError as error:
+            raise Unsupported(f"PEFT: {error}") from None
 
     @contextlib.contextmanager
     def saved(
@@ -224,6 +178,8 @@ class HfPath(TorchStages):
         """By `PeftModel.from_pretrained`."""
         from peft import PeftModel
 
+        if recipe.lora.kind == "full":
+            return self.wire(self.load(recipe.override({"model.source": str(folder)})), recipe)
         return PeftModel.from_pretrained(self.load(recipe), str(folder))
 
     def merged(self, recipe: Recipe, folder: Path, dequantize: bool) -> Any:
@@ -252,7 +208,7 @@ class HfPath(TorchStages):
 
     def loop(self, recipe: Recipe, model: Any, batches: Iterator[Batch]) -> dict[str, list[float]]:
         """Trains; returns loss, gradient norm and supervised tokens of each optimizer step."""
-        parameters = list(_torch.adapter_parameters(model).values())
+        parameters = _torch.trainable(model)
         optimizer, schedule = _torch.make_optimizer(recipe, parameters)
         model.train()
         result: dict[str, list[float]] = {"loss": [], "gradient_norm": [], "tokens": []}

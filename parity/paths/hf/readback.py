@@ -10,17 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from parity.names import canonical, layer_of
-from parity.paths.describe import row_digests, single
+from parity.names import canonical
+from parity.paths.describe import row_digests, single, trained
+from parity.paths.hf import tensors
 from parity.paths.hf.live import (
     Batch,
     Loss,
-    adapter_parameters,
+    adapter,
     device,
     labels,
     loss_of,
-    oriented,
     to_numpy,
+    trainable,
 )
 from parity.paths.hf.modules import module_outputs
 from parity.paths.measured import denominator, loss_batches, padding, unknown
@@ -149,32 +150,31 @@ def lora_facts(model: Any) -> dict[str, Any]:
         "scale": single({float(m.scaling["default"]) for m in modules.values()}),
         # without dropout PEFT puts an Identity there
         "dropout": single({getattr(m.lora_dropout["default"], "p", 0.0) for m in modules.values()}),
-        "layers": sorted({n for name in modules if (n := layer_of(name)) is not None}),
-        "modules": sorted({name.rpartition(".")[2] for name in modules}),
+        **trained(tensors.trainable(model)),
     }
 
 
 def adapter_trace(model: Any) -> Trace:
     """The adapter of a live PEFT model and the settings of its LoRA modules; see `parity contract lora_init`."""
-    parameters = adapter_parameters(model)
+    values = adapter(model)
     scalars = {
         **lora_facts(model),
-        "trainable": sorted(parameters),
-        "dtype": single(set(dtype_census(parameters.values()))),
+        "trainable": sorted(values),
+        "dtype": single(set(dtype_census(trainable(model)))),
     }
-    return Trace(scalars=scalars).with_group("adapter", oriented(parameters))
+    return Trace(scalars=scalars).with_group("adapter", values)
 
 
 def model_facts(model: Any) -> dict[str, Any]:
     """Dtypes, rope and LoRA of a live model, in the vocabulary of probe 00."""
-    parameters = adapter_parameters(model)
+    parameters, names = trainable(model), sorted(tensors.trainable(model))
     return {
         "dtype.parameters": dtype_census(p for p in model.parameters() if not p.requires_grad),
-        "dtype.adapter": dtype_census(parameters.values()),
+        "dtype.adapter": dtype_census(parameters),
         **forward_facts(model),
-        "lora.trainable": len(parameters),
-        "lora.parameters": sum(p.numel() for p in parameters.values()),
-        "lora.names": sorted(parameters),
+        "lora.trainable": len(names),
+        "lora.parameters": sum(p.numel() for p in parameters),
+        "lora.names": names,
         **{f"lora.{key}": value for key, value in lora_facts(model).items()},
     }
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from parity.names import canonical
+from parity.names import canonical, is_factor
+from parity.paths.hf import tensors
 from parity.paths.hf.live import ids_tensor, to_numpy
 from parity.paths.hf.readback import dtype_name
 from parity.paths.round_trip import Logits
@@ -21,26 +22,17 @@ def forward(model: Any, ids: Array) -> Logits:
 
 
 def adapter_of(model: Any) -> tuple[dict[str, Array], dict[str, float]]:
-    """A (in, r) and B (r, out) of each module, and its scale, of the one active adapter.
+    """A (in, r) and B (r, out) of each module, or (experts, r, in) and (experts, out, r); its scale.
 
     DoRA's magnitude is (out).
     """
-    adapter, scales = dict[str, Array](), dict[str, float]()
-    # Without an adapter there is no such attribute.
-    [name] = getattr(model, "active_adapters", None) or [""]
+    scales = dict[str, float]()
     for module, live in model.named_modules():
-        # Of bare parameters A and B have shapes of their own.
-        if not hasattr(live, "lora_A") or hasattr(live, "parameter_name"):
-            continue
-        scales[canonical(module)] = float(live.scaling[name])
-        # Embeddings hold bare parameters, other layers modules with a weight.
-        embedded = name in live.lora_embedding_A
-        stem = "lora_embedding_" if embedded else "lora_"
-        for factor, letter in (("lora_a", "A"), ("lora_b", "B")):
-            found = getattr(live, f"{stem}{letter}")[name]
-            values = to_numpy(found if embedded else found.weight)
-            adapter[f"{canonical(module)}.{factor}"] = values.T
-        if name in live.lora_magnitude_vector:
-            magnitude = to_numpy(live.lora_magnitude_vector[name].weight)
-            adapter[f"{canonical(module)}.m"] = magnitude
-    return adapter, scales
+        if hasattr(live, "lora_A"):
+            # Of experts it is the parameter that is adapted, not the module.
+            parameter = getattr(live, "parameter_name", "")
+            name = canonical(module) + f".{parameter}" * bool(parameter)
+            scales[tensors.expert_name(name)] = float(live.scaling["default"])
+    found = tensors.tensors(model).items() if scales else ()
+    kept = {name: to_numpy(t.value) for name, t in found if is_factor(name) or name.endswith(".m")}
+    return kept, scales

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from parity.names import each
+from parity.paths.describe import embedded
 from parity.paths.hf import live as _torch
 from parity.paths.hf import readback
 from parity.paths.hf.kv_cache import forward_dtype, kv_cache_trace
@@ -21,9 +22,11 @@ from parity.paths.hf.live import IGNORED, Batch, Loss, to_numpy
 from parity.paths.hf.modules import WatchedGradients, module_outputs, watch
 from parity.paths.hf.observed import calls, seeding
 from parity.paths.hf.round_trip import adapter_of, forward
+from parity.paths.hf.tensors import check_names
 from parity.paths.hf.work import accumulate, completion_loss, greedy, supervised_positions
 from parity.paths.measured import Calls, loop_facts, probing, seed_facts
 from parity.paths.round_trip import Logits, RoundTrips
+from parity.paths.targets import config_without_targets
 from parity.recipe import Recipe
 from parity.trace import Array, Trace
 
@@ -96,6 +99,7 @@ class TorchStages(RoundTrips):
             "eos": tokenizer.eos_token_id,
             "pad": _torch.padding_id(tokenizer),
             "vocab_size": len(tokenizer),
+            **embedded(recipe),
         }
         return trace
 
@@ -181,9 +185,8 @@ class TorchStages(RoundTrips):
                 (loss, tokens), found = watch(model, run, replace)
             else:
                 loss, tokens = run()
-            parameters = _torch.adapter_parameters(model)
-            norm = _torch.gradient_norm(parameters.values())
-            gradient = _torch.oriented({name: p.grad for name, p in parameters.items()})
+            norm = _torch.gradient_norm(_torch.trainable(model))
+            gradient = _torch.gradient(model)
         dtype = _torch.loss_dtype(recipe)
         arrays = {"loss": np.asarray(loss, dtype), "norm": np.asarray(norm, dtype)}
         trace = Trace(arrays, {"tokens": tokens} | ({"order": found.order} if watched else {}))
@@ -196,19 +199,20 @@ class TorchStages(RoundTrips):
         import torch
 
         def live(array: Array) -> Any:
-            oriented = np.ascontiguousarray(array.T, _torch.loss_dtype(recipe))
-            return torch.tensor(oriented, device=_torch.device())
+            values = np.asarray(array, _torch.loss_dtype(recipe))
+            return torch.tensor(values, device=_torch.device())
 
         weights = inputs.group("weight")
         parameters = {name: torch.nn.Parameter(live(value)) for name, value in weights.items()}
         trace, step = Trace(), 0
         with self.updates(recipe, list(parameters.values())) as update:
             while fed := inputs.group(f"gradient.{step}"):
-                _torch.check_names(parameters, fed)
+                check_names(parameters, fed)
                 for name, parameter in parameters.items():
                     parameter.grad = live(fed[name])
                 update()
-                trace = trace.with_group(f"weight.{step}", _torch.oriented(parameters))
+                moved = {name: to_numpy(value) for name, value in parameters.items()}
+                trace = trace.with_group(f"weight.{step}", moved)
                 step += 1
         return trace
 
@@ -218,7 +222,7 @@ class TorchStages(RoundTrips):
         trace = Trace()
         with self.adapted(recipe, inputs.group("adapter") or None) as model:
             result = self.loop(recipe, model, _torch.recorded(trace, batches))
-            adapter = _torch.oriented(_torch.adapter_parameters(model))
+            adapter = _torch.adapter(model)
         trace.arrays.update({name: np.asarray(values) for name, values in result.items()})
         return trace.with_group("adapter", adapter)
 
@@ -226,13 +230,14 @@ class TorchStages(RoundTrips):
         """What a live model gives for token ids (B, T)."""
         return forward(model, ids)
 
-    def adapter_of(self, model: Any) -> tuple[dict[str, Array], dict[str, float]]:
-        """`<module>.lora_a`, `.lora_b` and DoRA's `.m` of a live model; module → scale."""
-        return adapter_of(model)
+    def adapter_of(self, model: Any, recipe: Recipe) -> tuple[dict[str, Array], dict[str, float]]:
+        """What is trained of a live model by canonical name; module → scale, of those with LoRA."""
+        return (_torch.adapter(model), {}) if recipe.lora.kind == "full" else adapter_of(model)
 
     def kv_cache(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `parity contract kv_cache`."""
-        with self.adapted(recipe, inputs.group("adapter")) as model:
+        adapter = inputs.group("adapter")
+        with self.adapted(recipe, adapter) if adapter else self.pristine(recipe) as model:
             return kv_cache_trace(model.eval(), self.prompt_cache, inputs)
 
     def prompt_cache(self, model: Any) -> Any:
@@ -263,15 +268,17 @@ class TorchStages(RoundTrips):
 
     def config(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `parity contract config`."""
+        return config_without_targets(recipe, self._config)
+
+    def _config(self, recipe: Recipe) -> Trace:
         tokenizer = self.tokenizer(recipe)
         drawn = list(itertools.islice(self.iterate(recipe, tokenizer), SHOWN))
         targets = _torch.labels(recipe, *drawn[0])
         measured = self.training_facts(recipe)
         with seeding() as events, self.adapted(recipe) as model:
             facts = readback.model_facts(model)
-            parameters = _torch.adapter_parameters(model).values()
-            optimizer, schedule = _torch.make_optimizer(recipe, parameters)
-            loss = model.get_base_model().loss_function
+            optimizer, schedule = _torch.make_optimizer(recipe, _torch.trainable(model))
+            loss = _torch.without_adapter(model).loss_function
             supervised = supervised_positions(loss, targets)
             scalars = {
                 **facts,

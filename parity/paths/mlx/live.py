@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from parity.errors import UnmatchedNames
-from parity.names import canonical, layer_of
-from parity.paths.describe import single
+from parity.names import canonical
+from parity.paths.describe import single, trained
 from parity.trace import Array
 
 Batch = tuple[Any, Any]
@@ -184,12 +184,25 @@ def rng_state() -> str:
     return hashlib.sha256(to_numpy(state[0]).tobytes()).hexdigest()[:12]
 
 
-def dtype_census(parameters: Any) -> dict[str, int]:
-    """Number of elements by dtype."""
+def dtype_census(
+    parameters: Any, packed: Mapping[str, tuple[int, Any]] | None = None
+) -> dict[str, int]:
+    """Number of elements by dtype.
+
+    Args:
+        parameters: A tree of arrays.
+        packed: Quantized weights by name: the elements that each stands for, which count in the dtype
+            of their scales; scales and biases themselves do not.
+    """
     census: dict[str, int] = {}
-    for value in flat(parameters).values():
-        name = dtype_name(value.dtype)
-        census[name] = census.get(name, 0) + int(value.size)
+    modules = {name.rpartition(".")[0] for name in packed or {}}
+    for name, value in flat(parameters).items():
+        module, _, last = name.rpartition(".")
+        if module in modules and last in ("scales", "biases"):
+            continue
+        size, dtype = (packed or {}).get(name, (int(value.size), value.dtype))
+        kind = dtype_name(dtype)
+        census[kind] = census.get(kind, 0) + size
     return census
 
 
@@ -215,12 +228,12 @@ def lora_facts(model: Any) -> dict[str, Any]:
     """Rank, scale, dropout, layers and modules as the live LoRA modules have them."""
     modules = lora_modules(model)
     return {
-        "rank": single({int(m.lora_a.shape[-1]) for m in modules.values()}),
+        # (in, r), of experts (experts, r, in)
+        "rank": single({int(m.lora_a.shape[1]) for m in modules.values()}),
         "scale": single({float(m.scale) for m in modules.values()}),
         # nn.Dropout keeps the probability of keeping an element
         "dropout": single({round(1 - m.dropout._p_1, 9) for m in modules.values()}),
-        "layers": sorted({n for name in modules if (n := layer_of(name)) is not None}),
-        "modules": sorted({name.rpartition(".")[2] for name in modules}),
+        **trained(map(canonical, flat(model.trainable_parameters()))),
     }
 
 

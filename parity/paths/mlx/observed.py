@@ -24,7 +24,7 @@ def calls(model: Any, seen: Calls) -> Iterator[None]:
             if args and isinstance(args[0], mx.array) and mx.issubdtype(args[0].dtype, mx.integer):
                 seen.passes.append(Counter())
                 seen.compiled.append(_traced(args[0]))
-            elif "lora_a" in self and seen.passes:
+            elif seen.passes and _trained(self):
                 seen.passes[-1][id(self)] += 1
             return original(self, *args, **kwargs)
 
@@ -36,6 +36,14 @@ def calls(model: Any, seen: Calls) -> Iterator[None]:
                 put = mock.patch.object(kind, "__call__", counting(kind.__call__))
                 stack.enter_context(put)
         yield
+
+
+def _trained(module: Any) -> bool:
+    """Whether an array of its own, not one of a module inside, is trainable."""
+    import mlx.core as mx
+
+    frozen = module._no_grad
+    return any(isinstance(v, mx.array) and name not in frozen for name, v in module.items())
 
 
 def _traced(ids: Any) -> bool:

@@ -23,9 +23,12 @@ from parity.paths import parts
 from parity.paths.describe import defaults as defaults_of
 from parity.paths.describe import describe_process, model_key
 from parity.paths.mlx import live as _mlx
+from parity.paths.mlx import loading, settings
 from parity.paths.mlx.live import Batch, Loss, Setup
+from parity.paths.mlx.pristine import Pristine
+from parity.paths.mlx.quantized import quantize
 from parity.paths.mlx.round_trip import save_by_train
-from parity.paths.mlx.settings import lora_parameters, lr_schedule, optimizer_config, pad
+from parity.paths.mlx.settings import lr_schedule, optimizer_config, pad
 from parity.paths.mlx.stages import MlxStages
 from parity.paths.mlx.traces import given
 from parity.recipe import Recipe
@@ -89,6 +92,7 @@ class MlxPath(MlxStages):
     def __init__(self, cache: Path) -> None:
         super().__init__(cache)
         self._loaded: dict[tuple[str, ...], tuple[Any, Any]] = {}
+        self._pristine: dict[tuple[str, ...], Pristine] = {}
         self.donors: dict[str, MlxPath] = {}
 
     # Its defaults, and where it runs -----------------------------------------------------------
@@ -139,24 +143,30 @@ class MlxPath(MlxStages):
 
         if recipe.model.dtype == "float64":
             raise Unsupported("MLX has no float64 on the GPU and no fast kernels for it elsewhere")
-        model, tokenizer = mlx_lm.load(resources.model_dir(recipe.model.source))[:2]
+        source = resources.model_dir(recipe.model.source)
+        with loading.explained(source):
+            model, tokenizer, config = mlx_lm.load(source, return_config=True)
         if recipe.model.weights != "stored":
             model.set_dtype(getattr(mx, recipe.model.weights))
+        else:
+            model.set_dtype(getattr(mx, recipe.model.dtype))
+        if recipe.model.quantization != "stored":
+            model = quantize(model, config, recipe)
         model.set_dtype(getattr(mx, recipe.model.dtype))
         mx.eval(model.parameters())
         return model, tokenizer
 
-    def wire(self, model: Any, recipe: Recipe) -> None:
-        """Freezes the base and puts LoRA into it."""
-        from mlx_lm.tuner.utils import linear_to_lora_layers
+    def tokenizer(self, recipe: Recipe) -> Any:
+        """As `mlx_lm.load` makes it, without the model."""
+        return self.part("loader").read_tokenizer(recipe)
 
-        model.freeze()
-        layers = len(model.layers)
-        if recipe.lora.num_layers > layers:
-            raise Unsupported(
-                f"lora.num_layers={recipe.lora.num_layers}, but the model has {layers} layers"
-            )
-        linear_to_lora_layers(model, recipe.lora.num_layers, lora_parameters(recipe, model))
+    def read_tokenizer(self, recipe: Recipe) -> Any:
+        """What `load` makes beside the model."""
+        return loading.tokenizer(recipe)
+
+    def wire(self, model: Any, recipe: Recipe) -> None:
+        """Freezes the base and makes trainable what `lora.kind` says."""
+        settings.wire(model, recipe)
 
     def dataset(self, recipe: Recipe, tokenizer: Any) -> Any:
         """mlx-lm's dataset over the training rows."""
@@ -266,15 +276,13 @@ class MlxPath(MlxStages):
         )
 
     def base(self, recipe: Recipe) -> tuple[Any, Any]:
-        """The loaded model without adapter, kept over calls: training never changes its weights."""
-        from mlx_lm.tuner.utils import remove_lora_layers
-
+        """The loaded model without adapter, kept over calls and put back as it was loaded."""
         key = model_key(recipe)
         # What the wiring of another stack does to a model cannot be known, nor undone.
         if key not in self._loaded or "wiring" in self.donors:
             self._loaded = {key: self.part("loader").load(recipe)}
-        model, tokenizer = self._loaded[key]
-        return remove_lora_layers(model).eval(), tokenizer
+            self._pristine = {key: Pristine(self._loaded[key][0])}
+        return self._pristine[key].restore().eval(), self._loaded[key][1]
 
     @contextlib.contextmanager
     def saved(
@@ -298,20 +306,18 @@ class MlxPath(MlxStages):
 
     @contextlib.contextmanager
     def _left(self, recipe: Recipe, setup: Setup) -> Iterator[Path]:
-        settings = {
-            "fine_tune_type": "lora",
-            "num_layers": recipe.lora.num_layers,
-            "lora_parameters": lora_parameters(recipe, setup.model),
-        }
+        written = settings.fine_tuning(recipe, setup.model)
         with tempfile.TemporaryDirectory() as folder:
-            save_by_train(setup, settings, Path(folder))
+            save_by_train(setup, written, Path(folder))
             yield Path(folder)
 
     def reloaded(self, recipe: Recipe, folder: Path) -> Any:
         """By mlx-lm's `load_adapters`, into what the path's loader gives."""
         from mlx_lm.tuner.utils import load_adapters
 
-        return load_adapters(self.part("loader").load(recipe)[0], str(folder))
+        return settings.as_trained(
+            load_adapters(self.part("loader").load(recipe)[0], str(folder)), recipe
+        )
 
     def merged(self, recipe: Recipe, folder: Path, dequantize: bool) -> Any:
         """By the `fuse` of mlx-lm's layers, in place, as a script calls it."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from parity.names import canonical, each
+from parity.paths.describe import embedded
 from parity.paths.measured import Calls, loop_facts, probing, seed_facts, unknown
 from parity.paths.mlx import live as _mlx
 from parity.paths.mlx import modules as _mlx_modules
@@ -33,6 +34,7 @@ from parity.paths.mlx.traces import (
     watched_trace,
 )
 from parity.paths.round_trip import Logits, RoundTrips
+from parity.paths.targets import config_without_targets
 from parity.recipe import Recipe
 from parity.trace import Array, Trace
 
@@ -53,6 +55,10 @@ class MlxStages(RoundTrips):
         """Model, without adapter, and tokenizer."""
 
     @abstractmethod
+    def tokenizer(self, recipe: Recipe) -> Any:
+        """The tokenizer, also of a model that does not load."""
+
+    @abstractmethod
     def dataset(self, recipe: Recipe, tokenizer: Any) -> Any:
         """The training rows: a sequence of (ids, offset)."""
 
@@ -68,7 +74,7 @@ class MlxStages(RoundTrips):
 
     def tokenization(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `parity contract tokenization`."""
-        _, tokenizer = self.base(recipe)
+        tokenizer = self.tokenizer(recipe)
         dataset = self.part("batching").dataset(recipe, tokenizer)
         trace = Trace()
         for index in range(len(dataset)):
@@ -90,6 +96,7 @@ class MlxStages(RoundTrips):
             "eos": tokenizer.eos_token_id,
             "pad": 0,  # iterate_batches pads with zeros, whatever the tokenizer says
             "vocab_size": len(tokenizer),
+            **embedded(recipe),
         }
         return trace
 
@@ -199,14 +206,15 @@ class MlxStages(RoundTrips):
         """What a live model gives for token ids (B, T)."""
         return forward(model, ids)
 
-    def adapter_of(self, model: Any) -> tuple[dict[str, Array], dict[str, float]]:
-        """`<module>.lora_a`, `.lora_b` and DoRA's `.m` of a live model; module → scale."""
-        return adapter_of(model)
+    def adapter_of(self, model: Any, recipe: Recipe) -> tuple[dict[str, Array], dict[str, float]]:
+        """What is trained of a live model by canonical name; module → scale, of those with LoRA."""
+        return (_mlx.adapter(model), {}) if recipe.lora.kind == "full" else adapter_of(model)
 
     def kv_cache(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `parity contract kv_cache`."""
-        setup = self.setup(recipe, inputs.group("adapter"))
-        return kv_cache_trace(setup.model.eval(), self.prompt_cache, inputs)
+        adapter = inputs.group("adapter")
+        model = self.setup(recipe, adapter).model if adapter else self.base(recipe)[0]
+        return kv_cache_trace(model.eval(), self.prompt_cache, inputs)
 
     def prompt_cache(self, model: Any) -> list[Any]:
         """A fresh KV cache, one entry a layer, as mlx-lm makes it."""
@@ -238,6 +246,9 @@ class MlxStages(RoundTrips):
 
     def config(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `parity contract config`."""
+        return config_without_targets(recipe, self._config)
+
+    def _config(self, recipe: Recipe) -> Trace:
         with seeding() as events:
             setup = self.setup(recipe)
         facts = seed_facts(events, self._without_seed(recipe) if _unseeded(events) else "")

@@ -15,6 +15,8 @@ from parity.paths.measured import denominator, loss_batches, padding
 from parity.paths.mlx import live as _mlx
 from parity.paths.mlx import modules as _mlx_modules
 from parity.paths.mlx.live import Batch, Loss, Setup, to_numpy
+from parity.paths.mlx.quantized import elements
+from parity.paths.mlx.quantized import facts as quantization_facts
 from parity.paths.mlx.rope import rope_facts
 from parity.recipe import Recipe
 from parity.trace import Array, Trace, first_difference
@@ -185,12 +187,14 @@ def config_trace(recipe: Recipe, setup: Setup, measured: Mapping[str, Any]) -> T
     trainable = _mlx.flat(model.trainable_parameters())
     frozen = {k: v for k, v in _mlx.flat(model.parameters()).items() if k not in trainable}
     facts = _mlx.lora_facts(model)
+    packed = elements(model)
     optimizer = _mlx.optimizer_facts(setup.optimizer, recipe.train.steps)
     batches = [(to_numpy(a), to_numpy(b)) for a, b in itertools.islice(setup.iterate(), 8)]
     ids, lengths = batches[0]
     supervised = supervised_positions(setup.loss, ids, lengths)
     scalars = {
-        "dtype.parameters": _mlx.dtype_census(frozen),
+        **quantization_facts(model),
+        "dtype.parameters": _mlx.dtype_census(frozen, packed),
         "dtype.adapter": _mlx.dtype_census(trainable),
         "dtype.activations": _activations(setup, ids),
         **rope_facts(model),

@@ -25,8 +25,9 @@ from parity.paths.describe import defaults
 from parity.paths.mlx import live as _mlx
 from parity.paths.mlx.kv_cache import kv_cache_trace
 from parity.paths.mlx.live import Batch, Setup, to_numpy
+from parity.paths.mlx.loading import explained
 from parity.paths.mlx.path import MlxPath
-from parity.paths.mlx.settings import one_step
+from parity.paths.mlx.settings import as_trained, one_step
 from parity.paths.mlx.traces import decode_trace, given, recorded
 from parity.paths.mlx_lm.settings import arguments, checkpoint
 from parity.recipe import Recipe
@@ -58,7 +59,9 @@ class MlxLmPath(MlxPath):
         """The checkpoint as `mlx_lm.load` gives it."""
         import mlx_lm
 
-        return mlx_lm.load(checkpoint(recipe, self.cache))[:2]  # type: ignore[no-any-return]
+        source = checkpoint(recipe, self.cache)
+        with explained(source):
+            return mlx_lm.load(source)[:2]  # type: ignore[no-any-return]
 
     def setup(self, recipe: Recipe, adapter: Mapping[str, Array] | None = None) -> Setup:
         """The live objects that the CLI hands to `train`."""
@@ -174,7 +177,8 @@ class MlxLmPath(MlxPath):
 
         if "loader" in self.donors:
             return super().reloaded(recipe, folder)
-        return mlx_lm.load(checkpoint(recipe, self.cache), adapter_path=str(folder))[0]
+        model = mlx_lm.load(checkpoint(recipe, self.cache), adapter_path=str(folder))[0]
+        return as_trained(model, recipe)
 
     def merged(self, recipe: Recipe, folder: Path, dequantize: bool) -> Any:
         """By `mlx_lm.fuse`, and `mlx_lm.load` of what it saves."""
@@ -190,7 +194,8 @@ class MlxLmPath(MlxPath):
 
     def kv_cache(self, recipe: Recipe, inputs: Trace) -> Trace:
         """As `mlx_lm.chat` does: the adapter saved and loaded back, one prompt cache for all turns."""
-        model, _ = self._reloaded(recipe, inputs.group("adapter"))
+        adapter = inputs.group("adapter")
+        model = self._reloaded(recipe, adapter)[0] if adapter else self.base(recipe)[0]
         return kv_cache_trace(model, self.prompt_cache, inputs)
 
     def _reloaded(self, recipe: Recipe, adapter: Mapping[str, Array]) -> tuple[Any, Any]:

@@ -6,24 +6,35 @@ from pathlib import Path
 from typing import Any
 
 from parity import resources
+from parity.paths import quantized
 from parity.paths.mlx import live as _mlx
-from parity.paths.mlx.settings import lora_parameters, lr_schedule, optimizer_config
+from parity.paths.mlx.quantized import make
+from parity.paths.mlx.settings import fine_tuning, lr_schedule, optimizer_config
 from parity.recipe import Recipe
 
 
 def checkpoint(recipe: Recipe, cache: Path) -> str:
-    """The model's folder, its weights stored in the recipe's dtype.
+    """The model's folder, its weights stored in the recipe's dtype, quantized if it says so.
 
     The CLI computes in the dtype of the checkpoint; another one takes a converted copy, kept
-    in the cache.
+    in the cache, and so do quantized weights.
     """
+    if recipe.model.quantization != "stored":
+        made = quantized.folder(recipe, cache)
+        if not made.exists():
+            make(*quantized.words(recipe), made)
+        return str(made)
+    return _cast(recipe, cache)
+
+
+def _cast(recipe: Recipe, cache: Path) -> str:
     import mlx.core as mx
 
     source = resources.model_dir(recipe.model.source)
     wanted = getattr(mx, recipe.model.dtype)
     files = sorted(Path(source).glob("*.safetensors"))
     if not files or all(
-        value.dtype in (wanted, mx.uint32)
+        value.dtype == wanted or not mx.issubdtype(value.dtype, mx.floating)
         for file in files
         for value in _mlx.load_arrays(file).values()
     ):
@@ -34,7 +45,12 @@ def checkpoint(recipe: Recipe, cache: Path) -> str:
         copy.mkdir(parents=True, exist_ok=True)
         for file in Path(source).iterdir():
             if file.suffix == ".safetensors":
-                tensors = {k: v.astype(wanted) for k, v in _mlx.load_arrays(file).items()}
+                tensors = {
+                    name: value.astype(wanted)
+                    if mx.issubdtype(value.dtype, mx.floating)
+                    else value  # packed weights
+                    for name, value in _mlx.load_arrays(file).items()
+                }
                 mx.save_safetensors(str(copy / file.name), tensors)
             elif file.is_file():
                 (copy / file.name).write_bytes(file.read_bytes())
@@ -51,10 +67,8 @@ def arguments(
         "model": checkpoint,
         "train": True,
         "data": str(resources.data_dir(recipe.data.source)),
-        "fine_tune_type": "lora",
         "seed": recipe.seed.value,
-        "num_layers": recipe.lora.num_layers,
-        "lora_parameters": lora_parameters(recipe, model),
+        **fine_tuning(recipe, model),
         "batch_size": t.batch_size,
         "iters": t.steps * t.accumulation,
         "grad_accumulation_steps": t.accumulation,

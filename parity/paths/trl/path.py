@@ -24,11 +24,12 @@ import numpy as np
 from parity import resources
 from parity.errors import Unsupported
 from parity.paths.hf import live as _torch
-from parity.paths.hf import readback
+from parity.paths.hf import readback, wiring
 from parity.paths.hf.live import Batch, Loss
 from parity.paths.hf.observed import seeding
 from parity.paths.hf.path import HfPath
 from parity.paths.hf.stages import SHOWN
+from parity.paths.hf.tensors import trainable, transplant
 from parity.paths.hf.work import supervised_positions
 from parity.paths.measured import seed_facts
 from parity.paths.trl import settings
@@ -64,6 +65,8 @@ class TrlPath(HfPath):
     def refused(cls, recipe: Recipe) -> dict[str, str]:
         """See `TrainingPath.refused`."""
         found = {}
+        if recipe.lora.kind == "full":
+            found["lora.kind"] = "mlx-parity runs SFTTrainer with an adapter only (lora.kind=full)"
         if recipe.optim.name == "adam":
             found["optim.name"] = "SFTConfig has no Adam without decoupled decay (optim.name=adam)"
         if recipe.optim.clip == "value":
@@ -111,12 +114,12 @@ class TrlPath(HfPath):
                 args=SFTConfig(folder, **settings.arguments(recipe, batches, early)),
                 train_dataset=rows,
                 processing_class=self.tokenizer(recipe),
-                peft_config=self.lora_config(base, recipe),
+                peft_config=wiring.lora_config(base, recipe),
                 callbacks=[steps],
             )
             try:
                 if adapter:
-                    _torch.transplant(_torch.adapter_parameters(trainer.model), adapter)
+                    transplant(trainable(trainer.model), adapter)
                 yield trainer
             finally:
                 del trainer
@@ -253,7 +256,7 @@ class TrlPath(HfPath):
         batches = batches[:count]
         with self.trainer(recipe, inputs.group("adapter"), batches, seen) as trainer:
             trainer.train()
-            adapter = _torch.oriented(_torch.adapter_parameters(trainer.model))
+            adapter = _torch.adapter(trainer.model)
         seen.check(recipe)
         for (ids, _), (trained, _) in zip(batches, seen.batches, strict=False):
             if not np.array_equal(ids, trained):

@@ -62,12 +62,10 @@ def observed(seen: ObservedRun) -> tuple[type, Any]:
             seen.batches.append((ids, lengths))
             loss = super().training_step(model, inputs, *args, **kwargs)
             # Here, since the trainer clips before its callbacks hear of a gradient.
-            parameters = _torch.adapter_parameters(self.model)
-            norm = _torch.gradient_norm(parameters.values())
+            norm = _torch.gradient_norm(_torch.trainable(self.model))
             parts.append((loss.item(), norm, int((labels[:, 1:] != IGNORED).sum())))
             if seen.keep_gradient:
-                gradient = {name: p.grad for name, p in parameters.items()}
-                seen.gradient = _torch.oriented(gradient)
+                seen.gradient = _torch.gradient(self.model)
             return loss
 
     class Steps(TrainerCallback):  # type: ignore[misc]
@@ -166,7 +164,7 @@ def loss_of_logits(trainer: Any) -> Loss:
     import torch
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
-    base = trainer.model.get_base_model()
+    base = _torch.without_adapter(trainer.model)
     config = base.config.get_text_config()
     for name in _SCALES:
         if getattr(config, name, None) not in (None, 1.0):

@@ -26,6 +26,7 @@ from parity.paths.mlx import modules as _mlx_modules
 from parity.paths.mlx.live import Batch, Loss, Setup
 from parity.paths.mlx.observed import seeding
 from parity.paths.mlx.path import MlxPath
+from parity.paths.mlx.quantized import elements
 from parity.paths.mlx.settings import one_step
 from parity.paths.mlx.traces import config_trace, given
 from parity.paths.unsloth import settings as _unsloth_settings
@@ -56,6 +57,7 @@ class UnslothPath(MlxPath):
     without_dependencies: ClassVar[tuple[str, ...]] = (PACKAGE,)
     fixed: ClassVar[Mapping[str, Any]] = {
         "model.weights": "stored",
+        "model.quantization": "stored",
         "data.pad_multiple": 32,
         "data.pad_extra": 1,
         "seed.placement": "before_lora",
@@ -71,9 +73,12 @@ class UnslothPath(MlxPath):
     @classmethod
     def refused(cls, recipe: Recipe) -> dict[str, str]:
         """See `TrainingPath.refused`."""
-        return (
-            {"model.dtype": "unsloth-zoo has no float64"} if recipe.model.dtype == "float64" else {}
-        )
+        found = {}
+        if recipe.model.dtype == "float64":
+            found["model.dtype"] = "unsloth-zoo has no float64"
+        if recipe.lora.kind == "full":
+            found["lora.kind"] = "mlx-parity runs unsloth-zoo with an adapter only (lora.kind=full)"
+        return found
 
     def __init__(self, cache: Path) -> None:
         super().__init__(cache)
@@ -95,7 +100,7 @@ class UnslothPath(MlxPath):
         model, _ = found.loader.FastMLXModel.from_pretrained(
             resources.model_dir(recipe.model.source), load_in_4bit=False, text_only=True
         )
-        census = _mlx.dtype_census(model.parameters())
+        census = _mlx.dtype_census(model.parameters(), elements(model))
         return Trace(
             scalars={**self.shipped(), "model.dtype": max(census, key=lambda name: census[name])}
         )
@@ -106,6 +111,10 @@ class UnslothPath(MlxPath):
         """See `MlxPath.base`; a package that is not installed is reported before any import."""
         library()
         return super().base(recipe)
+
+    def read_tokenizer(self, recipe: Recipe) -> Any:
+        """Its loader changes the tokenizer by the model."""
+        return self.base(recipe)[1]
 
     @timed(LOAD)
     def load(self, recipe: Recipe) -> tuple[Any, Any]:

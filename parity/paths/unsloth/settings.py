@@ -46,6 +46,7 @@ def wiring(recipe: Recipe) -> dict[str, Any]:
         "target_modules": list(lora.target_modules),
         "lora_alpha": lora.scale * lora.rank,
         "lora_dropout": lora.dropout,
+        "use_dora": lora.kind == "dora",
         "use_gradient_checkpointing": recipe.train.gradient_checkpointing,
         "random_state": recipe.seed.value,
         "max_seq_length": recipe.data.max_length,

@@ -1,0 +1,85 @@
+"""Loading by mlx-lm: the tokenizer by itself, and in words why a model does not load."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import linecache
+import re
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from parity import resources
+from parity.errors import Unsupported
+from parity.recipe import Recipe
+
+
+def tokenizer(recipe: Recipe) -> Any:
+    """As `mlx_lm.load` makes it, which hands the configuration's ends of a sequence over."""
+    from mlx_lm.utils import _download, load_config, load_tokenizer
+
+    folder = _download(resources.model_dir(recipe.model.source))
+    ends = load_config(folder).get("eos_token_id")
+    return load_tokenizer(folder, eos_token_ids=ends)
+
+
+@contextlib.contextmanager
+def explained(source: str) -> Iterator[None]:
+    """An error of loading with the line of mlx-lm it came from, and what of the configuration that reads.
+
+    Raises:
+        Unsupported: mlx-lm has no such architecture.
+        RuntimeError: It fails to make this model of its configuration and weights.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) and "not supported" in str(error):
+            raise Unsupported(f"mlx-lm: {error}") from None
+        raise RuntimeError(
+            f"mlx-lm does not load the model: {type(error).__name__}: {_first_line(error)}"
+            f"{_place(error, _keys(source))}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:300]
+
+
+def _keys(source: str) -> dict[str, Any]:
+    """Keys of a configuration with their values; `rope_parameters.rope_type` of nested ones."""
+    file, found = Path(source, "config.json"), dict[str, Any]()
+
+    def add(values: dict[str, Any], above: str = "") -> None:
+        for key, value in values.items():
+            found[f"{above}{key}"] = value
+            if isinstance(value, dict):
+                add(value, f"{above}{key}.")
+
+    if file.is_file():
+        add(json.loads(file.read_text("utf-8")))
+    return found
+
+
+def _place(error: Exception, keys: dict[str, Any]) -> str:
+    """Where in mlx-lm's model files it was raised; keys that the message or that line names.
+
+    Where the message names values of theirs as well, only those keys.
+    """
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "mlx_lm/models/" in frame.filename.replace("\\", "/")
+    ]
+    line, where = "", ""
+    if frames:
+        last = frames[-1]
+        line = linecache.getline(last.filename, last.lineno or 0).strip()
+        where = f"; models/{Path(last.filename).name}, line {last.lineno}: `{line}`"
+    words = set(re.findall(r"[A-Za-z_]\w+", f"{line} {error}"))
+    named = {key: value for key, value in keys.items() if key.rpartition(".")[2] in words}
+    quoted = {key: value for key, value in named.items() if str(value) in str(error).split()}
+    shown = [f"{key}={json.dumps(value)[:80]}" for key, value in (quoted or named).items()]
+    return where + (f"; named there, the configuration has {', '.join(shown)}" if shown else "")

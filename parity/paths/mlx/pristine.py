@@ -1,0 +1,38 @@
+"""A loaded MLX model as it was, whatever training has put into it since."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Pristine:
+    """Remembers the modules, arrays and flags of a model; `restore` puts them back.
+
+    Wrapping a module (LoRA, DoRA, of linear layers, embeddings, experts), quantizing, casting and
+    training put other objects into the places of these, and leave the objects themselves alone. No
+    array is copied.
+    """
+
+    def __init__(self, model: Any) -> None:
+        modules = {id(module): module for _, module in model.named_modules()}
+        self._model = model
+        self._kept = [(m, _copied(dict(m)), _copied(vars(m))) for m in modules.values()]
+
+    def restore(self) -> Any:
+        """The model, as it was when this was made."""
+        for module, children, attributes in self._kept:
+            # A module is a dict whose own `update` is that of parameters.
+            dict.clear(module)
+            dict.update(module, _copied(children))
+            vars(module).clear()
+            vars(module).update(_copied(attributes))
+        return self._model
+
+
+def _copied(value: Any) -> Any:
+    """Containers anew, for they are changed in place; modules and arrays themselves."""
+    if type(value) in (list, tuple):
+        return type(value)(_copied(item) for item in value)
+    if type(value) is dict:
+        return {name: _copied(item) for name, item in value.items()}
+    return set(value) if type(value) is set else value
