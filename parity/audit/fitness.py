@@ -20,7 +20,7 @@ from parity.capture.engine import Engine
 from parity.errors import CaptureError, UnmatchedNames, Unsupported, UsageError
 from parity.paths.contract import METHODS
 from parity.paths.measured import known
-from parity.paths.registry import resolve, swappable
+from parity.paths.registry import resolve, takes_parts
 from parity.recipe import Recipe
 from parity.stages.settings import TITLES, short
 from parity.trace import Trace
@@ -207,10 +207,16 @@ class Examiner:
 
     def _parts(self) -> Iterator[Check]:
         """Whether each part that could be swapped is taken from where a hybrid puts another."""
-        if not swappable(self.path):
+        taken = takes_parts(self.path)
+        if not taken:
             yield Check("parts", State.UNKNOWN, "none can be swapped: a search names no part of it")
             return
+        if left := [part for part in alarm.METHODS if part not in taken]:
+            text = f"{', '.join(left)} cannot be swapped: a search names none of these"
+            yield Check("parts", State.UNKNOWN, text)
         for part, methods in alarm.METHODS.items():
+            if part not in taken:
+                continue
             state, text = self._part(part)
             owner = next(b for b in self.kind.__mro__ if any(m in vars(b) for m in methods))
             whose = "its own" if owner is self.kind else f"that of {owner.__name__}"
