@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from click.testing import CliRunner
 
@@ -22,7 +24,7 @@ def test_a_path_of_the_package_is_fit(path, engine):
     assert len(found.stages) >= 10
     good = [check.text for check in found.checks if check.state is State.GOOD]
     assert any("same bytes" in text for text in good)
-    assert any("34 of 34 are known" in text for text in good)
+    assert any(re.match(r"(\d+) of \1 are known", text) for text in good)
 
 
 @pytest.mark.parametrize(
