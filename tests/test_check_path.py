@@ -67,7 +67,7 @@ def test_settings_of_its_own_are_its_word_alone(engine):
     found, _ = checks(engine, "tests.settings_paths:SilentConfig")
     [counted, *_] = [check for check in found.checks if check.title == "settings"]
     assert counted.state is State.UNKNOWN
-    assert counted.text.startswith("1 of 34 are known, by `config` of tests.settings_paths")
+    assert re.match(r"1 of \d+ are known, by `config` of tests.settings_paths", counted.text)
 
 
 def test_the_command(engine):
