@@ -15,6 +15,7 @@ from parity.commands.bisect import bisect
 from parity.commands.cache import cache
 from parity.commands.capture import capture
 from parity.commands.ci import ci
+from parity.commands.compare import compare
 from parity.commands.merge import merge
 from parity.commands.options import (
     EXIT_GREEN,
@@ -104,8 +105,8 @@ def main() -> None:
 
 
 commands = (
-    run, bisect, check_path, audit, replay, report, merge, capture, adapter, cache, list_, factors, contract,
-    new_path, ci,
+    run, bisect, check_path, audit, replay, report, merge, capture, compare, adapter, cache, list_, factors,
+    contract, new_path, ci,
 )  # fmt: skip
 for command in commands:
     main.add_command(command)

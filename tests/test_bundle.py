@@ -55,7 +55,7 @@ def records(folder):
     found = {}
     for file in (folder / "records").glob("*.json"):
         record = json.loads(file.read_text())
-        for passing in ("seconds", "reproduce", "artifacts", "git"):
+        for passing in ("seconds", "reproduce", "artifacts", "git", "digest"):
             record.pop(passing)
         for side in ("subject", "reference"):
             assert record[side].pop("environment") or record["verdict"] in ("skip", "error")
@@ -267,3 +267,28 @@ def test_a_bundle_is_not_searched(made):
     done = parity("bisect", "--reference", made / "hf.bundle")
     assert done.returncode == 2
     assert "give paths" in done.stderr
+
+
+def test_two_bundles_are_compared_for_what_both_were_made_for(made, tmp_path):
+    """The recipe, which is not the default one, comes from the bundles."""
+    words = ["--reference", made / "hf.bundle", "--probes", "01,02,03", *SMALL]
+    done = parity("capture", "mlx", *words, "--out", tmp_path / "mlx.bundle")
+    assert done.returncode in (0, 3), done.stderr
+    done = parity("compare", tmp_path / "mlx.bundle", made / "hf.bundle", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "mlx.bundle alone has probes 3" in done.stderr
+    assert "hf.bundle alone has probes 0, 5, 7" in done.stderr
+    live = records(made / "live")
+    assert records(tmp_path / "run") == {n: r for n, r in live.items() if r["probe"] in (1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["nothing", "nothing"], "does not exist"),
+        ([__file__, __file__], "give a bundle of `parity capture`"),
+    ],
+)
+def test_what_is_no_bundle_is_not_compared(words, says):
+    done = parity("compare", *words)
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
