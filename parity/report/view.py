@@ -173,18 +173,23 @@ def records_of(result: Aggregate, row: GridRow, limit: int) -> list[Record]:
 def changed(changes: Changes) -> list[tuple[str, int, list[tuple[str, str]]]]:
     """Kind of a change, the number of its cells, and its rows as text with the pair's anchor.
 
-    What newly fails stands first; rows beyond `CHANGED` of a kind are counted.
+    What newly fails stands first; lines beyond `CHANGED` of a kind are counted.
     """
     found = []
     for kind in (FAILS, FIXED, STILL, GONE):
-        rows = changes.rows[changes.rows[kind] > 0]
-        lines = []
-        for line in rows.head(CHANGED).to_dict("records"):
+        numbers: dict[str, tuple[int, str]] = {}
+        for line in changes.rows[changes.rows[kind] > 0].to_dict("records"):
             row = GridRow(*(line[name] for name in GridRow._fields))
-            cells = f"{line[kind]:,} cell{'s' * (line[kind] > 1)}"
-            lines.append((f"{row.title}, {row.pair}: {cells}", f"pair-{slug(row.pair)}"))
-        if len(rows) > CHANGED:
-            lines.append((f"and {len(rows) - CHANGED:,} more probes and pairs", ""))
+            # What is gone is gone with its pair most of the time.
+            name = row.pair if kind == GONE else f"{row.title}, {row.pair}"
+            cells = numbers.get(name, (0, ""))[0] + int(line[kind])
+            numbers[name] = cells, f"pair-{slug(row.pair)}"
+        lines = [
+            (f"{name}: {cells:,} cell{'s' * (cells > 1)}", anchor)
+            for name, (cells, anchor) in [*numbers.items()][:CHANGED]
+        ]
+        if more := len(numbers) - CHANGED:
+            lines += [(f"and {more:,} more", "")] * (more > 0)
         if lines:
             found.append((kind, changes.counts[kind], lines))
     return found
