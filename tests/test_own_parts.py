@@ -5,9 +5,15 @@ from __future__ import annotations
 import pytest
 
 from parity.bisect.causes import CauseSearch
+from parity.cells.cell import Cell
+from parity.cells.run import run_cell
 from parity.errors import UsageError
 from parity.paths import parts
+from parity.paths.measured import known
 from parity.paths.registry import resolve
+from parity.record import Verdict
+from parity.stages import find
+from parity.trace import Trace
 
 SETUP, TRAIN = "tests.inherited_paths:OwnSetup", "tests.inherited_paths:OwnTrain"
 
@@ -50,3 +56,15 @@ def test_a_search_leaves_such_parts_with_their_loop(engine, small):
     assert search.cell(stage, (), {"loop"}).subject == f"{SETUP}+loss=mlx-lm"
     assert search.cell(stage, (), {"loss"}).subject == f"mlx-lm+loss={SETUP}"
     assert search.cell(stage, (), ()).subject == "mlx-lm"
+
+
+def test_settings_of_a_loss_that_it_does_not_train_with_are_unknown(engine, small):
+    """They were read from the loss and the recipe that it inherits, and said to be in effect."""
+    recipe = small.override({"train.accumulation": 2, "train.batch_size": 3})
+    found = engine.capture(TRAIN, "config", recipe, Trace()).scalars
+    assert found["accumulation.steps"] == 1
+    for name in ("accumulation.weighting", "loss.denominator"):
+        assert not known(found[name]), name
+    record = run_cell(engine, Cell(find("00"), TRAIN, "mlx-lm", recipe))
+    assert record.verdict is Verdict.DIVERGE
+    assert "subject: the recipe has train.accumulation=2, 1 is in effect" in record.findings

@@ -23,6 +23,7 @@ from parity.record import Verdict
 from parity.report.text import describe
 from parity.stages import find
 from parity.trace import Trace
+from tests.cost import long
 
 HERE = "tests.user_trainers"
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -79,6 +80,7 @@ def test_a_compiled_script_ends_in_the_bytes_of_its_bare_run(engine, small, tmp_
     same_bytes(trace.group("adapter"), left)
 
 
+@pytest.mark.long
 def test_so_does_one_without_a_compiled_step(engine, small, tmp_path):
     lines = resources.data_dir(small.data.source).joinpath("train.jsonl").read_text().splitlines()
     left = bare(
@@ -108,8 +110,8 @@ def test_the_script_of_sixty_lines_is_a_path_of_twelve():
             "the loss is divided by: all positions in the subject, supervised tokens in the reference",
         ),
         ("03", "the subject averages over padding: on"),
-        ("05", "supervised tokens / all positions: does its mean count padding as well?"),
-        ("06", "Adam without bias correction"),
+        long("05", "supervised tokens / all positions: does its mean count padding as well?"),
+        long("06", "Adam without bias correction"),
     ],
 )
 def test_what_is_wrong_with_it_is_named(stage, words, engine, small):
@@ -118,7 +120,7 @@ def test_what_is_wrong_with_it_is_named(stage, words, engine, small):
     assert words in describe(record)
 
 
-@pytest.mark.parametrize("stage", ["05", "06", "07", "09"])
+@pytest.mark.parametrize("stage", ["05", long("06"), long("07"), long("09")])
 def test_a_right_trainer_agrees(stage, engine, small):
     """Against another framework, with batches handed over where each would draw its own."""
     record = run_cell(engine, Cell(find(stage), f"{HERE}:Eager", "hf", small))
@@ -165,7 +167,7 @@ def test_the_search_names_the_loss_of_a_trainer_that_is_run_as_a_whole(engine, s
     assert "the seed is set: before_load in the subject" in second.sentence
 
 
-@pytest.mark.parametrize("part", ["wiring", "clip"])
+@pytest.mark.parametrize("part", ["wiring", long("clip")])
 def test_a_part_of_a_whole_trainer_that_cannot_be_lent_is_refused(part, engine, small):
     with pytest.raises(Unsupported, match=f"its {part} cannot be run by itself"):
         engine.capture(f"mlx+{part}=finetune_path:Finetune", "train", small, Trace())

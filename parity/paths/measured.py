@@ -161,12 +161,17 @@ def _loop_facts(
         weighting: Any = steps
     else:
         steps, weighting = weighting_of(shares, tokens, slack)
-    return {
+    facts = {
         "clip.mode": mode,
         "clip.value": _rounded(limit, 2 if half else 5),
         "accumulation.steps": steps,
         "accumulation.weighting": weighting,
     }
+    if residual > slack or (steps == 1 and not known(weighting)):
+        facts["loss.denominator"] = unknown(
+            "it trains on another gradient than that of the loss that it gives for one batch"
+        )
+    return facts
 
 
 def _update(
