@@ -20,7 +20,7 @@ from parity.capture.engine import Engine
 from parity.errors import CaptureError, UnmatchedNames, Unsupported, UsageError
 from parity.paths.contract import METHODS
 from parity.paths.measured import known
-from parity.paths.registry import resolve, swappable
+from parity.paths.registry import resolve, takes_parts
 from parity.recipe import Recipe
 from parity.stages.settings import TITLES, short
 from parity.trace import Trace
@@ -207,10 +207,13 @@ class Examiner:
 
     def _parts(self) -> Iterator[Check]:
         """Whether each part that could be swapped is taken from where a hybrid puts another."""
-        if not swappable(self.path):
-            yield Check("parts", State.UNKNOWN, "none can be swapped: a search names no part of it")
-            return
+        takes = takes_parts(self.path)
+        if fixed := [part for part in alarm.METHODS if part not in takes]:
+            words = f"{', '.join(fixed)} cannot be swapped: no search names them as a cause"
+            yield Check("parts", State.UNKNOWN, words)
         for part, methods in alarm.METHODS.items():
+            if part not in takes:
+                continue
             state, text = self._part(part)
             owner = next(b for b in self.kind.__mro__ if any(m in vars(b) for m in methods))
             whose = "its own" if owner is self.kind else f"that of {owner.__name__}"
