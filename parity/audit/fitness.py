@@ -207,15 +207,12 @@ class Examiner:
 
     def _parts(self) -> Iterator[Check]:
         """Whether each part that could be swapped is taken from where a hybrid puts another."""
-        taken = takes_parts(self.path)
-        if not taken:
-            yield Check("parts", State.UNKNOWN, "none can be swapped: a search names no part of it")
-            return
-        if left := [part for part in alarm.METHODS if part not in taken]:
-            text = f"{', '.join(left)} cannot be swapped: a search names none of these"
-            yield Check("parts", State.UNKNOWN, text)
+        takes = takes_parts(self.path)
+        if fixed := [part for part in alarm.METHODS if part not in takes]:
+            words = f"{', '.join(fixed)} cannot be swapped: no search names them as a cause"
+            yield Check("parts", State.UNKNOWN, words)
         for part, methods in alarm.METHODS.items():
-            if part not in taken:
+            if part not in takes:
                 continue
             state, text = self._part(part)
             owner = next(b for b in self.kind.__mro__ if any(m in vars(b) for m in methods))
