@@ -60,6 +60,13 @@ def test_the_kind_is_read_from_what_is_trainable(kind, path, init):
     assert trace.scalars["layers"] == [16, 17]
 
 
+@pytest.mark.parametrize("path", ["trl", "unsloth"])
+def test_a_trainer_trains_magnitudes(path, init):
+    trace = init(path, lora__kind="dora")
+    assert trace.scalars["kind"] == "dora"
+    assert "layers.17.self_attn.q_proj.m" in trace.scalars["trainable"]
+
+
 def test_magnitudes_start_at_the_norms_of_the_real_weights(init, engine, small):
     trace = init("mlx", lora__kind="dora", lora__target_modules=["o_proj"])
     weights = init("mlx", lora__kind="full").group("adapter")

@@ -39,13 +39,13 @@ def explained(source: str) -> Iterator[None]:
         if isinstance(error, ValueError) and "not supported" in str(error):
             raise Unsupported(f"mlx-lm: {error}") from None
         raise RuntimeError(
-            f"mlx-lm does not load the model: {type(error).__name__}: {_first_line(error)}"
+            f"mlx-lm does not load the model: {type(error).__name__}: {_one_line(error)}"
             f"{_place(error, _keys(source))}"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:300]
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _keys(source: str) -> dict[str, Any]:

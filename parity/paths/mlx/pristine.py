@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Pristine:
-    """Remembers the modules, arrays and flags of a model; `restore` puts them back.
+    """Remembers the modules, their classes, arrays and flags; `restore` puts them back.
 
     Wrapping a module (LoRA, DoRA, of linear layers, embeddings, experts), quantizing, casting and
     training put other objects into the places of these, and leave the objects themselves alone. No
@@ -16,11 +16,13 @@ class Pristine:
     def __init__(self, model: Any) -> None:
         modules = {id(module): module for _, module in model.named_modules()}
         self._model = model
-        self._kept = [(m, _copied(dict(m)), _copied(vars(m))) for m in modules.values()]
+        self._kept = [(m, type(m), _copied(dict(m)), _copied(vars(m))) for m in modules.values()]
 
     def restore(self) -> Any:
         """The model, as it was when this was made."""
-        for module, children, attributes in self._kept:
+        for module, kind, children, attributes in self._kept:
+            if type(module) is not kind:
+                module.__class__ = kind
             # A module is a dict whose own `update` is that of parameters.
             dict.clear(module)
             dict.update(module, _copied(children))

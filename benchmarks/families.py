@@ -1,0 +1,127 @@
+"""What people train, stage by stage: a table of families against mlx-lm and against hf.
+
+    python benchmarks/families.py --out reports/families.md
+
+Each cell is one seed of a few steps. `=` is bit-identical, `≈` within the measured floor; what is neither
+stands below the table with its reason. A green cell is about these models, steps and inputs only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from parity.capture.engine import Engine
+from parity.cells.cell import Cell
+from parity.cells.run import run_cell
+from parity.recipe import Recipe
+from parity.record import Record, Verdict
+from parity.stages import find
+
+STAGES = {
+    "logits": "02",
+    "LoRA init": "04",
+    "gradient": "05",
+    "optimizer": "06",
+    "curve": "07",
+    "decode": "08",
+    "KV cache": "10",
+    "round trip": "11",
+}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+FAMILIES: dict[str, dict[str, Any]] = {
+    "quantized Llama, 4 bits": {"model.source": "tiny-llama-4bit"},
+    "quantized Llama, 3 bits in groups of 32": {
+        "model.source": "tiny-llama", "model.quantization": "affine",
+        "model.bits": 3, "model.group_size": 32,
+    },
+    "mixture of experts, LoRA on attention and experts (down)": {
+        "model.source": "tiny-qwen2-moe", "lora.target_modules": [*ATTENTION, "down_proj"],
+    },
+    "mixture of experts, LoRA on gate and up of experts": {
+        "model.source": "tiny-qwen2-moe", "lora.target_modules": ["gate_proj", "up_proj"],
+    },
+    "hybrid with gated delta networks, LoRA on them and on attention": {
+        "model.source": "tiny-qwen3-5",
+        "lora.target_modules": [*ATTENTION, "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"],
+    },
+    "hybrid, 4 bits": {
+        "model.source": "tiny-qwen3-5", "model.quantization": "affine",
+        "lora.target_modules": ["in_proj_qkv", "out_proj", "q_proj", "o_proj"],
+    },
+    "DoRA": {"lora.kind": "dora"},
+    "DoRA on a quantized Llama": {"model.source": "tiny-llama-4bit", "lora.kind": "dora"},
+    "all weights": {"lora.kind": "full"},
+    "all weights of a mixture of experts": {"model.source": "tiny-qwen2-moe", "lora.kind": "full"},
+    "all weights of a hybrid": {"model.source": "tiny-qwen3-5", "lora.kind": "full"},
+}  # fmt: skip
+REFERENCES = ("mlx-lm", "hf")
+SIGNS = {
+    Verdict.IDENTICAL: "=",
+    Verdict.AGREE: "≈",
+    Verdict.DIVERGE: "✗",
+    Verdict.INCONCLUSIVE: "?",
+    Verdict.ERROR: "!",
+    Verdict.SKIP: "–",
+}
+
+
+def table(found: dict[tuple[str, str], dict[str, Record]], steps: int) -> str:
+    """The table and what is not green, in Markdown."""
+    versions: dict[str, str] = {}
+    for records in found.values():
+        for record in records.values():
+            for side in (record.subject, record.reference):
+                versions |= side.environment.get("versions", {})
+    shown = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()) if version)
+    lines = [
+        "# Families, stage by stage",
+        "",
+        f"`python benchmarks/families.py`: path `mlx`, one seed, {steps} steps. {shown}.",
+        "`=` equal bits, `≈` within the measured floor, `✗` diverges, `?` inconclusive, `–` refused with a",
+        "reason, `!` error. A green cell is about these tiny models and inputs, and promises nothing else.",
+        "",
+        f"| what is trained | against | {' | '.join(STAGES)} |",
+        f"|---|---|{'---|' * len(STAGES)}",
+    ]
+    notes: dict[str, list[str]] = {}
+    for (family, reference), records in found.items():
+        signs = [SIGNS[record.verdict] for record in records.values()]
+        lines.append(f"| {family} | `{reference}` | {' | '.join(signs)} |")
+        for stage, record in records.items():
+            if not record.verdict.green:
+                words = f"{SIGNS[record.verdict]} {record.reason.strip()}"
+                notes.setdefault(words, []).append(f"{family}, {stage}, `{reference}`")
+    lines += ["", "## What is not green", ""]
+    for words, where in notes.items():
+        lines.append(f"- {words} ({'; '.join(where)})")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Runs all cells; captures are cached, so that a second run is short."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("reports/families.md"))
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--only", default="", help="words that a family's name has")
+    asked = parser.parse_args()
+    found: dict[tuple[str, str], dict[str, Record]] = {}
+    with Engine(timeout=900) as engine:
+        for family, changes in FAMILIES.items():
+            if asked.only not in family:
+                continue
+            recipe = Recipe().override({"train.steps": asked.steps, "optim.lr": 3e-3, **changes})
+            for reference in REFERENCES:
+                records = found.setdefault((family, reference), {})
+                for stage, number in STAGES.items():
+                    cell = Cell(find(number), "mlx", reference, recipe)
+                    records[stage] = run_cell(engine, cell)
+                    sign = SIGNS[records[stage].verdict]
+                    print(f"{sign} {stage:10} {reference:7} {family}", file=sys.stderr, flush=True)
+                asked.out.write_text(table(found, asked.steps), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
