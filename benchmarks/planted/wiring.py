@@ -162,7 +162,7 @@ def seed_ignored() -> type[MlxPath]:
     "wiring",
     "lora_init",
     parts="wiring",
-    settings="lora.trainable lora.parameters",
+    settings="lora.trainable lora.parameters lora.kind lora.modules dtype.parameters dtype.adapter",
     modules=r".*norm.*",
 )
 def norm_left_trainable() -> type[MlxPath]:
