@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
@@ -171,3 +172,13 @@ def test_the_search_names_the_loss_of_a_trainer_that_is_run_as_a_whole(engine, s
 def test_a_part_of_a_whole_trainer_that_cannot_be_lent_is_refused(part, engine, small):
     with pytest.raises(Unsupported, match=f"its {part} cannot be run by itself"):
         engine.capture(f"mlx+{part}=finetune_path:Finetune", "train", small, Trace())
+
+
+def test_a_bare_run_is_one_that_nobody_watches(engine, small):
+    """`parity check-path` holds the watched run against it."""
+    path = "finetune_path:Finetune"
+    start = engine.capture(path, "lora_init", small, Trace()).group("adapter")
+    inputs = Trace({"ids": np.ones((1, 4), np.int32)}).with_group("adapter", start)
+    watched = engine.capture(path, "train", small, Trace().with_group("adapter", start))
+    left = engine.capture(path, "train_and_load", small, inputs)
+    same_bytes(left.group("trained"), watched.group("adapter"))

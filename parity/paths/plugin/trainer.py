@@ -297,15 +297,12 @@ class TrainerPath(MlxPath):
             trace.arrays[name] = np.asarray(values)
         return trace.with_group("adapter", _mlx.adapter(watch.model))
 
-    def _trained(self, recipe: Recipe, inputs: Trace, out: str | None = None) -> Watch:
+    def _trained(self, recipe: Recipe, inputs: Trace) -> Watch:
         adapter, handed = inputs.group("adapter"), given(inputs, recipe)
         if handed is not None and self._layout is None:
             self.setup(recipe)  # what its loss takes
-        watch = Watch(
-            (lambda model: transplant(model, adapter)) if adapter else (lambda _: None),
-            stop_after=recipe.train.steps,
-        )
-        self.watched(recipe, watch, handed, out)
+        watch = Watch(_beginning(adapter), stop_after=recipe.train.steps)
+        self.watched(recipe, watch, handed)
         if len(watch.steps) < recipe.train.steps:
             raise Unsupported(
                 f"{self.name} made {len(watch.steps)} updates where train.steps={recipe.train.steps}"
@@ -333,11 +330,30 @@ class TrainerPath(MlxPath):
 
     @contextlib.contextmanager
     def trained(self, recipe: Recipe, inputs: Trace, see: Callable[[Any], None]) -> Iterator[Path]:
-        """What it leaves in `out`."""
+        """What it leaves in `out`, by a run whose steps nobody watches."""
         self._saves()
+        adapter, handed = inputs.group("adapter"), given(inputs, recipe)
+        if handed is not None and self._layout is None:
+            self.setup(recipe)  # what its loss takes
         with tempfile.TemporaryDirectory() as out:
-            see(self._trained(recipe, inputs, out).model)
+            watch = Watch(_beginning(adapter), passive=True)
+            see(self.watched(recipe, watch, handed, out).model)
             yield Path(out)
+
+    def reloaded(self, recipe: Recipe, folder: Path) -> Any:
+        """As path `mlx` loads it; without a configuration beside it, its tensors into a fresh model."""
+        from mlx_lm.tuner.utils import load_adapters
+
+        if (folder / "adapter_config.json").exists():
+            return load_adapters(super().load(recipe)[0], str(folder))
+        files = sorted(folder.glob("*.safetensors"))
+        if len(files) != 1:
+            raise Unsupported(
+                f"{self.name} leaves {len(files)} files of tensors and no configuration"
+            )
+        model = self.setup(recipe).model
+        model.load_weights(str(files[0]), strict=False)
+        return model
 
     def _saves(self) -> None:
         if "out" not in self.takes:
@@ -377,6 +393,11 @@ class TrainerPath(MlxPath):
                 if batches is None:
                     raise
         raise AssertionError
+
+
+def _beginning(adapter: Mapping[str, Array]) -> Callable[[Any], None]:
+    """Hands an adapter over, if there is one, where the first step begins."""
+    return (lambda model: transplant(model, adapter)) if adapter else (lambda _: None)
 
 
 def make(

@@ -64,6 +64,8 @@ class Watch:
         gain: What gradients of the loss are multiplied by.
         gradients: Whether to keep them, and what the optimizer is given.
         replaced: Makes the loss that is trained with of that of the training.
+        passive: Only note which model trains, and begin where its `value_and_grad` is made; the steps of the
+            run are left alone, and none of them is seen.
     """
 
     begin: Hook = lambda _: None
@@ -72,6 +74,7 @@ class Watch:
     gain: float = 1.0
     gradients: bool = False
     replaced: Callable[[Any, Callable[..., Any]], Callable[..., Any]] = lambda _, function: function
+    passive: bool = False
     steps: list[Step] = field(default_factory=list)
     model: Any = None
     loss: Callable[..., Any] | None = None
@@ -95,7 +98,7 @@ class Watch:
         result = None
         with self._patched(), contextlib.suppress(Stop):
             result = training()
-        if self.loss is None or (not self.steps and not self._begun):
+        if self.loss is None or not (self.steps or self._begun or self.passive):
             raise Unsupported(
                 "no training was seen: it must call `nn.value_and_grad` of mlx.nn by this name, and "
                 "the `update` of an MLX optimizer"
@@ -111,13 +114,15 @@ class Watch:
         import mlx.optimizers as optim
 
         kind = optim.Optimizer
-        with contextlib.ExitStack() as stack:
-            for where, name, made in (
-                (nn, "value_and_grad", self._value_and_grad(nn.value_and_grad)),
+        wrapped = [(nn, "value_and_grad", self._value_and_grad(nn.value_and_grad))]
+        if not self.passive:
+            wrapped += [
                 (mx, "compile", self._compile(mx.compile)),
                 (kind, "update", self._update(kind.update)),
                 (kind, "apply_gradients", self._apply(kind.apply_gradients)),
-            ):
+            ]
+        with contextlib.ExitStack() as stack:
+            for where, name, made in wrapped:
                 stack.enter_context(mock.patch.object(where, name, made))
             yield
 
@@ -158,6 +163,9 @@ class Watch:
                 return original(model, function)  # of the model that trains first all is taken
             self.model, self.loss = model, function
             inner = original(model, self.replaced(model, function))
+            if self.passive:
+                self._begin()
+                return inner
 
             @functools.wraps(inner)
             def call(*args: Any, **kwargs: Any) -> Any:
