@@ -6,6 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from parity import plugin
+from parity.bisect.causes import CauseSearch
 from parity.cells.cell import Cell
 from parity.cells.run import run_cell
 from parity.cli import main
@@ -123,3 +124,12 @@ def test_a_loop_of_ones_own_is_watched(engine, small):
     found = engine.capture("tests.plugin_paths:Looped", "config", small, Trace()).scalars
     assert (found["clip.mode"], found["accumulation.steps"]) == ("none", 1)
     assert found["train.compile"] is False
+
+
+def test_the_search_names_a_loss_that_is_given_as_a_function(engine, small):
+    subject = f"mlx+loss={HERE}:padding_averaged"
+    stages = tuple(map(find, ("00", "03")))
+    report = CauseSearch(engine, subject, "mlx-lm", small, {}, stages=stages).search()
+    [cause] = report.causes
+    assert cause.sentence.startswith(f"the loss of {HERE}:padding_averaged makes cross_entropy")
+    assert "the subject averages over padding" in str(cause.hints)

@@ -19,6 +19,7 @@ from parity.cells.run import run_cell
 from parity.errors import Unsupported
 from parity.names import canonical
 from parity.paths import parts
+from parity.paths.measured import known
 from parity.paths.registry import resolve
 from parity.record import Verdict
 from parity.report.text import describe
@@ -140,6 +141,12 @@ def test_clip_and_accumulation_are_found_by_what_it_does(engine, small):
     assert (eager["clip.mode"], eager["accumulation.steps"]) == ("none", 1)
     assert eager["train.compile"] is False
     assert eager["loss.denominator"] == "supervised tokens"
+
+
+def test_a_seed_that_comes_too_late_is_none(engine, small):
+    found = engine.capture(f"{HERE}:LateSeed", "config", small, Trace()).scalars
+    assert found["seed.placement"] == "after_lora"
+    assert not known(found["seed.value"])
 
 
 @pytest.mark.parametrize(

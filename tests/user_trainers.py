@@ -110,6 +110,19 @@ def misread(path, rows, steps, seed):
         optimizer.update(model, step(model, ids[:, :-1], ids[:, 1:])[1])
 
 
+def late_seed(path, rows, steps, seed):
+    """Sets its seed when the adapter has been drawn."""
+    model, tokenizer = load(path)
+    model.freeze()
+    linear_to_lora_layers(model, -1, {"rank": 8, "scale": 2.0, "dropout": 0.0})
+    mx.random.seed(seed)
+    tokens = [tokenizer.encode(row["text"]) for row in rows]
+    step, optimizer = nn.value_and_grad(model, loss_fn), optim.SGD(learning_rate=0.1)
+    for _, batch in zip(range(steps), draw(tokens, 6), strict=False):
+        optimizer.update(model, step(model, *batch)[1])
+
+
+LateSeed = plugin.from_trainer(late_seed)
 Eager = plugin.from_trainer(eager, batches=draw)
 Accumulating = plugin.from_trainer(accumulating, batches=draw)
 Without = plugin.from_trainer(without_value_and_grad)

@@ -251,7 +251,11 @@ class MlxStages(RoundTrips):
     def _config(self, recipe: Recipe) -> Trace:
         with seeding() as events:
             setup = self.setup(recipe)
-        facts = seed_facts(events, self._without_seed(recipe) if _unseeded(events) else "")
+        without = self._without_seed(recipe) if _unseeded(events) else ""
+        facts = seed_facts(events, without)
+        if without == "nowhere" and any(what == "seed" for what, _ in events):
+            late = unknown("no seed was set before the adapter was drawn")
+            facts |= {"seed.value": late, "seed.placement": "after_lora"}
         facts |= self.training_facts(recipe, setup.model)
         # Measuring trained a model, and that may have been the same one.
         return config_trace(recipe, self.setup(recipe), facts)
