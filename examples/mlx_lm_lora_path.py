@@ -30,11 +30,4 @@ def run(path, folder, out, batches, seed, rank, scale, dropout, num_layers, prom
         train.run(types.SimpleNamespace(**options))
 
 
-def shipped():
-    from mlx_lm_lora.train import CONFIG_DEFAULTS as found
-
-    lora = {f"lora.{key}": value for key, value in found["lora_parameters"].items()}
-    return lora | {"lora.num_layers": found["num_layers"], "optim.name": found["optimizer"]}
-
-
-MlxLmLora = plugin.from_trainer(run, name="mlx-lm-lora", packages=("mlx-lm-lora",), shipped=shipped)
+MlxLmLora = plugin.from_trainer(run, name="mlx-lm-lora", packages=("mlx-lm-lora",))

@@ -165,6 +165,12 @@ def kind_of(types: Iterable[type[Knobs]]) -> type[Recipe]:
     return _kind(wanted) if wanted else Recipe
 
 
+PINNED = (
+    "model.source", "model.weights", "data.source", "seed.value", "optim.lr", "train.steps", "train.batch_size", "decode.",
+)  # fmt: skip
+"""What a user always says; every other factor is left to the path when it runs as shipped."""
+
+
 def factor_names(types: Iterable[type[Knobs]] = ()) -> list[str]:
     """All dotted factor names, with those of some knobs."""
     return list(kind_of(types)().factors())

@@ -143,6 +143,11 @@ def test_clip_and_accumulation_are_found_by_what_it_does(engine, small):
     assert eager["loss.denominator"] == "supervised tokens"
 
 
+def test_defaults_that_are_not_known_make_no_shipped_run(engine, small):
+    with pytest.raises(Unsupported, match=r"is given .* and nobody knows its defaults"):
+        engine.capture("mlx_lm_lora_path:MlxLmLora", "defaults", small, Trace())
+
+
 def test_a_seed_that_comes_too_late_is_none(engine, small):
     found = engine.capture(f"{HERE}:LateSeed", "config", small, Trace()).scalars
     assert found["seed.placement"] == "after_lora"

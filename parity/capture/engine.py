@@ -28,15 +28,11 @@ from parity.paths import registry
 from parity.paths.contract import METHODS
 from parity.paths.protocol import TrainingPath
 from parity.paths.registry import registered, resolve
-from parity.recipe import Recipe, kind_of
+from parity.recipe import PINNED, Recipe, kind_of
 from parity.trace import Trace
 
 TIMEOUT = 600.0  # seconds a capture may take
 MOST_WORKERS = 5  # processes that stay alive; each holds a framework and models in memory
-PINNED = (
-    "model.source", "model.weights", "data.source", "seed.value", "optim.lr", "train.steps", "train.batch_size", "decode.",
-)  # fmt: skip
-"""What a user always says; every other factor is left to the path when it runs as shipped."""
 
 
 class Source(Protocol):

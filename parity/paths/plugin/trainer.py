@@ -34,7 +34,7 @@ from parity.paths.plugin.facts import LOUD, QUIET, curve, loop_facts, tokens_of
 from parity.paths.plugin.live import in_place, restored_calls, transplant
 from parity.paths.plugin.loss import normalised, with_any_model
 from parity.paths.plugin.watch import Step, Watch
-from parity.recipe import Recipe, factor_names
+from parity.recipe import PINNED, Recipe, factor_names
 from parity.trace import Array, Trace
 
 Function = Callable[..., Any]
@@ -75,9 +75,20 @@ class TrainerPath(MlxPath):
         return {**super().environment(), "parts": {"own": list(self.own_parts), "others": "mlx"}}
 
     def shipped(self) -> dict[str, Any]:
-        """The defaults that its parameters have, and those that `shipped` reads."""
+        """The defaults that its parameters have, and those that `shipped` reads.
+
+        Raises:
+            Unsupported: One that it takes is not known, so that no run is as it is shipped.
+        """
         kind = type(self)
-        return {**defaults(kind.trainer), **(kind.reads() if kind.reads else {})}
+        found = {**defaults(kind.trainer), **(kind.reads() if kind.reads else {})}
+        takes = taken(kind.trainer, OBJECTS, kind.name)
+        if lacking := [f for f in takes if f not in found and not f.startswith(PINNED)]:
+            raise Unsupported(
+                f"{self.name} is given {', '.join(lacking)} and nobody knows its defaults: read them in "
+                "from_trainer(…, shipped=), or give its parameters the defaults of the trainer"
+            )
+        return found
 
     # Running it --------------------------------------------------------------------------------
 
