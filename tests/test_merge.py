@@ -226,3 +226,18 @@ def test_many_records_are_read_in_parts(tmp_path, monkeypatch):
     a = shard(tmp_path / "a", *map(record, range(11)), seeds=range(11))
     assert run("merge", a, "--out", tmp_path / "out").exit_code == 0
     assert [r.seed for r in read([tmp_path / "out"])[1].records(range(11))] == [*range(11)]
+
+
+def test_records_are_found_by_position_in_files_of_any_size(tmp_path, monkeypatch):
+    from parity.results import store
+
+    for rows, many in ((1, 2), (2, 99), (1024, 16)):
+        monkeypatch.setattr(store, "ROWS", rows)
+        monkeypatch.setattr(store, "MANY", many)
+        out = tmp_path / str(rows)
+        run("merge", shard(tmp_path / "a", *map(record, range(9))), "--out", out)
+        records = read([out])[1]
+        for positions in ([], [3], [8, 0, 3, 3], [*range(9)], [*range(8, -1, -1)]):
+            assert [r.seed for r in records.records(positions)] == positions
+            reasons = records.take(positions, ["reason", "metrics"]).column("reason").to_pylist()
+            assert reasons == [f"seed {p}" for p in positions]
