@@ -241,3 +241,32 @@ def test_records_are_found_by_position_in_files_of_any_size(tmp_path, monkeypatc
             assert [r.seed for r in records.records(positions)] == positions
             reasons = records.take(positions, ["reason", "metrics"]).column("reason").to_pylist()
             assert reasons == [f"seed {p}" for p in positions]
+
+
+def test_pytest_keeps_the_plan_of_what_it_selects(tmp_path):
+    from types import SimpleNamespace
+
+    from parity.cells.cell import Cell
+    from parity.cells.plan import load_plan
+    from parity.pytest_plugin import pytest_collection_finish
+    from parity.recipe import Recipe
+    from parity.stages import find
+
+    def collect(*seeds: int, only: bool = False) -> None:
+        recipes = [Recipe().override({"seed.value": seed}) for seed in seeds]
+        cells = [Cell(find("gradient"), "mlx", "hf", recipe) for recipe in recipes]
+        items = [SimpleNamespace(callspec=SimpleNamespace(params={"cell": c})) for c in cells]
+        config = SimpleNamespace(
+            getoption=lambda name: str(tmp_path), option=SimpleNamespace(collectonly=only)
+        )
+        pytest_collection_finish(SimpleNamespace(items=[*items, SimpleNamespace()], config=config))
+
+    collect(0, only=True)
+    collect()
+    assert not (tmp_path / "plan.json").exists()
+    collect(0, 1)
+    collect(1, 2)
+    assert [*load_plan(tmp_path / "plan.json").rows.values()] == [{0, 1, 2}]
+    (tmp_path / "plan.json").write_text("{")
+    collect(3)
+    assert [*load_plan(tmp_path / "plan.json").rows.values()] == [{3}]
