@@ -302,8 +302,8 @@ def main() -> None:
     print(text)
     if arguments.out:
         arguments.out.write_text(text)
-    most = lines[-1]
-    if most["aggregate s"] > LIMITS["seconds"] or most["aggregate GB"] > LIMITS["gigabytes"]:
+    most = lines[-1]  # seconds of CPU do not count what else the machine does
+    if most["aggregate CPU s"] > LIMITS["seconds"] or most["aggregate GB"] > LIMITS["gigabytes"]:
         sys.exit("the aggregate takes more than 10 s or 1 GB")
 
 

@@ -38,5 +38,6 @@ def merge(folders: tuple[Path, ...], out: Path) -> None:
         click.echo(f"damaged: {line}", err=True)
     for line in result.problems:
         click.echo(f"warning: {line}", err=True)
-    click.echo(f"wrote {out}: {records.size:,} records; {result.reason}")
+    number = f"{records.size:,} record{'s' * (records.size != 1)}"
+    click.echo(f"wrote {out}: {number}; {result.reason}")
     sys.exit(result.exit_code)
