@@ -25,7 +25,7 @@ from parity.results.texts import without_numbers
 
 ROWS = 1024
 """Records in a row group: a whole record is read with those of its group."""
-BATCH = 32 * ROWS
+BATCH = 16 * ROWS
 """Records whose columns are read at once."""
 MANY = 16
 """Row groups from which on all are read one after the other, which takes less than finding each."""
@@ -208,7 +208,7 @@ class Store:
     def __init__(self, source: pa.Table | Path) -> None:
         self._file = None
         if isinstance(source, Path):
-            self._file = pq.ParquetFile(source)
+            self._file = pq.ParquetFile(source, pre_buffer=False)
             self._starts, at = [], 0
             for group in range(self._file.num_row_groups):
                 self._starts.append(at)
