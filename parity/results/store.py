@@ -277,7 +277,7 @@ def without_copies(table: pa.Table) -> tuple[pa.Table, int]:
 
 def whole(file: Path, schema: int) -> Iterator[pa.Table]:
     """All columns of a store on disk, whose records are of this schema, a part at a time."""
-    with pq.ParquetFile(file) as source:
+    with pq.ParquetFile(file, pre_buffer=False) as source:
         for batch in source.iter_batches(2 * ROWS):
             if schema == RECORD_SCHEMA:
                 yield pa.Table.from_batches([batch]).cast(SCHEMA)
