@@ -271,13 +271,18 @@ def one(size: int, formats: list[str], scratch: Path) -> dict[str, object]:
 
 
 def table(lines: list[dict[str, object]]) -> str:
-    """As Markdown."""
+    """As Markdown: a line for each number of records and step."""
     from parity.report.markdown import table as markdown
 
-    def shown(value: object) -> str:
-        return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
-
-    return markdown([*lines[0]], [[shown(v) for v in line.values()] for line in lines])
+    rows = []
+    for line in lines:
+        for step in [key.removesuffix(" CPU s") for key in line if key.endswith(" CPU s")]:
+            size = line.get("bytes of store" if step == "first read" else f"{step} bytes")
+            rows.append([
+                f"{line['records']:,}", step, *(f"{line[f'{step} {u}']:.2f}" for u in ("s", "CPU s", "GB")),
+                "" if size is None else f"{size / 1e6:,.2f}",
+            ])  # fmt: skip
+    return markdown(["records", "step", "seconds", "seconds of CPU", "GB", "MB written"], rows)
 
 
 def main() -> None:
@@ -297,8 +302,8 @@ def main() -> None:
     print(text)
     if arguments.out:
         arguments.out.write_text(text)
-    most = lines[-1]
-    if most["aggregate s"] > LIMITS["seconds"] or most["aggregate GB"] > LIMITS["gigabytes"]:
+    most = lines[-1]  # seconds of CPU do not count what else the machine does
+    if most["aggregate CPU s"] > LIMITS["seconds"] or most["aggregate GB"] > LIMITS["gigabytes"]:
         sys.exit("the aggregate takes more than 10 s or 1 GB")
 
 

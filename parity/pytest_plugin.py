@@ -5,6 +5,7 @@ A probe is a test that takes the fixture `cell`; its module names the stage: `ST
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,6 +114,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("cell", cells, ids=[cell.id for cell in cells])
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Keeps the plan of the cells that are selected, those planned there before included.
+
+    Each process of xdist collects all of them, and writes the same.
+    """
+    from parity.cells.cell import Cell
+    from parity.cells.plan import NAME, Plan, load_plan, write_plan
+
+    found = (getattr(item, "callspec", None) for item in session.items)
+    cells = [c for spec in found if spec and isinstance(c := spec.params.get("cell"), Cell)]
+    if not cells or session.config.option.collectonly:
+        return
+    folder, plans = _folder(session.config), [Plan.of(cells)]
+    with contextlib.suppress(OSError, ValueError):  # none yet, or one that this replaces
+        plans.append(load_plan(folder / NAME))
+    write_plan(Plan.union(plans), folder)
+
+
+def _folder(config: pytest.Config) -> Path:
+    return Path(config.getoption("--parity-out") or Path("reports") / "pytest")
+
+
 @pytest.fixture(scope="session")
 def parity_engine() -> Iterator[Engine]:
     """The engine of this pytest process; under xdist all processes share one cache on disk."""
@@ -135,7 +158,7 @@ def probe(
     from parity.record import Verdict
     from parity.results import expected
 
-    folder = Path(pytestconfig.getoption("--parity-out") or Path("reports") / "pytest")
+    folder = _folder(pytestconfig)
 
     def run(cell: Cell) -> Record:
         named, none = (pytestconfig.getoption(name) for name in ("--expected", "--no-expected"))

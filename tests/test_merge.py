@@ -226,3 +226,47 @@ def test_many_records_are_read_in_parts(tmp_path, monkeypatch):
     a = shard(tmp_path / "a", *map(record, range(11)), seeds=range(11))
     assert run("merge", a, "--out", tmp_path / "out").exit_code == 0
     assert [r.seed for r in read([tmp_path / "out"])[1].records(range(11))] == [*range(11)]
+
+
+def test_records_are_found_by_position_in_files_of_any_size(tmp_path, monkeypatch):
+    from parity.results import store
+
+    for rows, many in ((1, 2), (2, 99), (1024, 16)):
+        monkeypatch.setattr(store, "ROWS", rows)
+        monkeypatch.setattr(store, "MANY", many)
+        out = tmp_path / str(rows)
+        run("merge", shard(tmp_path / "a", *map(record, range(9))), "--out", out)
+        records = read([out])[1]
+        for positions in ([], [3], [8, 0, 3, 3], [*range(9)], [*range(8, -1, -1)]):
+            assert [r.seed for r in records.records(positions)] == positions
+            reasons = records.take(positions, ["reason", "metrics"]).column("reason").to_pylist()
+            assert reasons == [f"seed {p}" for p in positions]
+
+
+def test_pytest_keeps_the_plan_of_what_it_selects(tmp_path):
+    from types import SimpleNamespace
+
+    from parity.cells.cell import Cell
+    from parity.cells.plan import load_plan
+    from parity.pytest_plugin import pytest_collection_finish
+    from parity.recipe import Recipe
+    from parity.stages import find
+
+    def collect(*seeds: int, only: bool = False) -> None:
+        recipes = [Recipe().override({"seed.value": seed}) for seed in seeds]
+        cells = [Cell(find("gradient"), "mlx", "hf", recipe) for recipe in recipes]
+        items = [SimpleNamespace(callspec=SimpleNamespace(params={"cell": c})) for c in cells]
+        config = SimpleNamespace(
+            getoption=lambda name: str(tmp_path), option=SimpleNamespace(collectonly=only)
+        )
+        pytest_collection_finish(SimpleNamespace(items=[*items, SimpleNamespace()], config=config))
+
+    collect(0, only=True)
+    collect()
+    assert not (tmp_path / "plan.json").exists()
+    collect(0, 1)
+    collect(1, 2)
+    assert [*load_plan(tmp_path / "plan.json").rows.values()] == [{0, 1, 2}]
+    (tmp_path / "plan.json").write_text("{")
+    collect(3)
+    assert [*load_plan(tmp_path / "plan.json").rows.values()] == [{3}]

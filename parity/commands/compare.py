@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from parity.commands.options import OUT_FOLDER
 from parity.commands.run import run
 from parity.errors import UsageError
 
@@ -18,7 +19,7 @@ _BUNDLE = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.command()
 @click.argument("subject", type=_BUNDLE)
 @click.argument("reference", type=_BUNDLE)
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False),
+@click.option("--out", type=OUT_FOLDER,
               help="Folder of the run.  [default: reports/run-…]")  # fmt: skip
 @click.option("--expected", type=click.Path(path_type=Path, exists=True, dir_okay=False),
               help="Known divergences.  [default: the fixtures' file of each pair]")  # fmt: skip

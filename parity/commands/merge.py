@@ -7,11 +7,13 @@ from pathlib import Path
 
 import click
 
+from parity.commands.options import OUT_FOLDER
+
 
 @click.command()
 @click.argument("folders", nargs=-1, required=True, metavar="DIR…",
                 type=click.Path(path_type=Path, exists=True, file_okay=False))  # fmt: skip
-@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False),
+@click.option("--out", required=True, type=OUT_FOLDER,
               help="Folder of the whole run, which does not exist yet.")  # fmt: skip
 def merge(folders: tuple[Path, ...], out: Path) -> None:
     """Put the runs of several machines into one folder.
@@ -36,5 +38,6 @@ def merge(folders: tuple[Path, ...], out: Path) -> None:
         click.echo(f"damaged: {line}", err=True)
     for line in result.problems:
         click.echo(f"warning: {line}", err=True)
-    click.echo(f"wrote {out}: {records.size:,} records; {result.reason}")
+    number = f"{records.size:,} record{'s' * (records.size != 1)}"
+    click.echo(f"wrote {out}: {number}; {result.reason}")
     sys.exit(result.exit_code)

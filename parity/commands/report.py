@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from parity.commands.options import OUT_FOLDER
+
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
@@ -15,7 +17,7 @@ import click
               metavar="OLD", help="An earlier run: say what changed since.")  # fmt: skip
 @click.option("--format", "formats", default="", metavar="LIST",
               help="Some of json,csv,parquet,junit,markdown,html.  [default: all]")  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False),
+@click.option("--out", type=OUT_FOLDER,
               help="Folder of the files.  [default: FOLDER]")  # fmt: skip
 def report(folder: Path, against: Path | None, formats: str, out: Path | None) -> None:
     """Make the report of a FOLDER of records.
