@@ -314,3 +314,4 @@ def test_a_page_of_many_records_stays_small_and_says_what_it_leaves_out():
     assert "The 24 worst of 30 pairs" in text
     assert "40 of 60 seeds are listed, the worst" in text
     assert re.search(r"shows \d+ of 19,800 records, failures first", text)
+    assert {*re.findall(r'href="#([^"]+)"', text)} <= {*re.findall(r'\bid="([^"]+)"', text)}
