@@ -25,9 +25,10 @@ ZONES = (
     ("over1", "up to 10 times what is allowed"),
     ("over2", "up to 100 times"),
     ("over3", "beyond"),
+    ("bare", "differs; no noise floor was measured"),
     ("none", "not a number, or no value"),
 )
-"""Class of a cell of a heat map and its meaning, each ten times the one before."""
+"""Class of a cell of a heat map and its meaning, from best to worst."""
 BITS = (("zero", "equal bits"), ("over2", "bits differ"), ("none", "not a number, or no value"))
 """The same where bits are compared."""
 _METRICS = {"dloss": "loss per step", "dgrad": "gradient_norm per step"}
@@ -130,10 +131,12 @@ def _bits(value: float) -> str:
 
 
 def _zone(value: float, floor: float, times: float) -> str:
-    if not isfinite(value) or not isfinite(floor):
+    if not isfinite(value):
         return "none"
+    if value and not isfinite(floor):
+        return "bare"
     edges = (0, floor / 10, floor, floor * times, 10 * floor * times, 100 * floor * times, inf)
-    return next(zone for edge, (zone, _) in zip(edges, ZONES, strict=False) if value <= edge)
+    return next(zone for edge, (zone, _) in zip(edges, ZONES, strict=False) if not value > edge)
 
 
 def _worst(zones: Sequence[str]) -> str:

@@ -141,9 +141,11 @@ def _section(
         profiles += [(r, p) for r in diverging if (p := figures.profile(r))][:1]
         if row.row.stage == "config" and records:
             settings, others = view.settings(records[0])
-        if row.total > len(row.cells):
-            cut = f"{row.row.title}: {len(row.cells)} of {row.total} seeds are listed, the worst"
-            left_out.append(cut)
+    cut = [row for row in pair.rows if row.total > len(row.cells)]
+    if cut:
+        which = "each probe" if len(cut) == len(pair.rows) else ", ".join(r.row.title for r in cut)
+        most = max(row.total for row in cut)
+        left_out.append(f"{view.SEEDS} of {most} seeds of {which} are listed, the worst")
     rows = {row.row for row in pair.rows}
     return Section(
         pair,
