@@ -66,3 +66,11 @@ def test_the_first_bad_module_and_its_neighbours():
     ]  # fmt: skip
     assert "14 of 36 modules are over it" in found.caption
     assert figures.profile(record(2, 0)) is None
+
+
+def test_modules_that_had_to_be_equal_show_their_differences():
+    one = off_by_a_module()
+    one.series = {name: [0.0 if v < 0.1 else v, 0.0] for name, (v, _) in one.series.items()}
+    found = figures.profile(one)
+    assert found.first == "layers.7.mlp.up_proj" and 'class="limit"' not in found.svg
+    assert "bits had to be equal: 14 of 36 modules differ" in found.caption
