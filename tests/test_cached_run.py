@@ -45,7 +45,7 @@ def test_it_starts_no_worker_and_no_library_that_is_slow_to_start(tmp_path):
     assert again.splitlines()[-1] == "LOADED"
     assert records(tmp_path / "again") == records(tmp_path / "first")
     pages = [(tmp_path / name / "report.html").read_text() for name in ("first", "again")]
-    assert pages[0].count("<svg") == pages[1].count("<svg") == 3
+    assert pages[0].count("<svg") == pages[1].count("<svg") == 5
 
 
 def test_what_is_derived_is_made_once_and_again_where_its_input_or_file_is_gone(

@@ -28,8 +28,7 @@ def lines(file: Path) -> list[str]:
 @pytest.mark.parametrize("file", OWN, ids=lambda file: file.name)
 def test_links_lead_somewhere(file):
     for name in re.findall(r"\]\((?!https?:)([^)#]+)", file.read_text(encoding="utf-8")):
-        if name != "your-trainer.md":  # a guide of its own
-            assert (file.parent / name).exists(), name
+        assert (file.parent / name).exists(), name
     for name in re.findall(
         r"`((?:parity|probes|tests|\.github)/[\w./-]+)`", file.read_text("utf-8")
     ):
@@ -78,3 +77,20 @@ def test_the_tour_goes_as_it_is_told(tmp_path):
     assert "PARITY agree" in on
     page = (tmp_path / "on" / "report.html").read_text(encoding="utf-8")
     assert "Newly fixed: 1" in page
+
+
+def test_the_steps_of_the_workflow_by_hand(tmp_path):
+    for name in ("constraints.txt", "pyproject.toml"):
+        (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
+    done = [run(line, tmp_path) for line in lines(ROOT / "docs" / "github-actions.md")]
+    assert [d.returncode for d in done] == [0, 0, 0, 0, 3, 3], [d.stderr for d in done]
+    plan, _, annotate, moved, merge, _ = [d.stdout for d in done]
+    assert plan.startswith('jobs=[{"name": "here-001"')
+    assert [line.split("::")[1].split(",")[0] for line in annotate.splitlines()] == [
+        "error title=01 tokenization%2C mlx vs mlx-lm (here)",
+        "error title=02 logits%2C mlx vs mlx-lm (here)",
+    ]
+    assert "missing on tiny-gemma3, seed 0: there is no record" in annotate
+    assert "There is no run before this one" in moved
+    assert "2 missing" in merge
+    assert "2 missing" in (tmp_path / "merged" / "report.md").read_text(encoding="utf-8")

@@ -25,9 +25,10 @@ ZONES = (
     ("over1", "up to 10 times what is allowed"),
     ("over2", "up to 100 times"),
     ("over3", "beyond"),
+    ("bare", "differs; no noise floor was measured"),
     ("none", "not a number, or no value"),
 )
-"""Class of a cell of a heat map and its meaning, each ten times the one before."""
+"""Class of a cell of a heat map and its meaning, from best to worst."""
 BITS = (("zero", "equal bits"), ("over2", "bits differ"), ("none", "not a number, or no value"))
 """The same where bits are compared."""
 _METRICS = {"dloss": "loss per step", "dgrad": "gradient_norm per step"}
@@ -130,10 +131,12 @@ def _bits(value: float) -> str:
 
 
 def _zone(value: float, floor: float, times: float) -> str:
-    if not isfinite(value) or not isfinite(floor):
+    if not isfinite(value):
         return "none"
+    if value and not isfinite(floor):
+        return "bare"
     edges = (0, floor / 10, floor, floor * times, 10 * floor * times, 100 * floor * times, inf)
-    return next(zone for edge, (zone, _) in zip(edges, ZONES, strict=False) if value <= edge)
+    return next(zone for edge, (zone, _) in zip(edges, ZONES, strict=False) if not value > edge)
 
 
 def _worst(zones: Sequence[str]) -> str:
@@ -188,14 +191,19 @@ def profile(record: Record) -> Profile | None:
         for name, values in record.series.items()
         if name.startswith(MODULE) and len(values) == 2
     ]
+    # Where bits had to be equal there is no multiple of what is allowed: the differences themselves.
+    bits = not any(allowed for _, _, allowed in found)
     ratios = [
-        value / allowed if allowed > 0 else (inf if value else 0.0) for _, value, allowed in found
+        value if bits else value / allowed if allowed > 0 else (inf if value else 0.0)
+        for _, value, allowed in found
     ]
     shown = [r for r in ratios if isfinite(r) and r > 0]
-    if not found or not shown:
+    if not shown:
         return None
-    low, high = min(floor(log10(min(shown))), -1), max(ceil(log10(max(shown))), 1)
-    first = next((i for i, r in enumerate(ratios) if not r <= 1), None)
+    most = 0.0 if bits else 1.0
+    low, high = floor(log10(min(shown))) - bits, ceil(log10(max(shown)) + 1e-9)
+    low, high = (low, max(high, low + 1)) if bits else (min(low, -1), max(high, 1))
+    first = next((i for i, r in enumerate(ratios) if not r <= most), None)
     w, h, left = 420, 120, 34
     step = (w - left - 4) / len(found)
 
@@ -207,19 +215,22 @@ def profile(record: Record) -> Profile | None:
     for i, ratio in enumerate(ratios):
         top = y(ratio if isfinite(ratio) else 10.0**high)
         place = f"M{left + i * step:.1f} {h - 14}V{top:.1f}h{max(step - 0.3, 0.4):.1f}V{h - 14}z"
-        bars["z-floor" if ratio <= 1 else "z-over2"].append(place)
+        bars["z-floor" if ratio <= most else "z-over2"].append(place)
     body = [f'<path class="{zone}" d="{"".join(d)}"/>' for zone, d in bars.items() if d]
-    body.append(f'<path class="limit" d="M{left} {y(1.0):.1f}H{w - 4}"/>')
-    for power in {low, 0, high}:
+    if not bits:
+        body.append(f'<path class="limit" d="M{left} {y(1.0):.1f}H{w - 4}"/>')
+    for power in [low, high] if bits else sorted({low, 0, high}):
         body.append(
             f'<text class="end" x="{left - 4}" y="{y(10.0**power) + 3:.1f}">1e{power}</text>'
         )
     body.append(f'<text x="{left}" y="{h - 3}">first call</text>')
     body.append(f'<text class="end" x="{w - 4}" y="{h - 3}">last</text>')
-    caption = (
-        "Greatest |Δ| of each module's output as a multiple of what is allowed, in the order of "
+    over = f"{sum(not r <= most for r in ratios)} of {len(found)} modules"
+    caption = "Greatest |Δ| of each module's output in the order of calls, " + (
+        f"where bits had to be equal: {over} differ"
+        if bits
+        else f"as a multiple of what is allowed (the dashed line): {over} are over it"
     )
-    caption += f"calls: {sum(not r <= 1 for r in ratios)} of {len(found)} modules are over it"
     span = slice(max((first or 0) - 2, 0), (first or 0) + 3)
     return Profile(
         caption,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from math import isnan
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from parity.cells.plan import row_of
+from parity.cells.plan import GridRow, row_of
 from parity.record import Metric, Record, Verdict
 from parity.report import curves, figures, labels, view
 from parity.report.text import headline
@@ -61,14 +61,17 @@ def render(result: Aggregate) -> str:
     shown, cells = _cells(result, environment.get_template(CELL))
     names = {(row_of(record), record.seed): record.name for record in shown}
     listed = view.pairs(result, names)
-    sections = [_section(result, pair) for pair in listed[: view.PAIRS]]
+    samples = view.samples(result, listed)
+    sections = [_section(result, pair, samples) for pair in listed[: view.PAIRS]]
     page: str = environment.get_template(TEMPLATE).render(
         result=result,
         listed=listed,
         matrix=view.matrix(listed),
         sections=sections,
         anchors={pair.anchor for pair in listed[: view.PAIRS]},
+        samples=samples,
         cells=cells,
+        on_page={*names.values()},
         shown=len(shown),
         total=_records(result),
         about=_about(result),
@@ -111,7 +114,9 @@ def _worst_first(result: Aggregate) -> Iterator[Record]:
     yield from result.green(view.RECORDS - len(failures))
 
 
-def _section(result: Aggregate, pair: view.Pair) -> Section:
+def _section(
+    result: Aggregate, pair: view.Pair, samples: Mapping[GridRow, Sequence[Record]]
+) -> Section:
     heats: list[tuple[figures.HeatMap, str]] = []
     losses, profiles = "", []
     settings: list[view.Setting] = []
@@ -119,7 +124,7 @@ def _section(result: Aggregate, pair: view.Pair) -> Section:
     seen: list[Record] = []
     left_out = []
     for row in pair.rows:
-        records = view.records_of(result, row.row, view.TRAINED)
+        records = samples[row.row]
         seen += records
         if maps := [
             (m, curves.differences(records, q))
@@ -136,9 +141,11 @@ def _section(result: Aggregate, pair: view.Pair) -> Section:
         profiles += [(r, p) for r in diverging if (p := figures.profile(r))][:1]
         if row.row.stage == "config" and records:
             settings, others = view.settings(records[0])
-        if row.total > len(row.cells):
-            cut = f"{row.row.title}: {len(row.cells)} of {row.total} seeds are listed, the worst"
-            left_out.append(cut)
+    cut = [row for row in pair.rows if row.total > len(row.cells)]
+    if cut:
+        which = "each probe" if len(cut) == len(pair.rows) else ", ".join(r.row.title for r in cut)
+        most = max(row.total for row in cut)
+        left_out.append(f"{view.SEEDS} of {most} seeds of {which} are listed, the worst")
     rows = {row.row for row in pair.rows}
     return Section(
         pair,
@@ -200,10 +207,10 @@ def side_off(record: Record) -> str:
     return ""
 
 
-def side_off_of_pair(result: Aggregate, first: FirstFailure) -> str:
+def side_off_of_pair(samples: Mapping[GridRow, Sequence[Record]], first: FirstFailure) -> str:
     """The same for a pair, by its first probe with a referee."""
     for row in (first.row, *first.later):
-        for record in view.records_of(result, row, 3):
+        for record in samples.get(row, ()):
             if side := side_off(record):
                 return side if row == first.row else f"{side} in probe {row.title}"
     return ""

@@ -10,13 +10,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from parity.capture.machine import PASSING
 from parity.cells.plan import GridRow
 from parity.record import Metric, Record
 from parity.results.aggregate import Aggregate
-from parity.results.cells import MISSING, NOT_RED, WORST_FIRST
+from parity.results.cells import EXPECTED, MISSING, NOT_RED, WORST_FIRST
 from parity.results.changes import FAILS, FIXED, GONE, STILL, Changes
 from parity.stages import flow
+from parity.trace import Array
 
 PAIRS = 24
 """Pairs with a section of their own."""
@@ -24,6 +27,8 @@ SEEDS = 40
 """Seeds of a row of the grid."""
 TRAINED = 24
 """Seeds of a heat map."""
+SAMPLED = 4
+"""Records of other rows: for settings, environments and the first bad module."""
 RECORDS = 400
 """Records in full; fewer where they are long."""
 CHANGED = 5
@@ -161,13 +166,28 @@ def matrix(listed: Sequence[Pair]) -> Matrix:
     )
 
 
-def records_of(result: Aggregate, row: GridRow, limit: int) -> list[Record]:
-    """Records of a row by seed, the worst where there are more than `limit`."""
-    cells = result.cells[result.cells["row"] == result.grid.index(row)]
-    cells = cells[cells["position"] >= 0]
-    worst = cells.sort_values(["state", "excess"], ascending=[True, False], kind="stable")
-    found = result.records(worst["position"].head(limit))
-    return sorted(found, key=lambda record: record.seed)
+def samples(result: Aggregate, listed: Sequence[Pair]) -> dict[GridRow, list[Record]]:
+    """Whole records of each row of the pairs that have a section, by seed.
+
+    `TRAINED` of a row with curves, of others `SAMPLED`: what fails worst, and else the first, which lie
+    together in the store. All are read at once.
+    """
+    curved = {curve.row for curve in result.curves}
+    number = {row: index for index, row in enumerate(result.grid)}
+    rows = [row.row for pair in listed[:PAIRS] for row in pair.rows]
+    bounds = np.searchsorted(result.cells["row"].to_numpy(), np.arange(len(result.grid) + 1))
+    position, excess = (result.cells[name].to_numpy() for name in ("position", "excess"))
+    state = result.cells["state"].cat.codes.to_numpy()
+    chosen: dict[GridRow, Array] = {}
+    for row in rows:
+        cells = np.arange(*bounds[number[row] : number[row] + 2])
+        cells = cells[position[cells] >= 0]
+        far = np.where(state[cells] < WORST_FIRST.index(EXPECTED), -excess[cells], 0.0)
+        worst = cells[np.lexsort((position[cells], far, state[cells]))]
+        chosen[row] = np.sort(worst[: TRAINED if row in curved else SAMPLED])
+    wanted = [int(position[cell]) for cells in chosen.values() for cell in cells]
+    records = iter(result.records(wanted))
+    return {row: [next(records) for _ in cells] for row, cells in chosen.items()}
 
 
 def changed(changes: Changes) -> list[tuple[str, int, list[tuple[str, str]]]]:
