@@ -15,7 +15,7 @@ from typing import Any
 
 from parity.audit import moves as known_moves
 from parity.audit.concurrent import each
-from parity.audit.effects import Effect, effect, unlike
+from parity.audit.effects import COMPARED, Effect, effect, unlike
 from parity.audit.inputs import given, shapes
 from parity.audit.moves import BESIDE, Move
 from parity.capture.engine import Engine
@@ -208,7 +208,8 @@ class Auditor:
             apart, why = unlike(method, ours, theirs)
             if apart:
                 return Status.OTHER, f"another effect than on {control}: {apart}", control
-            like = f"like {control}" if not why else f"not compared with {control}: {why}"
+            alike = f"like {control}" if method in COMPARED else f"names and shapes like {control}"
+            like = f"not compared with {control}: {why}" if why else alike
             return Status.HONOURED, f"{_count(changed)} changed, {like}", control
         if changed:
             return Status.HONOURED, f"{_count(changed)} changed", ""
