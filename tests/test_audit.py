@@ -24,7 +24,7 @@ def audited(engine, path, *factors):
     [
         ("SwallowsLayers", "lora.num_layers", Status.SWALLOWED, "no effect, where hf changes 231"),
         ("LoopWithoutClip", "optim.clip", Status.SWALLOWED, "train: no effect, where hf"),
-        ("ClipsByValue", "optim.clip", Status.OTHER, "gradient clip: none → value"),
+        long("ClipsByValue", "optim.clip", Status.OTHER, "gradient clip: none → value"),
         ("DecayIsRate", "optim.weight_decay", Status.OTHER, "learning rate: [0.01,"),
         ("NeverCompiles", "train.compile", Status.SWALLOWED, "False is read back all the same"),
         (
@@ -47,7 +47,7 @@ def test_what_a_clip_swallowed_by_the_loop_does_elsewhere_is_said(engine):
 
 
 def test_a_knob_of_its_own_has_an_effect_or_none(engine):
-    found = audited(engine, "HasKnobs", "own.")
+    found = audited(engine, "HasKnobs", "own")
     by_name = {finding.factor: finding for finding in found.findings}
     assert by_name["own.doubled"].status is Status.HONOURED
     assert by_name["own.nothing"].status is Status.NO_EFFECT
@@ -70,7 +70,7 @@ def test_of_what_does_not_repeat_itself_nothing_is_claimed(engine):
 @pytest.mark.parametrize(
     ("path", "factors"),
     [
-        ("mlx", ("optim.", "lora.num_layers", "train.compile")),
+        ("mlx", ("optim.eps", "optim.clip_value", "lora.num_layers", "train.compile")),
         long("mlx", ()), long("mlx-lm", ()), long("hf", ()), long("trl", ()),
     ],
 )  # fmt: skip
@@ -109,7 +109,9 @@ def test_knobs_that_releases_of_unsloth_swallowed_are_named(engine, uv):
         ("2026.5.5", set()),
     ):
         auditor = Auditor(engine, f"unsloth@{release}")
-        found = auditor.audit(["lora.num_layers", "optim.clip", "unsloth.explicit_clip"])
+        found = auditor.audit(
+            ["lora.num_layers", "optim.clip", "optim.clip_value", "unsloth.explicit_clip"]
+        )
         assert {*found.named(Status.SWALLOWED)} == expected, release
         clips = [f for f in found.findings if f.status is Status.SWALLOWED and "clip" in f.factor]
         assert all("beside unsloth.explicit_clip=False" in f.notes for f in clips)

@@ -15,7 +15,7 @@ from typing import Any
 
 from parity.audit import moves as known_moves
 from parity.audit.concurrent import each
-from parity.audit.effects import Effect, effect, unlike
+from parity.audit.effects import COMPARED, Effect, effect, unlike
 from parity.audit.inputs import given, shapes
 from parity.audit.moves import BESIDE, Move
 from parity.capture.engine import Engine
@@ -116,10 +116,14 @@ class Auditor:
         self._starts: dict[str, Mapping[str, Any]] = {}
 
     def audit(self, factors: Iterable[str] = ()) -> Audit:
-        """Moves all factors that the path honours, or those of these names or prefixes."""
+        """Moves all factors that the path honours, or those of these names or sections."""
         started = time.perf_counter()
-        wanted = tuple(factors) or ("",)
-        chosen = [move for move in known_moves.moves(self.kind) if move.factor.startswith(wanted)]
+        wanted = [*factors]
+        chosen = [
+            move
+            for move in known_moves.moves(self.kind)
+            if not wanted or any(known_moves.named(move.factor, name) for name in wanted)
+        ]
         result = Audit(self.path)
         for finding in each(self.move, chosen):
             result.findings.append(finding)
@@ -135,7 +139,7 @@ class Auditor:
             if finding.status is Status.SWALLOWED:
                 result.findings.append(finding)
                 self.progress(finding)
-        if wanted == ("",):
+        if not wanted:
             result.defaults, result.not_known = self.defaults()
             result.not_moved = known_moves.unmoved(self.kind)
         result.seconds = time.perf_counter() - started
@@ -204,7 +208,8 @@ class Auditor:
             apart, why = unlike(method, ours, theirs)
             if apart:
                 return Status.OTHER, f"another effect than on {control}: {apart}", control
-            like = f"like {control}" if not why else f"not compared with {control}: {why}"
+            alike = f"like {control}" if method in COMPARED else f"names and shapes like {control}"
+            like = f"not compared with {control}: {why}" if why else alike
             return Status.HONOURED, f"{_count(changed)} changed, {like}", control
         if changed:
             return Status.HONOURED, f"{_count(changed)} changed", ""
@@ -324,7 +329,10 @@ class Auditor:
             return wrong, [f"which defaults are in effect is not known: {error}"]
         factors, active = shipped.factors(), shipped.active()
         for factor, key in REQUESTED.items():
-            if factor not in active or not known(real := settings.get(key, "unknown")):
+            # Of what a path does not report nothing is claimed: there the recipe's own default stands.
+            if factor not in active.keys() & reported.keys() or not known(
+                real := settings.get(key, "unknown")
+            ):
                 continue
             if not same(key, factors[factor], real):
                 wrong.append(

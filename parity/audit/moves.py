@@ -108,6 +108,11 @@ def _idle(kind: type[TrainingPath], move: Move) -> bool:
     return any(kind.fixed.get(name, value) != value for name, value in move.needs.items())
 
 
+def named(factor: str, name: str) -> bool:
+    """Whether a name is that of a factor, or of its section."""
+    return factor == name or factor.partition(".")[0] == name.removesuffix(".")
+
+
 def unmoved(kind: type[TrainingPath]) -> list[str]:
     """Factors that a path says it honours and that no move is known for."""
     names = kind_of(kind.knob_types())().factors()

@@ -48,7 +48,7 @@ def audit(
       parity audit mlx-lm --factors optim --json
     """  # noqa: D301
     from parity.audit.audit import WRONG, Auditor, Status
-    from parity.audit.moves import moves
+    from parity.audit.moves import moves, named
     from parity.capture import engine as engines
     from parity.errors import UsageError
     from parity.files import to_json
@@ -59,7 +59,7 @@ def audit(
     engines.check_fitness(path)
     names = [part.strip() for name in factors for part in name.split(",")]
     known = [move.factor for move in moves(resolve(path))]
-    if lost := [name for name in names if not any(f.startswith(name) for f in known)]:
+    if lost := [name for name in names if not any(named(f, name) for f in known)]:
         raise UsageError(
             f"--factors {lost[0]!r}: path {path!r} honours {', '.join(dict.fromkeys(known))}"
         )
