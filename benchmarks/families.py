@@ -68,36 +68,55 @@ SIGNS = {
 }
 
 
-def table(found: dict[tuple[str, str], dict[str, Record]], steps: int) -> str:
-    """The table and what is not green, in Markdown."""
-    versions: dict[str, str] = {}
-    for records in found.values():
-        for record in records.values():
-            for side in (record.subject, record.reference):
-                versions |= side.environment.get("versions", {})
-    shown = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()) if version)
-    lines = [
-        "# Families, stage by stage",
-        "",
-        f"`python benchmarks/families.py`: path `mlx`, one seed, {steps} steps. {shown}.",
-        "`=` equal bits, `≈` within the measured floor, `✗` diverges, `?` inconclusive, `–` refused with a",
-        "reason, `!` error. A green cell is about these tiny models and inputs, and promises nothing else.",
-        "",
-        f"| what is trained | against | {' | '.join(STAGES)} |",
-        f"|---|---|{'---|' * len(STAGES)}",
+def rows(family: str, reference: str, records: dict[str, Record]) -> tuple[str, list[str]]:
+    """The row of a family against a reference, and a line for each stage that is not green."""
+    signs = " | ".join(SIGNS[records[stage].verdict] for stage in STAGES if stage in records)
+    notes = [
+        f"- {SIGNS[record.verdict]} {family}, {stage}, `{reference}`: {record.reason.strip()}"
+        for stage, record in records.items()
+        if not record.verdict.green
     ]
-    notes: dict[str, list[str]] = {}
-    for (family, reference), records in found.items():
-        signs = [SIGNS[record.verdict] for record in records.values()]
-        lines.append(f"| {family} | `{reference}` | {' | '.join(signs)} |")
-        for stage, record in records.items():
-            if not record.verdict.green:
-                words = f"{SIGNS[record.verdict]} {record.reason.strip()}"
-                notes.setdefault(words, []).append(f"{family}, {stage}, `{reference}`")
-    lines += ["", "## What is not green", ""]
-    for words, where in notes.items():
-        lines.append(f"- {words} ({'; '.join(where)})")
-    return "\n".join(lines) + "\n"
+    return f"| {family} | `{reference}` | {signs} |", notes
+
+
+def table(lines: dict[tuple[str, str], tuple[str, list[str]]], versions: str, steps: int) -> str:
+    """The table and what is not green, in Markdown."""
+    ordered = [lines[key] for family in FAMILIES for key in lines if key[0] == family]
+    return "\n".join(
+        [
+            "# Families, stage by stage",
+            "",
+            f"`python benchmarks/families.py`: path `mlx`, one seed, {steps} steps. {versions}.",
+            "`=` equal bits, `≈` within the measured floor, `✗` diverges, `?` inconclusive, `–` refused with a",
+            "reason, `!` error. A green cell is about these tiny models and inputs, and promises nothing else.",
+            "",
+            f"| what is trained | against | {' | '.join(STAGES)} |",
+            f"|---|---|{'---|' * len(STAGES)}",
+            *(row for row, _ in ordered),
+            "",
+            "## What is not green",
+            "",
+            *(note for _, notes in ordered for note in notes),
+            "",
+        ]
+    )
+
+
+def kept(file: Path) -> dict[tuple[str, str], tuple[str, list[str]]]:
+    """Rows and notes of an earlier run, which stay where their family is not run again."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    found = {}
+    for family in FAMILIES:
+        for reference in REFERENCES:
+            row = [line for line in lines if line.startswith(f"| {family} | `{reference}` |")]
+            if row:
+                notes = [
+                    x
+                    for x in lines
+                    if x[4:].startswith(f"{family}, ") and f", `{reference}`: " in x
+                ]
+                found[family, reference] = row[0], notes
+    return found
 
 
 def main() -> None:
@@ -107,20 +126,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--only", default="", help="words that a family's name has")
     asked = parser.parse_args()
-    found: dict[tuple[str, str], dict[str, Record]] = {}
+    lines, versions = kept(asked.out), dict[str, str]()
     with Engine(timeout=900) as engine:
         for family, changes in FAMILIES.items():
             if asked.only not in family:
                 continue
             recipe = Recipe().override({"train.steps": asked.steps, "optim.lr": 3e-3, **changes})
             for reference in REFERENCES:
-                records = found.setdefault((family, reference), {})
+                records: dict[str, Record] = {}
                 for stage, number in STAGES.items():
                     cell = Cell(find(number), "mlx", reference, recipe)
-                    records[stage] = run_cell(engine, cell)
-                    sign = SIGNS[records[stage].verdict]
+                    record = records[stage] = run_cell(engine, cell)
+                    for side in (record.subject, record.reference):
+                        versions |= side.environment.get("versions", {})
+                    sign = SIGNS[record.verdict]
                     print(f"{sign} {stage:10} {reference:7} {family}", file=sys.stderr, flush=True)
-                asked.out.write_text(table(found, asked.steps), encoding="utf-8")
+                lines[family, reference] = rows(family, reference, records)
+                shown = ", ".join(f"{n} {v}" for n, v in sorted(versions.items()) if v)
+                asked.out.write_text(table(lines, shown, asked.steps), encoding="utf-8")
 
 
 if __name__ == "__main__":

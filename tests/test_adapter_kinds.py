@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -97,6 +100,25 @@ def test_a_model_is_used_again_after_experts_and_embeddings_were_adapted(path, i
     for targets in (["up_proj", "embed_tokens"], ["q_proj"], ["lm_head", "down_proj"]):
         trace = init(path, model__source=str(experts), lora__target_modules=targets)
         assert trace.scalars["modules"] == sorted(targets)
+
+
+UNWRAP = """
+import sys
+import mlx_lm
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from parity.paths.mlx.pristine import without_adapter
+model = mlx_lm.load(sys.argv[1])[0]
+before = [(name, id(module)) for name, module in model.named_modules()]
+keys = ["self_attn.q_proj", "mlp.switch_mlp.up_proj", "model.embed_tokens", "lm_head"]
+parameters = {"rank": 2, "scale": 1.0, "dropout": 0.5, "keys": keys}
+linear_to_lora_layers(model, -1, parameters)
+assert [(name, id(module)) for name, module in model.named_modules()] != before
+assert sorted((n, id(m)) for n, m in without_adapter(model).named_modules()) == sorted(before)
+"""
+
+
+def test_an_adapter_of_any_kind_is_taken_out_of_a_model_that_came_with_it(experts):
+    subprocess.run([sys.executable, "-c", UNWRAP, str(experts)], check=True)
 
 
 def test_the_weights_are_those_of_the_checkpoint_after_they_were_trained(engine, small):

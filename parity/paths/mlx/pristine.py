@@ -31,6 +31,33 @@ class Pristine:
         return self._model
 
 
+def without_adapter(model: Any) -> Any:
+    """A model whose adapter somebody else put in, each adapted module replaced by what is in it.
+
+    For models that were never seen without: mlx-lm's `remove_lora_layers` knows `LoRALinear` alone.
+
+    Raises:
+        RuntimeError: An adapted module with no single module inside that could be its base.
+    """
+    import mlx.nn as nn
+    from mlx.utils import tree_unflatten
+
+    bases = []
+    for name, module in model.named_modules():
+        if "lora_a" not in module:
+            continue
+        inside = [m for m in module.children().values() if isinstance(m, nn.Module)]
+        found = [m for m in inside if not isinstance(m, nn.Dropout)]
+        if len(found) != 1:
+            raise RuntimeError(
+                f"{name} is a {type(module).__name__}: which module it adapts cannot be seen"
+            )
+        bases.append((name, found[0]))
+    if bases:
+        model.update_modules(tree_unflatten(bases))
+    return model
+
+
 def _copied(value: Any) -> Any:
     """Containers anew, for they are changed in place; modules and arrays themselves."""
     if type(value) in (list, tuple):

@@ -26,6 +26,7 @@ from parity.paths.mlx import live as _mlx
 from parity.paths.mlx.live import Batch, Loss, Setup, to_numpy
 from parity.paths.mlx.observed import calls
 from parity.paths.mlx.path import MlxPath
+from parity.paths.mlx.pristine import Pristine, without_adapter
 from parity.paths.mlx.settings import one_step
 from parity.paths.mlx.traces import given
 from parity.paths.plugin.arrays import Layout, layout
@@ -222,21 +223,17 @@ class TrainerPath(MlxPath):
 
     def _given_model(self, recipe: Recipe) -> tuple[Any, Any]:
         """The model of path `mlx`, for a trainer that loads none; kept over calls as there."""
-        from mlx_lm.tuner.utils import remove_lora_layers
-
         if (key := model_key(recipe)) not in self._loaded:
             self._loaded = {key: super().load(recipe)}
-        model, tokenizer = self._loaded[key]
-        return remove_lora_layers(model).eval(), tokenizer
+            self._pristine = {key: Pristine(self._loaded[key][0])}
+        return self._pristine[key].restore().eval(), self._loaded[key][1]
 
     def base(self, recipe: Recipe) -> tuple[Any, Any]:
         """The model that it loads, without the adapter that it puts in."""
-        from mlx_lm.tuner.utils import remove_lora_layers
-
         if "path" not in self.takes:
             return self._given_model(recipe)
         setup = self.setup(recipe)
-        return remove_lora_layers(setup.model).eval(), setup.tokenizer
+        return without_adapter(setup.model).eval(), setup.tokenizer
 
     # What another path can take from it -----------------------------------------------------------
 

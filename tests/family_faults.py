@@ -1,0 +1,124 @@
+"""The `mlx` path with one thing planted in it that only one family of models has."""
+
+from __future__ import annotations
+
+from benchmarks.planted.tools import call
+from parity.paths.mlx.path import MlxPath
+
+LAYER = 5
+
+
+class FrozenExperts(MlxPath):
+    """LoRA on experts is there, and not trained."""
+
+    name = "frozen-experts"
+
+    def wire(self, model, recipe):
+        super().wire(model, recipe)
+        for layer in model.layers:
+            layer.mlp.switch_mlp.freeze()
+
+
+class UntrainedExpert(MlxPath):
+    """Of one layer's experts one gets no gradient."""
+
+    name = "untrained-expert"
+
+    def wire(self, model, recipe):
+        import mlx.core as mx
+
+        super().wire(model, recipe)
+        down = model.layers[LAYER].mlp.switch_mlp.down_proj
+        trained = (mx.arange(down.num_experts) != 3)[:, None, None]
+
+        def run(own, module, *args, **kwargs):
+            kept = module.lora_a, module.lora_b
+            module.lora_a, module.lora_b = (
+                mx.where(trained, factor, mx.stop_gradient(factor)) for factor in kept
+            )
+            result = own(*args, **kwargs)
+            module.lora_a, module.lora_b = kept
+            return result
+
+        call(down, run)
+
+
+class HalfRouter(MlxPath):
+    """The router of one layer computes in bfloat16."""
+
+    name = "half-router"
+
+    def load(self, recipe):
+        import mlx.core as mx
+
+        model, tokenizer = super().load(recipe)
+
+        def run(own, module, x):
+            return (x.astype(mx.bfloat16) @ module.weight.T.astype(mx.bfloat16)).astype(x.dtype)
+
+        call(model.layers[LAYER].mlp.gate, run)
+        return model, tokenizer
+
+
+class RandomMagnitude(MlxPath):
+    """DoRA's magnitudes of one layer are the norms of random weights of their shape."""
+
+    name = "random-magnitude"
+
+    def wire(self, model, recipe):
+        import mlx.core as mx
+        import mlx.nn as nn
+
+        super().wire(model, recipe)
+        module = model.layers[-1].self_attn.o_proj
+        outputs, inputs = module.linear.weight.shape
+        module.m = mx.linalg.norm(nn.Linear(inputs, outputs).weight, axis=1)
+
+
+class WrongGroups(MlxPath):
+    """The weights are quantized in groups of 32, whatever the recipe says."""
+
+    name = "wrong-groups"
+
+    def load(self, recipe):
+        return super().load(recipe.override({"model.group_size": 32}))
+
+
+class TransposedProduct(MlxPath):
+    """The gradient of one quantized product goes through the weight the wrong way round."""
+
+    name = "transposed-product"
+
+    def wire(self, model, recipe):
+        import mlx.core as mx
+
+        super().wire(model, recipe)
+
+        @mx.custom_function
+        def product(x, weight):
+            return x @ weight.T
+
+        @product.vjp
+        def product_vjp(primals, cotangents, outputs):
+            return cotangents @ primals[1].T, mx.zeros_like(primals[1])
+
+        def run(own, module, x):
+            parts = module.weight, module.scales, module.biases
+            weight = mx.dequantize(*parts, module.group_size, module.bits)
+            wrong = product(x, weight)
+            # Nothing is added to the output, and all of the gradient comes this way.
+            return own(mx.stop_gradient(x)) + (wrong - mx.stop_gradient(wrong))
+
+        call(model.layers[9].self_attn.o_proj.linear, run)
+
+
+class DeltaWithoutDecay(MlxPath):
+    """One gated delta network forgets nothing of its state."""
+
+    name = "delta-without-decay"
+
+    def load(self, recipe):
+        model, tokenizer = super().load(recipe)
+        network = model.layers[LAYER].linear_attn
+        network.A_log = network.A_log - 100.0
+        return model, tokenizer

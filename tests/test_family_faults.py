@@ -1,0 +1,75 @@
+"""Faults that only one family of models can have are found at the right stage and module."""
+
+from __future__ import annotations
+
+import pytest
+
+from parity.bisect.locate_backward import backward
+from parity.bisect.locate_forward import forward
+from parity.cells.cell import Cell
+from parity.cells.run import context_of, run_cell
+from parity.recipe import Recipe
+from parity.report.text import describe
+from parity.stages import find
+
+EXPERTS = {"model.source": "tiny-qwen2-moe", "lora.target_modules": ["q_proj", "down_proj"]}
+PACKED = {"model.source": "tiny-llama", "model.quantization": "affine"}
+HYBRID = {"model.source": "tiny-qwen3-5", "lora.target_modules": ["q_proj", "out_proj"]}
+DORA = {"lora.kind": "dora", "lora.num_layers": 2}
+SWITCH = r"layers.0.mlp.switch_mlp.down_proj.lora_"
+
+
+@pytest.fixture
+def cell(engine):
+    def make(fault, probe, changes, reference):
+        recipe = Recipe().override({"train.steps": 2, **changes})
+        made = Cell(find(probe), f"tests.family_faults:{fault}", reference, recipe)
+        return made, run_cell(engine, made)
+
+    return make
+
+
+FAULTS = [
+    # path, family, stages that stay green, the first that does not, what its reason names
+    ("FrozenExperts", EXPERTS, ["02"], "04", SWITCH),
+    ("UntrainedExpert", EXPERTS, ["04"], "05", "layers.5.mlp.switch_mlp.down_proj.lora_"),
+    ("RandomMagnitude", DORA, ["02"], "04", "layers.17.self_attn.o_proj.m"),
+    ("WrongGroups", PACKED, [], "02", ""),
+    ("HalfRouter", EXPERTS, [], "02", ""),
+    ("TransposedProduct", PACKED, ["02", "04"], "05", ""),
+    ("DeltaWithoutDecay", HYBRID, [], "02", ""),
+]
+
+
+@pytest.mark.parametrize("reference", ["mlx-lm", pytest.param("hf", marks=pytest.mark.long)])
+@pytest.mark.parametrize(("fault", "family", "green", "stage", "named"), FAULTS)
+def test_a_fault_of_a_family_shows_first_at_its_stage(
+    fault, family, green, stage, named, reference, cell
+):
+    for before in green:
+        _, record = cell(fault, before, family, reference)
+        assert record.verdict.green, describe(record)
+    _, record = cell(fault, stage, family, reference)
+    assert record.verdict == "diverge", describe(record)
+    off = [metric.where for metric in record.metrics if metric.verdict == "diverge"]
+    assert any(named in where for where in [record.reason, *off]), describe(record)
+
+
+@pytest.mark.parametrize(
+    ("fault", "family", "module"),
+    [
+        ("HalfRouter", EXPERTS, "layers.5.mlp.gate"),
+        ("WrongGroups", PACKED, "embed_tokens"),
+        ("DeltaWithoutDecay", HYBRID, "layers.5.linear_attn"),
+    ],
+)
+def test_the_module_that_computes_otherwise_is_named(fault, family, module, engine, cell):
+    made, _ = cell(fault, "02", family, "mlx-lm")
+    place = forward(context_of(engine, made))
+    assert place.name.startswith(module), place
+
+
+def test_the_module_that_passes_a_wrong_gradient_on_is_named(engine, cell):
+    made, _ = cell("TransposedProduct", "05", PACKED, "mlx-lm")
+    place = backward(context_of(engine, made))
+    assert place.name.startswith("layers.9.self_attn.o_proj"), place
