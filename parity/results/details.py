@@ -115,7 +115,7 @@ def read(store: Store, grid: Sequence[GridRow], row: Array, seed: Array, kept: A
                 into.append((of[some], *(_values(f, names)[some] for f in flat[:fields])))
     texts = [*names]
     found.about = tuple(dict.fromkeys(part for text in sorted(about) for part in text.split(" · ")))
-    found.memory = dict(sorted(memory.items()))
+    found.memory = memory
     found.curves = tuple(_curves(series, grid, row, seed))
     found.problems = [f"{c.quantity}, {c.row.pair}, {p}" for c in found.curves for p in c.problems]
     if passes:
