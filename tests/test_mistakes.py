@@ -30,7 +30,8 @@ def test_a_mistake_is_one_line(mistake, monkeypatch):
     page = PAGE.read_text(encoding="utf-8")
     assert f"parity {mistake.command}`" in page, "docs/mistakes.md is old"
     if "(see `" not in found.err:  # what click says differs between its releases
-        assert f"| {found.err.strip()} |" in page, "docs/mistakes.md is old"
+        # Names that are listed at the end grow with models, factors and probes.
+        assert f"| {found.err.strip()[:50]}" in page, "docs/mistakes.md is old"
 
 
 def _no_work(*_, **__):
