@@ -39,11 +39,14 @@ def calls(model: Any, seen: Calls) -> Iterator[None]:
 
 
 def _trained(module: Any) -> bool:
-    """Whether an array of its own, not one of a module inside, is trainable."""
+    """Whether a parameter of its own, not one of a module inside, is trainable."""
     import mlx.core as mx
 
-    frozen = module._no_grad
-    return any(isinstance(v, mx.array) and name not in frozen for name, v in module.items())
+    # Frequencies of a rotary embedding are an array as well, and no parameter.
+    return any(
+        isinstance(value, mx.array) and module.trainable_parameter_filter(module, name, value)
+        for name, value in module.items()
+    )
 
 
 def _traced(ids: Any) -> bool:
