@@ -13,7 +13,7 @@ BEFORE = ["agree", "diverge", "diverge", "identical", "agree", "error", None, "a
 AFTER = ["diverge", "agree", "error", "agree", "agree", None, "diverge", None, "diverge"]
 KIND = [
     "newly failing", "newly fixed", "still failing", "otherwise green", None, "no longer run",
-    "new cell", "no longer run", "newly failing",
+    "not run before", "no longer run", "newly failing",
 ]  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def test_each_cell_is_of_one_kind():
     assert states == [["agree", "diverge"], ["error", ""], ["", "diverge"]]
     assert found.counts == {k: KIND.count(k) for k in KINDS if k in KIND}
     (row,) = found.rows.to_dict("records")
-    assert (row["probe"], row["newly failing"], row["new cell"], row["failing"]) == (5, 2, 1, 1)
+    assert (row["probe"], row["newly failing"], row["not run before"], row["failing"]) == (5, 2, 1, 1)
     assert found.sentence.startswith("2 newly failing, 1 newly fixed, 1 still failing")
 
 
@@ -71,7 +71,7 @@ def test_cells_are_as_if_compared_one_by_one(seed):
     red = ("diverge", "error", "inconclusive")
     for seed, (before, now) in enumerate(zip(one, other, strict=True)):
         if before is None or now is None:
-            expected = {(True, False): "new cell", (False, True): "no longer run"}.get(
+            expected = {(True, False): "not run before", (False, True): "no longer run"}.get(
                 (before is None, now is None)
             )
         elif now in red:

@@ -21,7 +21,7 @@ FAILS, FIXED, STILL, GONE, ADDED, OTHER = KINDS = (
     "newly fixed",
     "still failing",
     "no longer run",
-    "new cell",
+    "not run before",
     "otherwise green",
 )
 """A cell fails where it keeps a run from being green. `otherwise green`: from one state that does not
