@@ -32,7 +32,12 @@ def test_each_cell_is_of_one_kind():
     assert states == [["agree", "diverge"], ["error", ""], ["", "diverge"]]
     assert found.counts == {k: KIND.count(k) for k in KINDS if k in KIND}
     (row,) = found.rows.to_dict("records")
-    assert (row["probe"], row["newly failing"], row["not run before"], row["failing"]) == (5, 2, 1, 1)
+    assert (row["probe"], row["newly failing"], row["not run before"], row["failing"]) == (
+        5,
+        2,
+        1,
+        1,
+    )
     assert found.sentence.startswith("2 newly failing, 1 newly fixed, 1 still failing")
 
 

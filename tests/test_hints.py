@@ -411,3 +411,15 @@ def many(count):
     """Tensors of a gradient, by name."""
     rng = np.random.default_rng(0)
     return [(f"layers.{i}.lora_b", rng.normal(size=(4, 8))) for i in range(count)]
+
+
+def test_another_number_of_elements_is_no_cast():
+    def cast(note):
+        found = Metric(name="dtype.adapter", verdict=Verdict.DIVERGE, value=1, tolerance=0,
+                       minimum_required_tolerance=1, note=note)  # fmt: skip
+        return hints(record().model_copy(update={"metrics": [found]}))
+
+    assert not cast(
+        "dtype of the adapter: float32 (8) in the subject, float32 (9) in the reference"
+    )
+    assert cast("dtype of the adapter: bfloat16 (8) in the subject, float32 (8) in the reference")

@@ -146,9 +146,10 @@ def cache(record: Record) -> str | None:
 
 
 def silent_cast(record: Record) -> str | None:
-    """A dtype that differs."""
+    """A dtype that differs, not only how many elements have it."""
+    names = ("logits dtype", "LoRA dtype", "dtype.parameters", "dtype.adapter")
     for metric in _diverging(record):
-        if metric.name in ("logits dtype", "LoRA dtype", "dtype.parameters", "dtype.adapter"):
+        if metric.name in names and len(set(re.findall(r"b?float\d+", metric.note))) > 1:
             link = _link("unsloth-zoo#670")
             return f"{metric.name}, {metric.note}: are weights cast on one side? ({link})"
     return None
