@@ -19,7 +19,12 @@ def ci() -> None:
 
     `.github/workflows/parity.yml` runs them in this order: plan, shard in each job, then `parity
     merge`, annotate and moved. None of them needs GitHub.
-    """
+
+    \b
+    Examples:
+      parity ci plan --runners macos-26 --seeds 5 --shards 1
+      parity ci shard --help
+    """  # noqa: D301
 
 
 @ci.command()

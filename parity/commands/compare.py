@@ -33,7 +33,7 @@ def compare(
     expected: Path | None,
     no_expected: bool,
 ) -> None:
-    """Compare what was captured of SUBJECT and REFERENCE, two bundles of `parity capture`.
+    """Compare the bundles SUBJECT and REFERENCE.
 
     Probes, seeds and recipe are those that both bundles were made for; what only one was made for is
     named. Neither framework nor model is needed. The records are those of `parity run` with both.

@@ -168,7 +168,10 @@ def adapter_trace(model: Any) -> Trace:
 def model_facts(model: Any) -> dict[str, Any]:
     """Dtypes, rope and LoRA of a live model, in the vocabulary of probe 00."""
     parameters, names = trainable(model), sorted(tensors.trainable(model))
+    # Set by `parity.paths.hf.loading`, which computes with what packed weights are worth.
+    packed = getattr(model, "packed", False)
     return {
+        "model.quantization": "none: what packed weights are worth" if packed else "none",
         "dtype.parameters": dtype_census(p for p in model.parameters() if not p.requires_grad),
         "dtype.adapter": dtype_census(parameters),
         **forward_facts(model),
