@@ -200,18 +200,27 @@ def test_a_job_runs_its_cells(tmp_path):
 def test_annotations_are_one_for_each_probe_and_pair_the_worst_first():
     wrong = [record(p, s, "diverge", reason="50% off:\nso, there") for p in (6, 7) for s in (0, 1)]
     other = [record(3, 0, "inconclusive"), record(2, 1, "error", reason="it fell over")]
-    lines = workflow_commands(aggregate(put(matrix(), *wrong, *other)), "macos-26")
+    lines = workflow_commands({"macos-26": aggregate(put(matrix(), *wrong, *other))})
     assert len(lines) == 4
-    assert lines[0].startswith("::error title=02 logits%2C mlx vs mlx-lm (macos-26)::error on tiny")
+    assert lines[0].startswith("::error title=02 logits%2C mlx vs mlx-lm::error on tiny")
     assert "seeds 0, 1: 50%25 off:%0Aso, there%0Areproduce: run --seeds 0" in lines[1]
     assert lines[3].startswith("::warning title=03 cross entropy")
     assert not any("\n" in line for line in lines)
-    assert workflow_commands(aggregate(matrix())) == []
+    assert workflow_commands({"": aggregate(matrix())}) == []
+
+
+def test_several_runners_share_an_annotation():
+    wrong = aggregate(put(matrix(), record(2, 0, "diverge", reason="off")))
+    lines = workflow_commands({"macos-26": wrong, "macos-15": wrong, "linux": aggregate(matrix())})
+    assert len(lines) == 1
+    assert "mlx vs mlx-lm (macos-26%2C macos-15)" in lines[0]
+    assert lines[0].count(": off") == 2
+    assert "macos-26: diverge" in lines[0] and "macos-15: diverge" in lines[0]
 
 
 def test_no_more_annotations_than_github_shows_and_the_rest_is_counted():
     result = aggregate([record(p, 0, "diverge", reference=r) for p in range(11) for r in "ab"])
-    lines = workflow_commands(result)
+    lines = workflow_commands({"": result})
     assert len(lines) == 10
     assert "13 more probes and pairs are not green" in lines[-1]
 

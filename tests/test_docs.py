@@ -87,8 +87,8 @@ def test_the_steps_of_the_workflow_by_hand(tmp_path):
     plan, _, annotate, moved, merge, _ = [d.stdout for d in done]
     assert plan.startswith('jobs=[{"name": "here-001"')
     assert [line.split("::")[1].split(",")[0] for line in annotate.splitlines()] == [
-        "error title=01 tokenization%2C mlx vs mlx-lm (here)",
-        "error title=02 logits%2C mlx vs mlx-lm (here)",
+        "error title=01 tokenization%2C mlx vs mlx-lm",
+        "error title=02 logits%2C mlx vs mlx-lm",
     ]
     assert "missing on tiny-gemma3, seed 0: there is no record" in annotate
     assert "There is no run before this one" in moved

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from parity.results.aggregate import Aggregate
@@ -15,16 +15,31 @@ SEEDS = 20
 WARNINGS = ("inconclusive",)
 
 
-def workflow_commands(result: Aggregate, place: str = "") -> list[str]:
+Group = tuple[int, str, str, str]
+"""Probe, stage, subject and reference."""
+
+
+def workflow_commands(results: Mapping[str, Aggregate]) -> list[str]:
     """Workflow commands, `::error` or `::warning`, at most `MOST` of a kind.
 
     Args:
-        result: All records of one runner.
-        place: Where they were made, such as the label of the runner.
+        results: All records, by where they were made, such as the label of a runner. The names are in
+            the annotations where there are several.
     """
-    found: dict[str, list[str]] = defaultdict(list)
-    for kind, title, message in _rows(result):
-        found[kind].append(_command(kind, f"{title}{f' ({place})' if place else ''}", message))
+    groups: dict[Group, dict[str, tuple[str, str, str]]] = defaultdict(dict)
+    for place, result in results.items():
+        for group, *row in _rows(result):
+            kind, title, message = row
+            groups[group][place] = kind, title, message
+    found: dict[str, list[str]] = {"error": [], "warning": []}
+    for rows in groups.values():
+        kind = min(kind for kind, *_ in rows.values())
+        title = next(title for _, title, _ in rows.values())
+        message = "\n".join(
+            f"{place}: {text}" if len(rows) > 1 else text for place, (_, _, text) in rows.items()
+        )
+        where = f" ({', '.join(rows)})" if len(results) > 1 else ""
+        found[kind].append(_command(kind, f"{title}{where}", message))
     lines = []
     for kind, commands in found.items():
         if len(commands) > MOST:
@@ -32,21 +47,22 @@ def workflow_commands(result: Aggregate, place: str = "") -> list[str]:
             text = f"{rest} more probes and pairs are not green: see the report"
             commands = [*commands[: MOST - 1], _command(kind, "and more", text)]
         lines += commands
-    if result.damaged:
-        text = f"{len(result.damaged)} damaged, the first: {result.damaged[0]}"
+    damaged = [line for result in results.values() for line in result.damaged]
+    if damaged:
+        text = f"{len(damaged)} damaged, the first: {damaged[0]}"
         lines.insert(0, _command("error", "Damaged records", text))
     return lines
 
 
-def _rows(result: Aggregate) -> Iterator[tuple[str, str, str]]:
-    """Kind, title and message for each probe and pair that is not green, whatever the model."""
-    groups: dict[tuple[int, str, str, str], list[Any]] = {}
+def _rows(result: Aggregate) -> Iterator[tuple[Group, str, str, str]]:
+    """Group, kind, title and message for each probe and pair that is not green, whatever the model."""
+    groups: dict[Group, list[Any]] = {}
     red: Any = result.red().itertuples(index=False)
     for cell in red:
         row = result.grid[cell.row]
         groups.setdefault((row.probe, row.stage, row.subject, row.reference), []).append(cell)
     # The order of `red`: the worst cell of each group stands first in it, and so do the groups.
-    for bad in groups.values():
+    for group, bad in groups.items():
         row, name = result.grid[bad[0].row], str(bad[0].state)
         worst = [cell for cell in bad if cell.state == name]
         models = dict.fromkeys(result.grid[cell.row].model for cell in worst)
@@ -60,7 +76,7 @@ def _rows(result: Aggregate) -> Iterator[tuple[str, str, str]]:
             message += f" ({others} more cells are not green)"
         message += "".join(f"\nreproduce: {r.reproduce}" for r in records if r.reproduce)
         kind = "warning" if name in WARNINGS else "error"
-        yield kind, f"{row.title}, {row.subject} vs {row.reference}", message
+        yield group, kind, f"{row.title}, {row.subject} vs {row.reference}", message
 
 
 def _command(kind: str, title: str, message: str) -> str:

@@ -121,19 +121,21 @@ def shard(arguments: str, out: Path) -> None:
 
 
 @ci.command()
-@click.argument("folder", type=_FOLDER)
-@click.option("--place", default="", help="Where the records were made, as a runner's label.")
-def annotate(folder: Path, place: str) -> None:
-    """Print annotations of a FOLDER of records, at most one for each probe and pair.
+@click.argument("folders", metavar="FOLDER...", type=_FOLDER, nargs=-1, required=True)
+def annotate(folders: tuple[Path, ...]) -> None:
+    """Print annotations of folders of records, at most one for each probe and pair.
+
+    Where there are several, as of several runners, an annotation says of which of them it is, by name.
 
     \b
-    Example:
-      parity ci annotate merged --place macos-26
+    Examples:
+      parity ci annotate merged
+      parity ci annotate merged/macos-26 merged/macos-15
     """  # noqa: D301
     from parity.ci.annotations import workflow_commands
     from parity.ci.jobs import read
 
-    for line in workflow_commands(read(folder), place):
+    for line in workflow_commands({folder.resolve().name: read(folder) for folder in folders}):
         click.echo(line)
 
 
