@@ -5,18 +5,12 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 from parity.errors import Unsupported
-from parity.paths.mlx.path import MlxPath
+from parity.paths import parts
+from parity.paths.mlx.path import WRITTEN_AS, MlxPath
 from parity.recipe import Recipe
 
 SPEC = f"{__name__}:Alarm"
-METHODS = {
-    "loader": ("load",),
-    "wiring": ("wire",),
-    "batching": ("dataset", "iterate"),
-    "loss": ("loss",),
-    "clip": ("clip",),
-    "optimizer": ("optimizer",),
-}
+METHODS = {part: names for part, names in WRITTEN_AS.items() if part in parts.PARTS}
 """Part to the methods of an MLX path that are it."""
 
 

@@ -35,7 +35,7 @@ from parity.recipe import Recipe
 from parity.timing import LOAD, timed
 from parity.trace import Array, Trace
 
-_WRITTEN_AS = {
+WRITTEN_AS = {
     "loader": ("load",),
     "wiring": ("wire",),
     "batching": ("dataset", "iterate"),
@@ -82,7 +82,7 @@ class MlxPath(MlxStages):
         """
         super().__init_subclass__(**named)
         own = vars(cls)
-        written = {part for part, names in _WRITTEN_AS.items() if own.keys() & set(names)}
+        written = {part for part, names in WRITTEN_AS.items() if own.keys() & set(names)}
         unsure = {part for part, names in _USED_BY.items() if own.keys() & set(names)} - written
         if "own_parts" not in own:
             cls.own_parts = tuple(p for p in parts.ALL if p in {*cls.own_parts, *written} - unsure)
