@@ -38,8 +38,13 @@ def stopped(words, ready, send=os.kill):
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-    left = subprocess.run(["ps", "-o", "pid=", "-g", str(process.pid)], capture_output=True)
-    return process.returncode, out, err, left.stdout.split()
+    try:
+        os.killpg(process.pid, 0)
+    except ProcessLookupError:
+        left = False
+    else:
+        left = True
+    return process.returncode, out, err, left
 
 
 @pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["the process", "its terminal"])
