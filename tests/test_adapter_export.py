@@ -50,10 +50,10 @@ def exported(tmp_path_factory):
     return fused / "ggml-model-f16.gguf", fused
 
 
-def rewritten(source, target, tensors=None, settings=None):
+def rewritten(source, target, tensors=None, settings=None, architecture="llama"):
     """A copy of a file with other tensors (None: left out) and settings (None: left out)."""
     reader, tensors, settings = gguf.GGUFReader(source), tensors or {}, settings or {}
-    writer = gguf.GGUFWriter(target, "llama")
+    writer = gguf.GGUFWriter(target, architecture)
     for name, field in reader.fields.items():
         value = settings.get(name, field.contents())
         if name.startswith("GGUF.") or name == "general.architecture" or value is None:
@@ -178,6 +178,16 @@ def test_what_the_type_rounds_is_no_finding(exported, tmp_path, kind):
     both = [n for n, t in reader.tensors.items() if len(t.shape) == 2]
     file = rewritten(exported[0], tmp_path / "x.gguf", dict.fromkeys(both, rounded))
     assert not findings(check(file, against=exported[1]))
+
+
+def test_of_an_architecture_that_is_not_known_no_layout_is_claimed(exported, tmp_path):
+    norms = on(["attn_norm"], lambda v: v + 1)
+    file = rewritten(exported[0], tmp_path / "x.gguf", norms, architecture="qwen2")
+    result = check(file, against=exported[1])
+    assert not any(kind == "values" for kind, _ in findings(result))
+    left = {outcome.check: outcome.unchecked for outcome in result.unchecked}
+    assert "which layout readers of qwen2 expect; the file has" in left["values"]
+    assert "18 with 1 added" in left["values"]
 
 
 def test_without_the_model_nothing_is_green(exported):

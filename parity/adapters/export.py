@@ -1,15 +1,15 @@
 """A GGUF export against the model that it was made from: names, settings, values, and what a reader makes of it.
 
 Which values a file has to hold is a convention of its architecture, in llama.cpp's
-convert_hf_to_gguf.py: rows of q and k are permuted within each head for `llama`, norms of the Gemma
-family are stored with 1 added. What a file really holds is found by trying.
+convert_hf_to_gguf.py: rows of q and k are permuted within each head for `llama`. Of other architectures
+no convention is claimed here. What a file really holds is found by trying.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,14 @@ _SETTINGS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps", "rope.freq_base": "rope_theta",
     "context_length": "max_position_embeddings",
 }  # fmt: skip
-AS_IT_IS, PERMUTED, PLUS_ONE = "as it is", "with the rows of each head permuted", "with 1 added"
+AS_IT_IS, PERMUTED = "as it is", "with the rows of each head permuted"
+KNOWN = "llama"
+"""The architecture whose convention is checked against a real reader."""
 _LAYOUTS: dict[str, Callable[[Array, int], Array]] = {
     AS_IT_IS: lambda value, _: value,
     PERMUTED: lambda value, heads: _permuted(value, heads, 2),
     "with the rows of each head permuted back": lambda value, heads: _permuted(value, heads, 0),
-    PLUS_ONE: lambda value, _: value + 1,
+    "with 1 added": lambda value, _: value + 1,
     "with 2 added": lambda value, _: value + 2,
     "with 1 subtracted": lambda value, _: value - 1,
     "transposed": lambda value, _: value.T,
@@ -150,6 +152,7 @@ def _settings(found: Exported, model: Base) -> Outcome:
 
 def _values(found: Exported, model: Base, names: Mapping[str, str]) -> Outcome:
     kinds, unknown = defaultdict[str, list[str]](list), list[str]()
+    layouts = Counter[str]()
     for name, theirs in names.items():
         ours, value = found.values(name), model.tensors[theirs].read().astype(np.float32)
         if not np.isfinite(ours).all():
@@ -162,9 +165,11 @@ def _values(found: Exported, model: Base, names: Mapping[str, str]) -> Outcome:
             except NotImplementedError:
                 unknown.append(name)
                 continue
-            wanted = _wanted(found.architecture, theirs)
+            wanted = _wanted(theirs)
             if not held:
-                kinds["not the model's values"].append(name)
+                kinds["not the model's values, in no layout that was tried"].append(name)
+            elif found.architecture != KNOWN:
+                layouts[held[0]] += 1
             elif wanted not in held:
                 text = f"the model's values {held[0]}; {found.architecture} wants them {wanted}"
                 kinds[text].append(name)
@@ -175,6 +180,9 @@ def _values(found: Exported, model: Base, names: Mapping[str, str]) -> Outcome:
         for text, off in kinds.items()
     ]
     left = ""
+    if layouts:
+        seen = ", ".join(f"{count} {layout}" for layout, count in sorted(layouts.items()))
+        left = f"which layout readers of {found.architecture} expect; the file has {seen}"
     if unknown:
         types = sorted({found.tensors[name].tensor_type.name for name in unknown})
         left = f"{len(unknown)} tensors of type {', '.join(types)}: gguf cannot make these"
@@ -198,13 +206,9 @@ def _layouts(found: Exported, name: str, value: Array, heads: int) -> list[str]:
     return held
 
 
-def _wanted(architecture: str, name: str) -> str:
-    """The layout that readers of an architecture expect of a tensor."""
-    if architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-        return PERMUTED
-    if architecture.startswith("gemma") and name.endswith("norm.weight"):
-        return PLUS_ONE
-    return AS_IT_IS
+def _wanted(name: str) -> str:
+    """The layout that readers of the known architecture expect of a tensor."""
+    return PERMUTED if name.endswith(("q_proj.weight", "k_proj.weight")) else AS_IT_IS
 
 
 def _heads(model: Base, name: str) -> int:
@@ -223,6 +227,10 @@ def _permuted(value: Array, heads: int, halves: int) -> Array:
 
 def _logits(engine: Engine, found: Exported, model: Base, names: Mapping[str, str]) -> Outcome:
     """What a reader computes from the file, against its own values under the model's config.json."""
+    if found.architecture != KNOWN:
+        return Outcome(
+            "logits", LOGITS, [], f"the layout of {found.architecture} is not known here"
+        )
     if len(names) < len(model.tensors):
         return Outcome("logits", LOGITS, [], "not all tensors of the model have a name in the file")
     with tempfile.TemporaryDirectory() as made:
@@ -254,12 +262,11 @@ def _write_model(folder: Path, found: Exported, model: Base, names: Mapping[str,
     """The model with the values that the file holds, laid out as its architecture has them."""
     from safetensors.numpy import save_file
 
-    back = {PERMUTED: "with the rows of each head permuted back", PLUS_ONE: "with 1 subtracted"}
+    back = {PERMUTED: "with the rows of each head permuted back"}
     folder.mkdir()
     tensors = {}
     for name, theirs in names.items():
-        layout = _wanted(found.architecture, theirs)
-        undo = _LAYOUTS[back.get(layout, AS_IT_IS)]
+        undo = _LAYOUTS[back.get(_wanted(theirs), AS_IT_IS)]
         tensors[theirs] = np.ascontiguousarray(undo(found.values(name), _heads(model, theirs)))
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config: dict[str, Any] = {**model.config, "dtype": "float32", "torch_dtype": "float32"}
