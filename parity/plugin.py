@@ -1,7 +1,7 @@
 """Paths made of your own code: a loss, some parts, or a whole trainer that is watched from outside.
 
 `docs/your-trainer.md` shows each. What you give is used; what you do not give is taken from the
-reference stack, the path `mlx`, and every record says so. A function gets what its parameters name:
+reference stack, the path `mlx` (or `hf` on torch), and every record says so. A function gets what its parameters name:
 objects, listed with each function below, and factors of the recipe (`parity factors` lists them) by
 the last part of their names where that is unique, such as `lr`, `rank`, `steps`, `batch_size`, else
 by both, such as `optim_name`; `seed` is `seed.value`, `learning_rate` is `optim.lr`, `alpha` is rank ·
@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from parity.errors import UsageError
 from parity.paths.plugin import trainer
 from parity.paths.plugin.parts import make
 from parity.paths.protocol import TrainingPath
@@ -41,7 +40,10 @@ def from_loss(
         name: Of the path in reports; that of the function by default.
         batch: Makes what the loss takes after the model from (ids, lengths), where the names of its
             parameters do not tell, such as a mask.
-        framework: `mlx`.
+        framework: `mlx`, or `torch` for a loss in the loop of path `hf`. That one takes of `ids`, `lengths`,
+            `labels` (B, W) and `targets` (B, W - 1), -100 where nothing is supervised, `attention_mask`, or
+            a `batch`, a dict with input_ids, attention_mask and labels; `num_items_in_batch`, the tokens
+            of the whole step, as well. Instead of the model it may take its `logits` or `outputs`.
 
     Raises:
         UsageError: It is no function, or what it takes cannot be told.
@@ -79,19 +81,20 @@ def from_parts(
         loop: Takes of `model`, `tokenizer`, `optimizer`, `loss`, `batches`, `clip`; trains for `steps`.
         name: Of the path in reports.
         batch: See `from_loss`.
-        framework: `mlx`.
+        framework: `mlx`, or `torch` for parts in path `hf`. There `load` may give the model alone, `wire`
+            a wrapper around the model (as PEFT's), `batches` dicts with input_ids, attention_mask and
+            labels; `optimizer` takes `params`, and returns an optimizer of torch or (optimizer, schedule);
+            `clip` takes parameters first, and changes their gradients in place.
 
     Raises:
         UsageError: Nothing is given, or a function takes what is neither an object nor a factor.
     """
-    if framework != "mlx":
-        raise UsageError(f"framework={framework!r}: parts of yours can stand in the path mlx alone")
     given = {
         "load": load, "wire": wire, "dataset": dataset, "batches": batches, "loss": loss,
         "clip": clip, "optimizer": optimizer, "loop": loop,
     }  # fmt: skip
     functions = {key: function for key, function in given.items() if function is not None}
-    return make(functions, _caller(_frame + 1), name, batch)
+    return make(functions, _caller(_frame + 1), name, batch, framework)
 
 
 def from_trainer(

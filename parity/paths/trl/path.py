@@ -47,6 +47,8 @@ class TrlPath(HfPath):
     name: ClassVar[str] = "trl"
     packages: ClassVar[tuple[str, ...]] = (*HfPath.packages, "trl", "accelerate", "datasets")
     release: ClassVar[str] = "trl"
+    own_parts: ClassVar[tuple[str, ...]] = ()  # one trainer makes and uses them all
+    takes_parts: ClassVar[tuple[str, ...]] = ()
     operations: ClassVar[Mapping[str, str]] = {
         "config": "SFTTrainer makes other batches",
         "cross_entropy": _FUSED,
