@@ -106,11 +106,13 @@ def from_trainer(
     packages: tuple[str, ...] = (),
     fixed: Mapping[str, Any] | None = None,
     shipped: Function | None = None,
+    framework: str = "mlx",
 ) -> type[TrainingPath]:
     """A whole trainer, a script or what calls a class, that is run as it is and watched from outside.
 
     Loss, gradient, batches and adapter are taken where it calls MLX's own `nn.value_and_grad` and the
-    `update` of an MLX optimizer, compiled or not. Watching changes no bit of the adapter it ends with.
+    `update` of an MLX optimizer, compiled or not; on torch, where it calls its model, `backward` of the
+    loss and `step` of a torch optimizer. Watching changes no bit of the adapter it ends with.
 
     Args:
         run: Trains for `steps` updates. Beside factors it takes of
@@ -123,18 +125,20 @@ def from_trainer(
             - `out`, an empty folder, if it saves the adapter.
         name: Of the path in reports; that of the function by default.
         batches: The function of a module that draws its batches, looked up there when it trains: another
-            stands in its place where batches are handed over. Needed unless `run` takes `batches`.
+            stands in its place where batches are handed over. Needed unless `run` takes `batches` or, on
+            torch, draws them from a DataLoader.
         batch: See `from_loss`; what the loss takes is read from the names of its parameters.
         packages: Distributions that it belongs to; their versions go into records.
         fixed: Factors that it has no option for, with the value it always has: a recipe with another value
             is skipped. Any other factor that `run` does not take is decided by the trainer and compared.
         shipped: Reads its defaults from the live library: factor to value. Defaults of the parameters of
             `run` are its defaults as well.
+        framework: `mlx` or `torch`.
 
     Raises:
         UsageError: It is no function, or takes what is neither an object nor a factor.
     """
-    return trainer.make(run, _caller(2), name, batches, batch, packages, fixed, shipped)
+    return trainer.make(run, _caller(2), name, batches, batch, packages, fixed, shipped, framework)
 
 
 def _caller(depth: int) -> str:

@@ -10,7 +10,7 @@ from parity.paths.contract import METHODS, described
 from parity.paths.method import Method
 from parity.paths.plugin.calling import parameter_names
 from parity.paths.plugin.given import PART
-from parity.paths.plugin.trainer import OBJECTS
+from parity.paths.plugin.whole import OBJECTS
 from parity.recipe import Recipe
 
 _HEAD = '''\

@@ -58,7 +58,7 @@ def ids_tensor(ids: Array) -> Any:
     """Token ids or labels on the device."""
     import torch
 
-    return torch.as_tensor(np.asarray(ids, np.int64), device=device())
+    return torch.as_tensor(np.asarray(ids, np.int64, order="C"), device=device())
 
 
 # Rows and batches --------------------------------------------------------------------------------

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import itertools
-import json
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
-from unittest import mock
 
 import numpy as np
 
 from parity import resources
 from parity.errors import Unsupported, UsageError
 from parity.names import canonical
-from parity.paths import parts
 from parity.paths.describe import model_key
 from parity.paths.measured import HALF, Calls, micro_batches
 from parity.paths.mlx import live as _mlx
@@ -30,66 +25,34 @@ from parity.paths.mlx.pristine import Pristine, without_adapter
 from parity.paths.mlx.settings import one_step
 from parity.paths.mlx.traces import given
 from parity.paths.plugin.arrays import Layout, layout
-from parity.paths.plugin.calling import call, defaults, taken, title
 from parity.paths.plugin.facts import LOUD, QUIET, curve, loop_facts, tokens_of
+from parity.paths.plugin.given import Function
 from parity.paths.plugin.live import in_place, restored_calls, transplant
 from parity.paths.plugin.loss import normalised, with_any_model
 from parity.paths.plugin.watch import Step, Watch
-from parity.recipe import PINNED, Recipe, factor_names
+from parity.paths.plugin.whole import WholeTrainer, declared
+from parity.paths.protocol import TrainingPath
+from parity.recipe import Recipe
 from parity.trace import Array, Trace
 
-Function = Callable[..., Any]
-
-OBJECTS = {
-    "path": "the model's folder, for a trainer that loads the model itself",
-    "model": "else the loaded model without adapter",
-    "adapted": "or the loaded model with LoRA in it",
-    "tokenizer": "the tokenizer that comes with the model",
-    "folder": "the folder of train.jsonl",
-    "rows": "else its lines, as dicts",
-    "batches": "None to draw its own, else an iterator of what its loss takes after the model",
-    "out": "an empty folder for the adapter",
-}
-"""What a trainer may take beside factors."""
 _FIRST = 8
 """Micro-batches that are looked at first; more are drawn by running it anew."""
 
 
-class TrainerPath(MlxPath):
+class TrainerPath(WholeTrainer, MlxPath):
     """What `from_trainer` makes: subclasses hold the function."""
 
     stands_on: ClassVar[str] = "mlx"
-    trainer: ClassVar[Function]
-    draws: ClassVar[Function | None] = None
-    batch: ClassVar[Function | None] = None
-    reads: ClassVar[Function | None] = None
-    takes: ClassVar[frozenset[str]] = frozenset()
     takes_parts: ClassVar[tuple[str, ...]] = ("loss",)
 
     def __init__(self, cache: Path) -> None:
         super().__init__(cache)
         self._layout: Layout | None = None
-        self._taken = False
+        self._taken = 0
 
     def environment(self) -> dict[str, Any]:
         """That of `mlx`, and which parts are of whom."""
         return {**super().environment(), "parts": {"own": list(self.own_parts), "others": "mlx"}}
-
-    def shipped(self) -> dict[str, Any]:
-        """The defaults that its parameters have, and those that `shipped` reads.
-
-        Raises:
-            Unsupported: One that it takes is not known, so that no run is as it is shipped.
-        """
-        kind = type(self)
-        found = {**defaults(kind.trainer), **(kind.reads() if kind.reads else {})}
-        takes = taken(kind.trainer, OBJECTS, kind.name)
-        if lacking := [f for f in takes if f not in found and not f.startswith(PINNED)]:
-            raise Unsupported(
-                f"{self.name} is given {', '.join(lacking)} and nobody knows its defaults: read them in "
-                "from_trainer(…, shipped=), or give its parameters the defaults of the trainer"
-            )
-        return found
 
     # Running it --------------------------------------------------------------------------------
 
@@ -104,17 +67,7 @@ class TrainerPath(MlxPath):
         kind = type(self)
         if donor := self.donors.get("loss"):
             watch.replaced = partial(in_place, donor.loss(recipe), kind.batch)
-        folder = resources.data_dir(recipe.data.source)
-        with contextlib.ExitStack() as stack:
-            objects: dict[str, Any] = {
-                "path": resources.model_dir(recipe.model.source),
-                "folder": str(folder),
-                "out": out or stack.enter_context(tempfile.TemporaryDirectory()),
-                "batches": None,
-            }
-            if "rows" in self.takes:
-                text = Path(folder, "train.jsonl").read_text(encoding="utf-8")
-                objects["rows"] = [json.loads(line) for line in text.splitlines() if line.strip()]
+        with self.objects(recipe, out) as objects, contextlib.ExitStack() as stack:
             if self.takes & {"model", "adapted", "tokenizer"}:
                 model, objects["tokenizer"] = self._given_model(recipe)
                 if "adapted" in self.takes:
@@ -126,31 +79,22 @@ class TrainerPath(MlxPath):
                 if "batches" in self.takes:
                     objects["batches"] = raw
                 elif kind.draws is None:
-                    raise Unsupported(
-                        f"{self.name} draws its own batches: to train on others it must take "
-                        "`batches`, or name the function that draws them (from_trainer(…, batches=))"
-                    )
+                    self.draws_others()
                 else:
-                    home = importlib.import_module(kind.draws.__module__)
-                    stand_in = mock.patch.object(home, kind.draws.__name__, lambda *_, **__: raw)
-                    stack.enter_context(stand_in)
+                    stack.enter_context(self.drawing(lambda _: lambda *_, **__: raw))
             stack.enter_context(restored_calls(objects["path"]))
             stack.enter_context(_mlx.compiled(recipe.train.compile))
-            stack.enter_context(mock.patch.object(sys, "argv", [self.name]))
-            self._taken = False
-            watch.run(lambda: call(kind.trainer, recipe, objects, f"trainer {title(kind.trainer)}"))
-        if batches is not None and not self._taken:
-            raise Unsupported(
-                f"{self.name} does not train on the batches that are handed over: the function that "
-                "from_trainer(…, batches=) names must be the one that it looks up in that module"
-            )
+            self._taken = 0
+            watch.run(lambda: self.called(recipe, objects))
+        if batches is not None:
+            self.did_take(self._taken)
         return watch
 
     def _as_taken(self, batches: Iterator[Batch]) -> Iterator[Any]:
         """Batches as the trainer's loss takes them: one array, or a tuple of several."""
         wanted = self._layout
         for ids, lengths in batches:
-            self._taken = True
+            self._taken += 1
             made = wanted.arguments(ids, lengths) if wanted else (ids, lengths)
             yield made if len(made) > 1 else made[0]
 
@@ -247,27 +191,21 @@ class TrainerPath(MlxPath):
 
     def load(self, recipe: Recipe) -> Any:
         """Not to be had by itself."""
-        raise Unsupported(f"{self.name} is run as a whole: its loader cannot be run by itself")
+        self.not_alone("loader")
 
     def wire(self, model: Any, recipe: Recipe) -> None:
         """Not to be had by itself."""
-        raise Unsupported(f"{self.name} is run as a whole: its wiring cannot be run by itself")
+        self.not_alone("wiring")
 
     def dataset(self, recipe: Recipe, tokenizer: Any) -> Any:
         """Not to be had by itself."""
-        raise Unsupported(f"{self.name} is run as a whole: its batching cannot be run by itself")
+        self.not_alone("batching")
 
     def clip(self, recipe: Recipe) -> Any:
         """Not to be had by itself."""
-        raise Unsupported(f"{self.name} is run as a whole: its clip cannot be run by itself")
+        self.not_alone("clip")
 
     # Stages that are answered by a run of it ------------------------------------------------------
-
-    def tokenization(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """Rows are seen in batches alone, in no order of their own."""
-        raise Unsupported(
-            f"{self.name} is run as a whole: its rows are seen in its batches (probe 09), not one by one"
-        )
 
     def gradient(self, recipe: Recipe, inputs: Trace) -> Trace:
         """Of the live loss at the live model, taken outside of its step."""
@@ -311,24 +249,21 @@ class TrainerPath(MlxPath):
             self.setup(recipe)  # what its loss takes
         watch = Watch(_beginning(adapter), stop_after=recipe.train.steps)
         self.watched(recipe, watch, handed)
-        if len(watch.steps) < recipe.train.steps:
-            raise Unsupported(
-                f"{self.name} made {len(watch.steps)} updates where train.steps={recipe.train.steps}"
-            )
+        self.ended(recipe, len(watch.steps))
         return watch
 
     def loop(
         self, recipe: Recipe, setup: Setup, batches: Iterator[Batch]
     ) -> dict[str, list[float]]:
         """Nothing calls it: the trainer is run as a whole."""
-        raise Unsupported(f"{self.name} is run as a whole: its loop cannot be run by itself")
+        self.not_alone("loop")
 
     @contextlib.contextmanager
     def saved(
         self, recipe: Recipe, adapter: Mapping[str, Array], see: Callable[[Any], None]
     ) -> Iterator[Path]:
         """What it leaves in `out` of an adapter that no update changes."""
-        self._saves()
+        self.saves()
         with tempfile.TemporaryDirectory() as out:
             once = recipe.override({"train.steps": 1})
             watch = Watch(lambda model: transplant(model, adapter), skip=True)
@@ -339,7 +274,7 @@ class TrainerPath(MlxPath):
     @contextlib.contextmanager
     def trained(self, recipe: Recipe, inputs: Trace, see: Callable[[Any], None]) -> Iterator[Path]:
         """What it leaves in `out`, by a run whose steps nobody watches."""
-        self._saves()
+        self.saves()
         adapter, handed = inputs.group("adapter"), given(inputs, recipe)
         if handed is not None and self._layout is None:
             self.setup(recipe)  # what its loss takes
@@ -362,10 +297,6 @@ class TrainerPath(MlxPath):
         model = self.setup(recipe).model
         model.load_weights(str(files[0]), strict=False)
         return model
-
-    def _saves(self) -> None:
-        if "out" not in self.takes:
-            raise Unsupported(f"{self.name} takes no `out`, a folder: what it saves is not seen")
 
     # Settings ----------------------------------------------------------------------------------
 
@@ -417,49 +348,18 @@ def make(
     packages: tuple[str, ...] = (),
     fixed: Mapping[str, Any] | None = None,
     shipped: Function | None = None,
-) -> type[TrainerPath]:
+    framework: str = "mlx",
+) -> type[TrainingPath]:
     """The path of a whole trainer; see `parity.plugin.from_trainer`.
 
     Raises:
         UsageError: It is no function, or takes what nobody can give.
     """
-    given = {"run": run, "batches": batches, "batch": batch, "shipped": shipped}
-    for what, function in given.items():
-        if function is not None and not callable(function):
-            raise UsageError(f"{what}={function!r} is no function")
-    import inspect
+    own = declared(run, module, name, batches, batch, fixed, shipped)
+    if framework == "torch":
+        from parity.paths.plugin.on_torch.trainer import make as made
 
-    factors = factor_names()
-    honoured = set(taken(run, OBJECTS, f"trainer {title(run)}"))
-    takes = frozenset(inspect.signature(run).parameters) & set(OBJECTS)
-    own = {*parts.ALL} - {"loader" if takes & {"model", "adapted"} else ""}
-    own -= {"wiring" if "adapted" in takes else ""}
-    honoured |= {"model.source", "train.compile", "decode.max_tokens"}
-    if takes & {"folder", "rows"}:
-        honoured.add("data.source")
-    if "adapted" in takes:
-        honoured |= {f for f in factors if f.startswith(("model.", "lora.", "seed.value"))}
-    elif "model" in takes:
-        honoured |= {f for f in factors if f.startswith("model.")}
-    return type(
-        "Path",
-        (TrainerPath,),
-        {
-            "__module__": module,
-            "__doc__": f"The trainer {title(run)}.",
-            "name": name or getattr(run, "__name__", "trainer"),
-            "trainer": staticmethod(run),
-            "draws": staticmethod(batches) if batches else None,
-            "batch": staticmethod(batch) if batch else None,
-            "takes": takes,
-            "packages": (*MlxPath.packages, *packages),
-            "own_parts": tuple(part for part in parts.ALL if part in own),
-            "honours": tuple(sorted(honoured)),
-            "reads": staticmethod(shipped) if shipped else None,
-            "fixed": dict(fixed or {}),
-            "own_factors": tuple(
-                f for f in factors if f not in {*honoured, *(fixed or {})} and "decode" not in f
-            ),
-            "patches": True,
-        },
-    )
+        return made(own, packages)
+    if framework != "mlx":
+        raise UsageError(f"framework={framework!r}: give mlx or torch")
+    return type("Path", (TrainerPath,), own | {"packages": (*MlxPath.packages, *packages)})

@@ -7,6 +7,7 @@ its hook for all optimizers is set. What is noted is read only; nothing of it is
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,18 @@ class Stop(BaseException):
 
 
 @dataclass
+class Supervised:
+    """What a loss depends on, from its gradient at the logits (softmax minus one-hot, times a weight)."""
+
+    positions: Array
+    """(B, T) bool: whether the loss depends on the logits there."""
+    targets: Array
+    """(B, T): the target id."""
+    weights: Array
+    """(B, T) float64: what each position weighs in the loss; 0 where it does not count."""
+
+
+@dataclass
 class Forward:
     """One backward pass and what led to it."""
 
@@ -35,10 +48,8 @@ class Forward:
     loss: float
     gradient: dict[str, Array]
     """What it added to the gradient, under canonical names, if asked for."""
-    slope: Array | None
-    """Gradient (B, T, V) of its loss at the logits that the model's head gave, if asked for."""
-    logits: Array | None
-    """Those logits."""
+    seen: Supervised | None
+    """What it supervises, if asked for and if the model's head gave the logits of its loss."""
 
 
 @dataclass
@@ -50,6 +61,8 @@ class Step:
     """Global L2 norm of the gradient after the last backward pass, before any clip."""
     given: dict[str, Array]
     """What the optimizer was given, under canonical names, if asked for."""
+    rate: float
+    """Its learning rate in this update."""
 
 
 @dataclass
@@ -62,9 +75,11 @@ class TorchWatch:
         skip: Let the optimizer do nothing.
         gain: What losses are multiplied by before their backward pass.
         gradients: Whether to keep them, and what the optimizer is given.
-        logits: Whether to keep logits and the gradient at them.
+        logits: Whether to see what losses supervise.
         given_logits: Stand in the place of what the head gives, pass by pass.
         batches: Are drawn instead of those of the training, in the form that `form` gives them.
+        passive: Only note which model trains, hand over and begin: the steps of the run are left alone, and
+            none of them is seen.
     """
 
     begin: Hook = lambda _: None
@@ -76,6 +91,7 @@ class TorchWatch:
     given_logits: Iterator[Any] | None = None
     batches: Iterator[Any] | None = None
     form: Callable[[Any, Any], Any] = lambda _, made: made
+    passive: bool = False
     steps: list[Step] = field(default_factory=list)
     model: Any = None
     optimizer: Any = None
@@ -86,7 +102,7 @@ class TorchWatch:
     _depth: int = 0
     _queue: list[Any] = field(default_factory=list)
     _asked: Any = None
-    _head: tuple[Any, Any] | None = None
+    _head: Any = None
     _before: dict[str, Array] = field(default_factory=dict)
     _forwards: list[Forward] = field(default_factory=list)
     _norm: float = 0.0
@@ -100,7 +116,7 @@ class TorchWatch:
         result = None
         with self._patched(), contextlib.suppress(Stop):
             result = training()
-        if not self._begun or not self.steps:
+        if not self._begun or not (self.steps or self.passive):
             raise Unsupported(
                 "no training was seen: it must call `backward` of a loss that a forward pass of the "
                 "model led to, and `step` of a torch optimizer"
@@ -115,9 +131,10 @@ class TorchWatch:
         from torch.utils.data import DataLoader
 
         handle = register_optimizer_step_pre_hook(self._step)
+        original = torch.Tensor.backward
         wrapped = (
             (torch.nn.Module, "__call__", self._call(torch.nn.Module.__call__)),
-            (torch.Tensor, "backward", self._backward(torch.Tensor.backward)),
+            (torch.Tensor, "backward", original if self.passive else self._backward(original)),
             (DataLoader, "__iter__", self._iterate(DataLoader.__iter__)),
             (Optimizer, "add_param_group", self._group(Optimizer.add_param_group)),
         )
@@ -131,18 +148,19 @@ class TorchWatch:
 
     # Batches -----------------------------------------------------------------------------------
 
-    def draw(self, own: Iterator[Any]) -> Iterator[Any]:
-        """What a training draws its batches from: noted, or others in their place."""
+    def draw(self, own: Iterator[Any], most: int | None = None) -> Iterator[Any]:
+        """What a training draws its batches from: noted, or others in their place, at `most` so many."""
         for raw in own:
             if self.batches is not None:
-                yield from self._handed(raw)
+                yield from self.handed(raw, most)
                 return
             self._queue.append(raw)
             yield raw
 
-    def _handed(self, example: Any) -> Iterator[Any]:
+    def handed(self, example: Any = None, most: int | None = None) -> Iterator[Any]:
+        """Batches that are handed over, in the form of an example."""
         assert self.batches is not None
-        for made in self.batches:
+        for made in itertools.islice(self.batches, most):
             self.drawn += 1
             raw = self.form(example, made)
             self._queue.append(raw)
@@ -150,7 +168,11 @@ class TorchWatch:
 
     def _iterate(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def iterate(loader: Any) -> Iterator[Any]:
-            return self.draw(original(loader))
+            try:
+                most = len(loader)  # what is drawn ahead of an epoch's end would be lost
+            except TypeError:
+                most = None
+            return self.draw(original(loader), most)
 
         return iterate
 
@@ -175,6 +197,11 @@ class TorchWatch:
                     self.begin(module)
                     self._before = self._gradient()
                 self._asked, self._head = (args, kwargs), None
+                if self.passive:
+                    self._begun = True
+            if self.given_logits is not None and isinstance(module, torch.nn.Embedding) and args:
+                # Ids of another vocabulary: what comes of them is not used.
+                args = (args[0].clamp(max=module.num_embeddings - 1), *args[1:])
             self._depth += 1
             try:
                 result = original(module, *args, **kwargs)
@@ -205,19 +232,18 @@ class TorchWatch:
 
         if self.given_logits is not None:
             made = next(self.given_logits).to(result.device, result.dtype)
-            rows, width, entries = result.shape
+            rows, width, _ = result.shape
             if made.shape[0] != rows or made.shape[1] not in (width, width - 1):
                 raise Unsupported(
                     f"its model gives logits {tuple(result.shape)} where a batch of "
                     f"{tuple(made.shape)} was handed over"
                 )
-            made = torch.nn.functional.pad(
-                made, (0, entries - made.shape[2]), value=float("-inf")
-            )  # no token has what a small vocabulary lacks
+            # Losses take the size of the vocabulary from there.
+            _torch.without_adapter(self.model).config.get_text_config().vocab_size = made.shape[2]
             result = torch.nn.functional.pad(made, (0, 0, 0, width - made.shape[1]))
             result = result.detach().requires_grad_()
         if result.requires_grad:
-            self._head = result, result.detach()
+            self._head = result
             result.retain_grad()
         return result
 
@@ -240,20 +266,31 @@ class TorchWatch:
         import torch
 
         raw = self._queue.pop(0) if self._queue else self._given()
+        self._check(raw)
         gradient: dict[str, Array] = {}
         if self.gradients:
             now = self._gradient()
             gradient = {n: g - self._before[n] if n in self._before else g for n, g in now.items()}
             self._before = now
         self._norm = _torch.gradient_norm(_torch.trainable(self.model)) if self._any() else 0.0
-        slope = logits = None
-        if self._head is not None and self._head[0].grad is not None:
-            slope, logits = (to_numpy(t.float()) for t in (self._head[0].grad, self._head[1]))
-        self._forwards.append(Forward(_kept(raw, torch), value, gradient, slope, logits))
+        head = self._head
+        seen = None if head is None or head.grad is None else _supervised(head.detach(), head.grad)
+        self._forwards.append(Forward(_kept(raw, torch), value, gradient, seen))
         self._asked = self._head = None
 
     def _any(self) -> bool:
         return any(p.grad is not None for p in _torch.trainable(self.model))
+
+    def _check(self, raw: Any) -> None:
+        """The batch is the one that the model was given."""
+        args, kwargs = self._asked
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        drawn = raw.get("input_ids") if isinstance(raw, Mapping) else raw
+        drawn = drawn[0] if isinstance(drawn, (tuple, list)) else drawn
+        if getattr(ids, "ndim", 0) != 2 or getattr(drawn, "ndim", 0) != 2:
+            return
+        if not np.array_equal(to_numpy(ids), to_numpy(drawn)[:, : ids.shape[1]]):
+            raise Unsupported("its model is given other rows than those that were drawn before")
 
     def _given(self) -> Any:
         args, kwargs = self._asked
@@ -274,7 +311,8 @@ class TorchWatch:
         if not any(id(p) in own for p in self.model.parameters()):
             return
         self.optimizer = optimizer
-        self.steps.append(Step(self._forwards, self._norm, self._gradient()))
+        rate = float(optimizer.param_groups[0]["lr"])
+        self.steps.append(Step(self._forwards, self._norm, self._gradient(), rate))
         self._forwards, self._before = [], {}
         if self.skip:
             for parameter in self.model.parameters():
@@ -283,6 +321,16 @@ class TorchWatch:
     def _end(self) -> None:
         if self.stop_after is not None and len(self.steps) >= self.stop_after:
             raise Stop
+
+
+def _supervised(logits: Any, slope: Any) -> Supervised:
+    import torch
+
+    slope = slope.float()
+    positions, targets = (slope != 0).any(dim=-1), slope.argmin(dim=-1)
+    right = torch.softmax(logits.double(), dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    weights = torch.where(positions, -slope.amin(dim=-1).double() / (1 - right), 0.0)
+    return Supervised(*map(to_numpy, (positions, targets, weights)))
 
 
 def _kept(raw: Any, torch: Any) -> Any:
