@@ -14,7 +14,7 @@ from typing import Any
 from parity import __version__, timing
 from parity.capture import machine
 from parity.capture.bundle import is_bundle, opened
-from parity.capture.engine import Declared, Engine, Source, declared, shipped
+from parity.capture.engine import Declared, Engine, Source, declared, not_installed, shipped
 from parity.capture.keys import git_state
 from parity.cells.cell import Cell, reproduce
 from parity.cells.matrix import Matrix
@@ -79,6 +79,8 @@ def _round(
     if itself and not cell.changes:
         reason = "the subject is the reference: such a comparison cannot fail"
         verdict = Verdict.INCONCLUSIVE
+    elif reason := next(filter(None, map(not_installed, (cell.subject, cell.reference))), ""):
+        verdict = Verdict.SKIP
     else:
         try:
             result = cell.stage.run(context)
