@@ -66,7 +66,9 @@ def test_padding_that_is_averaged_in_is_named(reference, engine, small):
     record = run(engine, "03", f"hf+loss={HERE}:averaged", small, reference)
     assert record.verdict is Verdict.DIVERGE
     assert "the subject averages over padding" in describe(record)
-    assert "of the subject only loss is its own" in str(record.findings) or "+" in record.subject.path
+    assert (
+        "of the subject only loss is its own" in str(record.findings) or "+" in record.subject.path
+    )
 
 
 @pytest.mark.parametrize("path", ["Right", "Counting"])

@@ -27,7 +27,9 @@ from tests.cost import long
 
 HERE = "tests.torch_trainers"
 EXAMPLES = Path(__file__).parents[1] / "examples"
-BARE = "import json, sys; from tests import torch_trainers as t; t.by_hand(**json.loads(sys.argv[1]))"
+BARE = (
+    "import json, sys; from tests import torch_trainers as t; t.by_hand(**json.loads(sys.argv[1]))"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -58,22 +60,22 @@ def test_a_script_ends_in_the_bytes_of_its_bare_run(engine, small, tmp_path):
     adapter = engine.capture(f"{HERE}:ByHand", "train", small, Trace()).group("adapter")
     assert len(left) == len(adapter) == 252
     for name, value in left.items():
-        assert np.array_equal(adapter[canonical(name)], value.T), name
+        live = canonical(name.replace(".weight", ".default.weight"))
+        assert np.array_equal(adapter[live], value.T), name
     assert any(value.any() for name, value in left.items() if "lora_B" in name)
 
 
 @pytest.mark.parametrize("stage", ["00", "03", "05", long("06"), "07", "09"])
 def test_a_right_trainer_agrees(stage, engine, small):
-    record = run(engine, stage, f"{HERE}:ByHand", small)
+    # Its collator pads to the longest row, and supervises nothing behind it.
+    asked = {"mask.end_shift": 0, "data.pad_extra": 0, "data.pad_multiple": 1}
+    record = run(engine, stage, f"{HERE}:ByHand", small.override(asked))
     if stage == "00":
         known_facts = engine.capture(f"{HERE}:ByHand", "config", small, Trace()).scalars
         assert known_facts["loss.denominator"] == "supervised tokens"
         assert (known_facts["seed.value"], known_facts["seed.placement"]) == (3407, "before_lora")
         assert (known_facts["clip.mode"], known_facts["accumulation.steps"]) == ("none", 1)
         assert not [k for k, v in known_facts.items() if not known(v)]
-        return
-    if stage == "09":
-        assert "comes" in str(record.metrics) or record.verdict.green, describe(record)
         return
     assert record.verdict.green, describe(record)
 
@@ -82,6 +84,7 @@ def test_a_right_trainer_agrees(stage, engine, small):
 def test_it_can_be_the_reference_of_a_path_on_mlx(engine, small):
     record = run(engine, "05", "mlx", small, f"{HERE}:ByHand")
     assert record.verdict is Verdict.AGREE, describe(record)
+    assert "training rows are handed over as the subject tokenizes them" in record.findings
 
 
 def test_what_is_wrong_with_one_is_named(engine, small):
@@ -109,9 +112,8 @@ def test_clip_and_accumulation_are_found_by_what_it_does(engine, small):
 )
 def test_what_cannot_be_watched_is_one_clear_reason(name, method, says, engine, small):
     with pytest.raises(Unsupported, match=says):
-        engine.capture(
-            f"{HERE}:{name}", method, small, Trace(scalars={"texts": [], "conversations": []})
-        )
+        inputs = {"texts": [], "conversations": []} if method == "tokenization" else {}
+        engine.capture(f"{HERE}:{name}", method, small, Trace(scalars=inputs))
 
 
 @pytest.mark.parametrize("stage", ["07", long("04"), long("05")])

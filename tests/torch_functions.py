@@ -21,7 +21,9 @@ def own_loss(outputs, labels, num_items_in_batch=None):
     """As `compute_loss_func` of transformers' Trainer takes it."""
     logits = outputs.logits[:, :-1].float()
     total = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-    return total / ((labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+    return total / (
+        (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    )
 
 
 def padding_too(model, inputs, targets, lengths):

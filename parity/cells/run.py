@@ -95,6 +95,7 @@ def _round(
         except Exception as error:  # one broken cell must not end the run
             reason = f"{type(error).__name__} while comparing: {error}"
             verdict, detail = Verdict.ERROR, traceback.format_exc()
+    result.findings += context.notes
     if aside := context.operations_aside:
         result.findings.append(f"bits are not expected to be equal: {aside}")
     for side, other in (("subject", "reference"), ("reference", "subject")):

@@ -18,6 +18,7 @@ from parity import resources
 from parity.errors import Unsupported, UsageError
 from parity.paths import parts
 from parity.paths.describe import defaults, describe_process, model_key
+from parity.paths.documentation import documented
 from parity.paths.hf import live as _torch
 from parity.paths.hf import loading, process, wiring
 from parity.paths.hf.live import Batch
@@ -89,6 +90,17 @@ class HfPath(TorchStages):
             "data.pad_multiple": collator["pad_to_multiple_of"] or 1,
             "data.pad_extra": 0,
         }
+
+    def documents(self) -> dict[str, Any]:
+        """From the docstrings of LoraConfig and torch's AdamW."""
+        import torch
+        from peft import LoraConfig
+
+        lora = {"r": "lora.rank", "lora_dropout": "lora.dropout"}
+        adamw = {name: f"optim.{name}" for name in ("betas", "eps", "weight_decay")}
+        return documented([LoraConfig.__doc__], lora) | documented(
+            [torch.optim.AdamW.__doc__], adamw
+        )
 
     def environment(self) -> dict[str, Any]:
         """Versions, device, threads, BLAS and variables of this process."""

@@ -58,6 +58,10 @@ class WholeTrainer(TrainingPath):
             )
         return found
 
+    def documents(self) -> dict[str, Any]:
+        """Nothing: what documents the trainer is not known."""
+        return {}
+
     @contextlib.contextmanager
     def objects(self, recipe: Recipe, out: str | None) -> Iterator[dict[str, Any]]:
         """Objects that need no framework, as a trainer takes them; its arguments are out of its sight."""

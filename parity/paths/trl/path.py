@@ -85,6 +85,11 @@ class TrlPath(HfPath):
         lora = {k: v for k, v in super().shipped().items() if k.startswith("lora.")}
         return lora | settings.shipped()
 
+    def documents(self) -> dict[str, Any]:
+        """From the docstrings of SFTConfig, TrainingArguments and LoraConfig."""
+        lora = {k: v for k, v in super().documents().items() if k.startswith("lora.")}
+        return lora | settings.documents()
+
     # The trainer -------------------------------------------------------------------------------
 
     @contextlib.contextmanager

@@ -41,7 +41,7 @@ def training_facts(path: TorchTrainerPath, recipe: Recipe) -> dict[str, Any]:
     weighting: Any = "only one a step"
     if len(step.forwards) > 1:
         try:
-            alone = [path.one_gradient(recipe, None, batch[:2]) for batch in batches]
+            alone = [path.one_gradient(recipe, None, batch) for batch in batches]
         except Unsupported as error:
             weighting = unknown(error)
         else:

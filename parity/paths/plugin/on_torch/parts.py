@@ -65,6 +65,10 @@ class TorchPluginPath(HfPath):
         own = (defaults(f) for key, f in self.functions.items() if key != "loss")
         return kept | {key: value for found in own for key, value in found.items()}
 
+    def documents(self) -> dict[str, Any]:
+        """Those of `hf`, but for what its own functions decide."""
+        return {k: v for k, v in super().documents().items() if k not in self.own_factors}
+
     def _call(self, name: str, recipe: Recipe, first: tuple[Any, ...] = (), **objects: Any) -> Any:
         function = self.functions[name]
         return call(function, recipe, objects, f"{name} {title(function)}", first)

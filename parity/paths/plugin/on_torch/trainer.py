@@ -114,14 +114,15 @@ class TorchTrainerPath(RunningTrainer):
         if inputs.scalars.get("modules", False) or inputs.group("replace"):
             raise Unsupported(f"{self.name} is run as a whole: its modules are not watched")
         batch = inputs.arrays["ids"], inputs.arrays["lengths"]
-        found = self.one_gradient(recipe, inputs.group("adapter"), batch)
+        [made] = self.handed(recipe, [batch])
+        found = self.one_gradient(recipe, inputs.group("adapter"), made)
         dtype = _torch.loss_dtype(recipe)
         arrays = {name: np.asarray(found[name], dtype) for name in ("loss", "norm")}
         trace = Trace(arrays, {"tokens": found["tokens"]})
         return trace.with_group("gradient", found["gradient"])
 
     def one_gradient(
-        self, recipe: Recipe, adapter: Mapping[str, Array] | None, batch: Batch
+        self, recipe: Recipe, adapter: Mapping[str, Array] | None, batch: OwnBatch
     ) -> dict[str, Any]:
         """Loss, gradient, its norm, and tokens of one batch.
 
@@ -130,7 +131,7 @@ class TorchTrainerPath(RunningTrainer):
         """
         once = recipe.override({"lora.dropout": 0.0, "train.steps": 1, "train.accumulation": 1})
         watch = TorchWatch(beginning(adapter), stop_after=1, skip=True, gradients=True, logits=True)
-        self.watched(once, watch, itertools.cycle(self.handed(once, [batch])))
+        self.watched(once, watch, itertools.repeat(batch))
         [step] = watch.steps
         if len(step.forwards) > 1:
             raise Unsupported(f"{self.name} makes a step of {len(step.forwards)} micro-batches")

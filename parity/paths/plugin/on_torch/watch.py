@@ -239,7 +239,10 @@ class TorchWatch:
                     f"{tuple(made.shape)} was handed over"
                 )
             # Losses take the size of the vocabulary from there.
-            _torch.without_adapter(self.model).config.get_text_config().vocab_size = made.shape[2]
+            base = _torch.without_adapter(self.model)
+            for holder in (base.config.get_text_config(), base):
+                if hasattr(holder, "vocab_size"):
+                    holder.vocab_size = made.shape[2]
             result = torch.nn.functional.pad(made, (0, 0, 0, width - made.shape[1]))
             result = result.detach().requires_grad_()
         if result.requires_grad:
