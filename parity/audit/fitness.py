@@ -10,7 +10,7 @@ from enum import StrEnum
 from functools import partial
 from typing import Any
 
-from parity.audit import alarm
+from parity.audit import alarm, alarm_torch
 from parity.audit import moves as known_moves
 from parity.audit.audit import CONTROLS
 from parity.audit.concurrent import each
@@ -208,10 +208,11 @@ class Examiner:
     def _parts(self) -> Iterator[Check]:
         """Whether each part that could be swapped is taken from where a hybrid puts another."""
         takes = takes_parts(self.path)
-        if fixed := [part for part in alarm.METHODS if part not in takes]:
+        written = alarm.METHODS.get(self.kind.framework, alarm.METHODS["mlx"])
+        if fixed := [part for part in written if part not in takes]:
             words = f"{', '.join(fixed)} cannot be swapped: no search names them as a cause"
             yield Check("parts", State.UNKNOWN, words)
-        for part, methods in alarm.METHODS.items():
+        for part, methods in written.items():
             if part not in takes:
                 continue
             state, text = self._part(part)
@@ -223,7 +224,8 @@ class Examiner:
         changes: dict[str, Any] = {"train.steps": 1}
         if part == "clip":
             changes |= {"optim.clip": "norm"}
-        spec = f"{self.path}+{part}={alarm.SPEC}"
+        donor = alarm_torch.SPEC if self.kind.framework == "torch" else alarm.SPEC
+        spec = f"{self.path}+{part}={donor}"
         try:
             recipe = known_moves.base(resolve(spec), changes)
             self.engine.capture(spec, "train", recipe, Trace())
@@ -234,7 +236,7 @@ class Examiner:
         except (CaptureError, UnmatchedNames, UsageError) as error:
             return State.UNKNOWN, f"whether it is used could not be seen: {error}"
         return State.WRONG, (
-            f"and not used in training: `setup` does not take it from self.part({part!r}), "
+            f"and not used in training: it is not taken from self.part({part!r}), "
             "so that a hybrid would keep the path's and be named after another"
         )
 

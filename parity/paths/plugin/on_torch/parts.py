@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
 from parity import resources
 from parity.errors import Unsupported
 from parity.paths import parts
@@ -22,7 +20,7 @@ from parity.paths.plugin.calling import call, defaults, title
 from parity.paths.plugin.given import Function, Rows, lines, plain, read
 from parity.paths.plugin.on_torch.arrays import TorchLayout, own_batch, torch_layout
 from parity.paths.plugin.on_torch.loss import of_logits, share_of
-from parity.paths.plugin.on_torch.watch import Stop, TorchWatch
+from parity.paths.plugin.on_torch.watch import Stop, TorchWatch, curve
 from parity.recipe import Recipe
 from parity.trace import Array
 
@@ -199,17 +197,6 @@ class NoSchedule:
 
     def step(self) -> None:
         """Nothing changes."""
-
-
-def curve(steps: list[Any], tokens: list[int]) -> dict[str, list[float]]:
-    """Loss, gradient norm and supervised tokens of each watched update."""
-    counts = iter(tokens)
-    by_step = [[next(counts) for _ in step.forwards] for step in steps]
-    return {
-        "loss": [float(np.mean([f.loss for f in step.forwards])) for step in steps],
-        "gradient_norm": [step.norm for step in steps],
-        "tokens": [sum(counted) for counted in by_step],
-    }
 
 
 def make(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -21,9 +22,9 @@ from parity.paths.hf.path import HfPath
 from parity.paths.measured import denominator, loss_batches, seed_facts, unknown
 from parity.paths.plugin.on_torch.arrays import OwnBatch
 from parity.paths.plugin.on_torch.facts import training_facts
-from parity.paths.plugin.on_torch.parts import curve, operations
+from parity.paths.plugin.on_torch.parts import NoSchedule, operations
 from parity.paths.plugin.on_torch.running import RunningTrainer, beginning
-from parity.paths.plugin.on_torch.watch import Forward, TorchWatch
+from parity.paths.plugin.on_torch.watch import Forward, TorchWatch, curve
 from parity.recipe import Recipe
 from parity.trace import Array, Trace
 
@@ -152,10 +153,6 @@ class TorchTrainerPath(RunningTrainer):
 
     def optimizer(self, recipe: Recipe, parameters: list[Any]) -> tuple[Any, Any]:
         """One of the class and options of its live optimizer; its schedule stands in its loop."""
-        import inspect
-
-        from parity.paths.plugin.on_torch.parts import NoSchedule
-
         live = self.begun(recipe).optimizer
         takes = inspect.signature(type(live)).parameters
         group = {k: v for k, v in live.param_groups[0].items() if k in takes and k != "params"}

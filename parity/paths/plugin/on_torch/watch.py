@@ -326,6 +326,24 @@ class TorchWatch:
             raise Stop
 
 
+def curve(steps: list[Step], tokens: list[int]) -> dict[str, list[float]]:
+    """Loss, gradient norm and supervised tokens of each update.
+
+    The loss of an update is the sum of those whose backward passes led to it: their gradients add up.
+
+    Args:
+        steps: As watched.
+        tokens: Supervised tokens of each of their forward passes.
+    """
+    counts = iter(tokens)
+    by_step = [[next(counts) for _ in step.forwards] for step in steps]
+    return {
+        "loss": [sum(forward.loss for forward in step.forwards) for step in steps],
+        "gradient_norm": [step.norm for step in steps],
+        "tokens": [sum(counted) for counted in by_step],
+    }
+
+
 def _supervised(logits: Any, slope: Any) -> Supervised:
     import torch
 
