@@ -212,10 +212,10 @@ class Examiner:
         if fixed := [part for part in written if part not in takes]:
             words = f"{', '.join(fixed)} cannot be swapped: no search names them as a cause"
             yield Check("parts", State.UNKNOWN, words)
-        for part, methods in written.items():
-            if part not in takes:
-                continue
-            state, text = self._part(part)
+        taken = [part for part in written if part in takes]
+        # A hybrid of a path that changes its libraries has a process of its own: several at once.
+        for part, (state, text) in zip(taken, each(self._part, taken), strict=True):
+            methods = written[part]
             owner = next(b for b in self.kind.__mro__ if any(m in vars(b) for m in methods))
             whose = "its own" if owner is self.kind else f"that of {owner.__name__}"
             yield Check("parts", state, f"{part}: {whose}, {text}")
