@@ -79,7 +79,9 @@ MISTAKES = [
     Mistake("a part that no path has", "run --subject mlx+mask=mlx-lm"),
     Mistake("a part of another framework", "run --subject mlx+loss=hf"),
     Mistake("a loss on torch in a path on MLX", "run --subject-loss torch_loss:loss"),
-    Mistake("a loss that takes what cannot be told", "run --subject hf --subject-loss torch_loss:masked"),
+    Mistake(
+        "a loss that takes what cannot be told", "run --subject hf --subject-loss torch_loss:masked"
+    ),
     Mistake("no number of seeds", "run --seeds few"),
     Mistake("a count of seeds, or a seed?", "run --seeds 99"),
     Mistake("a seed twice", "run --seeds 3,3"),

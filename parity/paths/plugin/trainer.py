@@ -23,7 +23,7 @@ from parity.paths.mlx.observed import calls
 from parity.paths.mlx.path import MlxPath
 from parity.paths.mlx.pristine import Pristine, without_adapter
 from parity.paths.mlx.settings import one_step
-from parity.paths.mlx.traces import given
+from parity.paths.mlx.traces import given, optimizer_trace
 from parity.paths.plugin.arrays import Layout, layout
 from parity.paths.plugin.facts import LOUD, QUIET, curve, loop_facts, tokens_of
 from parity.paths.plugin.given import Function
@@ -228,7 +228,24 @@ class TrainerPath(WholeTrainer, MlxPath):
         """Its live optimizer; a clip stands in its loop, where no gradient can be fed."""
         if recipe.optim.clip != "none":
             raise Unsupported(f"{self.name} is run as a whole: no gradient can be fed to its clip")
-        return super().optimizer_step(recipe, inputs)
+        before: dict[str, Array] = {}
+        watch = Watch(
+            lambda model: before.update(_mlx.adapter(model)), stop_after=1, gradients=True
+        )
+        once = recipe.override({"train.steps": 1, "train.accumulation": 1})
+        self.watched(once, watch)
+        fed = Trace().with_group("weight", before).with_group("gradient.0", watch.steps[0].given)
+        moved = self._fed(once, fed).group("weight.0")
+        self.moved_by_optimizer(before, moved, _mlx.adapter(watch.model))
+        return self._fed(recipe, inputs)
+
+    def _fed(self, recipe: Recipe, inputs: Trace) -> Trace:
+        import mlx.core as mx
+
+        optimizer = self.optimizer(recipe)
+        # A trainer may have made its state for its own weights already.
+        optimizer.init({name: mx.array(value) for name, value in inputs.group("weight").items()})
+        return optimizer_trace(optimizer, None, inputs)
 
     def train(self, recipe: Recipe, inputs: Trace) -> Trace:
         """A full run of it; its first step begins with the adapter that is handed over, if one is."""

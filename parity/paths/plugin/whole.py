@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NoReturn
 from unittest import mock
 
+import numpy as np
+
 from parity import resources
 from parity.errors import Unsupported, UsageError
 from parity.paths import parts
@@ -18,7 +20,7 @@ from parity.paths.plugin.calling import call, defaults, taken, title
 from parity.paths.plugin.given import Function, lines
 from parity.paths.protocol import TrainingPath
 from parity.recipe import PINNED, Recipe, factor_names
-from parity.trace import Trace
+from parity.trace import Array, Trace
 
 OBJECTS = {
     "path": "the model's folder, for a trainer that loads the model itself",
@@ -99,6 +101,27 @@ class WholeTrainer(TrainingPath):
         raise Unsupported(
             f"{self.name} is run as a whole: its rows are seen in its batches (probe 09), not one by one"
         )
+
+    def moved_by_optimizer(
+        self, before: Mapping[str, Array], fed: Mapping[str, Array], after: Mapping[str, Array]
+    ) -> None:
+        """Refuses to feed an optimizer where an update of the trainer is more than a step of it.
+
+        Args:
+            before: Weights before an update of the trainer.
+            fed: The same after a step of its optimizer with the gradient that it was given there.
+            after: What the trainer made of them.
+        """
+        for name, value in after.items():
+            start, moved = before[name].astype(np.float64), value.astype(np.float64)
+            slack = 1e-4 * np.abs(moved - start).max() + 4 * np.finfo(np.float32).eps * np.abs(
+                start
+            )
+            if (np.abs(fed[name] - moved) > slack).any():
+                raise Unsupported(
+                    f"{self.name} is run as a whole, and an update of it moves {name} otherwise than its "
+                    "optimizer alone: no gradient can be fed to it"
+                )
 
     def ended(self, recipe: Recipe, steps: int) -> None:
         """Refuses a run that made too few updates."""

@@ -81,28 +81,38 @@ class TorchTrainerPath(RunningTrainer):
         return found
 
     def cross_entropy(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """A step of it in which the head of its model gives the logits that are handed over."""
+        """Steps of it in which the head of its model gives the logits that are handed over."""
         import torch
 
         ids, lengths = inputs.arrays["ids"], inputs.arrays["lengths"]
         logits = torch.tensor(inputs.arrays["logits"]).to(getattr(torch, recipe.model.dtype))
-        once = recipe.override({"train.steps": 1, "train.accumulation": 1})
+        width, alone = ids.shape[1] - 1, np.array([[0, 2]], np.int32)
+        places = list(np.ndindex(len(ids), width))  # each is a batch of its own as well
+        steps = 1 + len(places)
+        handed = [(ids, lengths), *((ids[r : r + 1, at : at + 2], alone) for r, at in places)]
+        single = [logits[r : r + 1, at : at + 1] for r, at in places]
         watch = TorchWatch(
-            stop_after=1, skip=True, logits=True, given_logits=itertools.repeat(logits)
+            stop_after=steps,
+            skip=True,
+            logits=True,
+            given_logits=itertools.cycle([logits, *single]),
         )
-        self.watched(once, watch, itertools.cycle(self.handed(recipe, [(ids, lengths)])))
-        seen = watch.steps[0].forwards[0]
-        if seen.seen is None:
+        long = recipe.override({"train.steps": steps, "train.accumulation": 1})
+        plain = recipe.override({"mask.start_shift": 0, "mask.end_shift": 0})
+        first, rest = self.handed(recipe, handed[:1]), self.handed(plain, handed[1:])
+        self.watched(long, watch, itertools.cycle([*first, *rest]))
+        forwards = [forward for step in watch.steps for forward in step.forwards]
+        if (seen := forwards[0]).seen is None:
             raise Unsupported(f"{self.name}: {_NO_LOGITS}")
-        width = ids.shape[1] - 1
         supervised = seen.seen.positions[:, :width]
+        dtype = _torch.loss_dtype(recipe)
         arrays = {
-            "loss": np.asarray(seen.loss, _torch.loss_dtype(recipe)),
+            "loss": np.asarray(seen.loss, dtype),
+            "token_loss": np.array([f.loss for f in forwards[1:steps]], dtype).reshape(-1, width),
             "supervised": supervised,
             "targets": np.where(supervised, seen.seen.targets[:, :width], -1).astype(np.int32),
         }
-        why = "a run of the whole trainer for each position would take too long"
-        return Trace(arrays, {"tokens": int(supervised.sum()), "no_token_loss": why})
+        return Trace(arrays, {"tokens": int(supervised.sum())})
 
     # Training ------------------------------------------------------------------------------------
 
@@ -149,6 +159,13 @@ class TorchTrainerPath(RunningTrainer):
             raise Unsupported(
                 f"{self.name} is run as a whole: no gradient can be fed to its clip or schedule"
             )
+        watch = TorchWatch(stop_after=1, gradients=True)
+        before: dict[str, Array] = {}
+        watch.begin = lambda model: before.update(_torch.adapter(model))
+        self.watched(recipe.override({"train.steps": 1, "train.accumulation": 1}), watch)
+        fed = Trace().with_group("weight", before).with_group("gradient.0", watch.steps[0].given)
+        moved = super().optimizer_step(recipe, fed).group("weight.0")
+        self.moved_by_optimizer(before, moved, _torch.adapter(watch.model))
         return super().optimizer_step(recipe, inputs)
 
     def optimizer(self, recipe: Recipe, parameters: list[Any]) -> tuple[Any, Any]:

@@ -349,8 +349,9 @@ def _supervised(logits: Any, slope: Any) -> Supervised:
 
     slope = slope.float()
     positions, targets = (slope != 0).any(dim=-1), slope.argmin(dim=-1)
-    right = torch.softmax(logits.double(), dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    weights = torch.where(positions, -slope.amin(dim=-1).double() / (1 - right), 0.0)
+    # Of all tokens but the target: where that one is almost sure, its own entry is mostly rounding.
+    wrong = torch.softmax(logits.double(), dim=-1).scatter(-1, targets.unsqueeze(-1), 0.0).sum(-1)
+    weights = torch.where(positions, slope.clamp(min=0).double().sum(dim=-1) / wrong, 0.0)
     return Supervised(*map(to_numpy, (positions, targets, weights)))
 
 
