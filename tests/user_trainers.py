@@ -1,6 +1,7 @@
 """Small trainers, each written as somebody might write it."""
 
 from functools import partial
+from unittest import mock
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -73,6 +74,13 @@ def accumulating(path, rows, steps, lr, rank, scale, batch_size, seed, accumulat
         mx.eval(state, loss, gradient)
 
 
+def clipping_by_itself(path, rows, steps, lr, rank, scale, batch_size, seed, accumulation):
+    """As `accumulating`, with a clip of its own."""
+    own = lambda gradient, _: (tree_map(lambda g: mx.clip(g, -1e-3, 1e-3), gradient), None)  # noqa: E731
+    with mock.patch.object(optim, "clip_grad_norm", own):
+        accumulating(path, rows, steps, lr, rank, scale, batch_size, seed, accumulation)
+
+
 def without_value_and_grad(path, rows, steps):
     load(path)
 
@@ -125,6 +133,7 @@ def late_seed(path, rows, steps, seed):
 LateSeed = plugin.from_trainer(late_seed)
 Eager = plugin.from_trainer(eager, batches=draw)
 Accumulating = plugin.from_trainer(accumulating, batches=draw)
+ClippingByItself = plugin.from_trainer(clipping_by_itself, batches=draw)
 Without = plugin.from_trainer(without_value_and_grad)
 Inside = plugin.from_trainer(made_inside)
 Tired = plugin.from_trainer(tired)

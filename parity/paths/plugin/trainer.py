@@ -267,6 +267,14 @@ class TrainerPath(WholeTrainer, MlxPath):
         watch = Watch(_beginning(adapter), stop_after=recipe.train.steps)
         self.watched(recipe, watch, handed)
         self.ended(recipe, len(watch.steps))
+        several = [step for step in watch.steps if len(step.forwards) > 1]
+        if several and not any(step.clip_seen for step in several):
+            clip = self.training_facts(recipe, watch.model)["clip.mode"]
+            if clip != "none":
+                raise Unsupported(
+                    f"{self.name} clips ({clip}) what it makes of several micro-batches, by no "
+                    "`clip_grad_norm` of mlx.optimizers: its gradient norm before the clip is not seen"
+                )
         return watch
 
     def loop(
