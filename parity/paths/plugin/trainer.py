@@ -339,9 +339,8 @@ class TrainerPath(WholeTrainer, MlxPath):
                 recipe, QUIET, lambda model: stack.enter_context(calls(model, seen))
             )
         loud = self._one_update(recipe, LOUD, lambda _: None)
-        tokens = tokens_of(
-            quiet, self._drawn(quiet.steps, self._rows(recipe)), self._loss(quiet, recipe)
-        )
+        loss = self._loss(quiet, recipe)
+        tokens = tokens_of(quiet, self._drawn(quiet.steps, self._rows(recipe)), loss)
         found = loop_facts(quiet, loud, tokens, recipe.model.dtype in HALF)
         return {**found, **seen.facts(), "train.compile": quiet.compiled and recipe.train.compile}
 
