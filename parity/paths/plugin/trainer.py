@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from parity import resources
 from parity.errors import Unsupported, UsageError
 from parity.names import canonical
-from parity.paths.describe import model_key
-from parity.paths.measured import HALF, Calls, micro_batches
 from parity.paths.mlx import live as _mlx
 from parity.paths.mlx.live import Batch, Loss, Setup, to_numpy
-from parity.paths.mlx.observed import calls
 from parity.paths.mlx.path import MlxPath
-from parity.paths.mlx.pristine import Pristine, without_adapter
+from parity.paths.mlx.pristine import without_adapter
 from parity.paths.mlx.settings import one_step
 from parity.paths.mlx.traces import given, optimizer_trace
-from parity.paths.plugin.arrays import Layout, layout
-from parity.paths.plugin.facts import LOUD, QUIET, curve, loop_facts, tokens_of
+from parity.paths.plugin.facts import curve, tokens_of
 from parity.paths.plugin.given import Function
-from parity.paths.plugin.live import in_place, restored_calls, transplant
-from parity.paths.plugin.loss import normalised, with_any_model
-from parity.paths.plugin.watch import Step, Watch
-from parity.paths.plugin.whole import WholeTrainer, declared
+from parity.paths.plugin.live import transplant
+from parity.paths.plugin.running import RunningTrainer
+from parity.paths.plugin.watch import Watch
+from parity.paths.plugin.whole import declared
 from parity.paths.protocol import TrainingPath
 from parity.recipe import Recipe
 from parity.trace import Array, Trace
@@ -39,95 +32,15 @@ _FIRST = 8
 """Micro-batches that are looked at first; more are drawn by running it anew."""
 
 
-class TrainerPath(WholeTrainer, MlxPath):
+class TrainerPath(RunningTrainer):
     """What `from_trainer` makes: subclasses hold the function."""
 
     stands_on: ClassVar[str] = "mlx"
     takes_parts: ClassVar[tuple[str, ...]] = ("loss",)
 
-    def __init__(self, cache: Path) -> None:
-        super().__init__(cache)
-        self._layout: Layout | None = None
-        self._taken = 0
-
     def environment(self) -> dict[str, Any]:
         """That of `mlx`, and which parts are of whom."""
         return {**super().environment(), "parts": {"own": list(self.own_parts), "others": "mlx"}}
-
-    # Running it --------------------------------------------------------------------------------
-
-    def watched(
-        self,
-        recipe: Recipe,
-        watch: Watch,
-        batches: Iterator[Batch] | None = None,
-        out: str | None = None,
-    ) -> Watch:
-        """Runs the trainer under watch; with batches handed over where it takes them."""
-        kind = type(self)
-        if donor := self.donors.get("loss"):
-            watch.replaced = partial(in_place, donor.loss(recipe), kind.batch)
-        with self.objects(recipe, out) as objects, contextlib.ExitStack() as stack:
-            if self.takes & {"model", "adapted", "tokenizer"}:
-                model, objects["tokenizer"] = self._given_model(recipe)
-                if "adapted" in self.takes:
-                    self.seed(recipe)
-                    super().wire(model, recipe)
-                objects["model"] = objects["adapted"] = model
-            if batches is not None:
-                raw = self._as_taken(batches)
-                if "batches" in self.takes:
-                    objects["batches"] = raw
-                elif kind.draws is None:
-                    self.draws_others()
-                else:
-                    stack.enter_context(self.drawing(lambda _: lambda *_, **__: raw))
-            stack.enter_context(restored_calls(objects["path"]))
-            stack.enter_context(_mlx.compiled(recipe.train.compile))
-            self._taken = 0
-            watch.run(lambda: self.called(recipe, objects))
-        if batches is not None:
-            self.did_take(self._taken)
-        return watch
-
-    def _as_taken(self, batches: Iterator[Batch]) -> Iterator[Any]:
-        """Batches as the trainer's loss takes them: one array, or a tuple of several."""
-        wanted = self._layout
-        for ids, lengths in batches:
-            self._taken += 1
-            made = wanted.arguments(ids, lengths) if wanted else (ids, lengths)
-            yield made if len(made) > 1 else made[0]
-
-    def _loss(self, watch: Watch, recipe: Recipe) -> Any:
-        assert watch.loss is not None
-        try:
-            self._layout = layout(watch.loss, type(self).batch, watch.model_first)
-        except UsageError as error:
-            raise Unsupported(str(error)) from None
-        if donor := self.donors.get("loss"):
-            return donor.loss(recipe)
-        function = watch.loss if watch.model_first else with_any_model(watch.loss, watch.model)
-        return normalised(function, self._layout)
-
-    def _rows(self, recipe: Recipe) -> list[list[int]]:
-        """Training rows as the reference tokenizes them, by which a batch's rows are told apart."""
-        tokenizer = self.tokenizer(recipe)
-        rows = MlxPath.dataset(self, recipe, tokenizer)
-        return [list(rows[index][0]) for index in range(len(rows))]
-
-    def tokenizer(self, recipe: Recipe) -> Any:
-        """The tokenizer that comes with the model, as mlx-lm loads it."""
-        from mlx_lm.utils import load_tokenizer
-
-        return load_tokenizer(Path(resources.model_dir(recipe.model.source)))
-
-    def _drawn(self, steps: list[Step], rows: list[list[int]]) -> list[tuple[Array, Array]]:
-        assert self._layout is not None
-        return [
-            self._layout.batch(forward.arguments, rows)
-            for step in steps
-            for forward in step.forwards
-        ]
 
     # Live objects ------------------------------------------------------------------------------
 
@@ -142,7 +55,7 @@ class TrainerPath(WholeTrainer, MlxPath):
 
         first = recipe.override({"train.steps": 1})
         watch = self.watched(first, Watch(begin, stop_after=1, skip=True))
-        loss = self._loss(watch, recipe)
+        loss = self.live_loss(watch, recipe)
 
         def iterate() -> Iterator[Batch]:
             import mlx.core as mx
@@ -155,27 +68,20 @@ class TrainerPath(WholeTrainer, MlxPath):
 
     def _own_batches(self, recipe: Recipe) -> Iterator[tuple[Array, Array]]:
         """The micro-batches that it draws, from runs without updates, each longer than the last."""
-        rows, count, done = self._rows(recipe), _FIRST, 0
+        rows, count, done = self.rows(recipe), _FIRST, 0
         while True:
             longer = recipe.override({"train.steps": count})
             watch = self.watched(longer, Watch(stop_after=count, skip=True))
-            found = self._drawn(watch.steps, rows)
+            found = self.drawn(watch.steps, rows)
             yield from found[done:]
             if len(watch.steps) < count:
                 return
             done, count = len(found), count * 8
 
-    def _given_model(self, recipe: Recipe) -> tuple[Any, Any]:
-        """The model of path `mlx`, for a trainer that loads none; kept over calls as there."""
-        if (key := model_key(recipe)) not in self._loaded:
-            self._loaded = {key: super().load(recipe)}
-            self._pristine = {key: Pristine(self._loaded[key][0])}
-        return self._pristine[key].restore().eval(), self._loaded[key][1]
-
     def base(self, recipe: Recipe) -> tuple[Any, Any]:
         """The model that it loads, without the adapter that it puts in."""
         if "path" not in self.takes:
-            return self._given_model(recipe)
+            return self.given_model(recipe)
         setup = self.setup(recipe)
         return without_adapter(setup.model).eval(), setup.tokenizer
 
@@ -250,9 +156,9 @@ class TrainerPath(WholeTrainer, MlxPath):
     def train(self, recipe: Recipe, inputs: Trace) -> Trace:
         """A full run of it; its first step begins with the adapter that is handed over, if one is."""
         watch = self._trained(recipe, inputs)
-        rows = self._rows(recipe)
-        loss = self._loss(watch, recipe)
-        trace, found = Trace(), self._drawn(watch.steps, rows)
+        rows = self.rows(recipe)
+        loss = self.live_loss(watch, recipe)
+        trace, found = Trace(), self.drawn(watch.steps, rows)
         for index, (ids, lengths) in enumerate(found):
             trace.arrays[f"batches/ids.{index}"] = ids
             trace.arrays[f"batches/lengths.{index}"] = lengths
@@ -322,40 +228,6 @@ class TrainerPath(WholeTrainer, MlxPath):
         model = self.setup(recipe).model
         model.load_weights(str(files[0]), strict=False)
         return model
-
-    # Settings ----------------------------------------------------------------------------------
-
-    def training_facts(self, recipe: Recipe, model: Any) -> dict[str, Any]:
-        """Clip and accumulation, from gradients that are made short and long in steps of its own."""
-        key = recipe.override({"seed.value": 0}).digest()
-        if key not in self._measured:
-            self._measured[key] = self._facts(recipe)
-        return self._measured[key]
-
-    def _facts(self, recipe: Recipe) -> dict[str, Any]:
-        seen = Calls()
-        with contextlib.ExitStack() as stack:
-            quiet = self._one_update(
-                recipe, QUIET, lambda model: stack.enter_context(calls(model, seen))
-            )
-        loud = self._one_update(recipe, LOUD, lambda _: None)
-        loss = self._loss(quiet, recipe)
-        tokens = tokens_of(quiet, self._drawn(quiet.steps, self._rows(recipe)), loss)
-        found = loop_facts(quiet, loud, tokens, recipe.model.dtype in HALF)
-        return {**found, **seen.facts(), "train.compile": quiet.compiled and recipe.train.compile}
-
-    def _one_update(self, recipe: Recipe, gain: float, begin: Callable[[Any], Any]) -> Watch:
-        """A step on unlike micro-batches, or on its own where none can be handed over."""
-        once = recipe.override({"train.steps": 1})
-        unlike = itertools.cycle(given(micro_batches(2 * recipe.train.accumulation)) or ())
-        for batches in (unlike, None):
-            watch = Watch(begin, stop_after=1, gain=gain, gradients=True)
-            try:
-                return self.watched(once, watch, batches)
-            except Unsupported:
-                if batches is None:
-                    raise
-        raise AssertionError
 
 
 def _beginning(adapter: Mapping[str, Array]) -> Callable[[Any], None]:

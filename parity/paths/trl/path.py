@@ -32,7 +32,7 @@ from parity.paths.hf.stages import SHOWN
 from parity.paths.hf.tensors import trainable, transplant
 from parity.paths.hf.work import supervised_positions
 from parity.paths.measured import seed_facts
-from parity.paths.plugin.on_torch.watch import curve
+from parity.paths.plugin.on_torch.seen import curve
 from parity.paths.trl import settings
 from parity.paths.trl import trainer as _trl
 from parity.recipe import Recipe

@@ -20,7 +20,8 @@ from parity.paths.plugin.calling import call, defaults, title
 from parity.paths.plugin.given import Function, Rows, lines, plain, read
 from parity.paths.plugin.on_torch.arrays import TorchLayout, own_batch, torch_layout
 from parity.paths.plugin.on_torch.loss import of_logits, share_of
-from parity.paths.plugin.on_torch.watch import Stop, TorchWatch, curve
+from parity.paths.plugin.on_torch.seen import curve
+from parity.paths.plugin.on_torch.watch import Stop, TorchWatch
 from parity.recipe import Recipe
 from parity.trace import Array
 

@@ -17,7 +17,8 @@ from parity.paths.hf.live import IGNORED, Batch, ids_tensor
 from parity.paths.hf.path import HfPath
 from parity.paths.hf.tensors import trainable, transplant
 from parity.paths.plugin.on_torch.arrays import OwnBatch, own_batch
-from parity.paths.plugin.on_torch.watch import Forward, TorchWatch
+from parity.paths.plugin.on_torch.seen import Forward
+from parity.paths.plugin.on_torch.watch import TorchWatch
 from parity.paths.plugin.whole import WholeTrainer
 from parity.recipe import Recipe
 from parity.trace import Array

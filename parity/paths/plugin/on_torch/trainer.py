@@ -24,7 +24,8 @@ from parity.paths.plugin.on_torch.arrays import OwnBatch
 from parity.paths.plugin.on_torch.facts import training_facts
 from parity.paths.plugin.on_torch.parts import NoSchedule, operations
 from parity.paths.plugin.on_torch.running import RunningTrainer, beginning
-from parity.paths.plugin.on_torch.watch import Forward, TorchWatch, curve
+from parity.paths.plugin.on_torch.seen import Forward, curve
+from parity.paths.plugin.on_torch.watch import TorchWatch
 from parity.recipe import Recipe
 from parity.trace import Array, Trace
 

@@ -18,6 +18,7 @@ import numpy as np
 from parity.errors import Unsupported
 from parity.paths.hf import live as _torch
 from parity.paths.hf.live import to_numpy
+from parity.paths.plugin.on_torch.seen import Forward, Step, kept, supervised
 from parity.trace import Array
 
 Hook = Callable[[Any], None]
@@ -25,44 +26,6 @@ Hook = Callable[[Any], None]
 
 class Stop(BaseException):
     """Ends a training from inside; no handler of a trainer catches it."""
-
-
-@dataclass
-class Supervised:
-    """What a loss depends on, from its gradient at the logits (softmax minus one-hot, times a weight)."""
-
-    positions: Array
-    """(B, T) bool: whether the loss depends on the logits there."""
-    targets: Array
-    """(B, T): the target id."""
-    weights: Array
-    """(B, T) float64: what each position weighs in the loss; 0 where it does not count."""
-
-
-@dataclass
-class Forward:
-    """One backward pass and what led to it."""
-
-    raw: Any
-    """The batch that was drawn for it, or what the model was given."""
-    loss: float
-    gradient: dict[str, Array]
-    """What it added to the gradient, under canonical names, if asked for."""
-    seen: Supervised | None
-    """What it supervises, if asked for and if the model's head gave the logits of its loss."""
-
-
-@dataclass
-class Step:
-    """What went into one update of the optimizer."""
-
-    forwards: list[Forward]
-    norm: float
-    """Global L2 norm of the gradient after the last backward pass, before any clip."""
-    given: dict[str, Array]
-    """What the optimizer was given, under canonical names, if asked for."""
-    rate: float
-    """Its learning rate in this update."""
 
 
 @dataclass
@@ -266,8 +229,6 @@ class TorchWatch:
         return backward
 
     def _note(self, value: float) -> None:
-        import torch
-
         raw = self._queue.pop(0) if self._queue else self._given()
         self._check(raw)
         gradient: dict[str, Array] = {}
@@ -277,8 +238,8 @@ class TorchWatch:
             self._before = now
         self._norm = _torch.gradient_norm(_torch.trainable(self.model)) if self._any() else 0.0
         head = self._head
-        seen = None if head is None or head.grad is None else _supervised(head.detach(), head.grad)
-        self._forwards.append(Forward(_kept(raw, torch), value, gradient, seen))
+        seen = None if head is None or head.grad is None else supervised(head.detach(), head.grad)
+        self._forwards.append(Forward(kept(raw), value, gradient, seen))
         self._asked = self._head = None
 
     def _any(self) -> bool:
@@ -324,43 +285,3 @@ class TorchWatch:
     def _end(self) -> None:
         if self.stop_after is not None and len(self.steps) >= self.stop_after:
             raise Stop
-
-
-def curve(steps: list[Step], tokens: list[int]) -> dict[str, list[float]]:
-    """Loss, gradient norm and supervised tokens of each update.
-
-    The loss of an update is the sum of those whose backward passes led to it: their gradients add up.
-
-    Args:
-        steps: As watched.
-        tokens: Supervised tokens of each of their forward passes.
-    """
-    counts = iter(tokens)
-    by_step = [[next(counts) for _ in step.forwards] for step in steps]
-    return {
-        "loss": [sum(forward.loss for forward in step.forwards) for step in steps],
-        "gradient_norm": [step.norm for step in steps],
-        "tokens": [sum(counted) for counted in by_step],
-    }
-
-
-def _supervised(logits: Any, slope: Any) -> Supervised:
-    import torch
-
-    slope = slope.float()
-    positions, targets = (slope != 0).any(dim=-1), slope.argmin(dim=-1)
-    # Of all tokens but the target: where that one is almost sure, its own entry is mostly rounding.
-    wrong = torch.softmax(logits.double(), dim=-1).scatter(-1, targets.unsqueeze(-1), 0.0).sum(-1)
-    weights = torch.where(positions, slope.clamp(min=0).double().sum(dim=-1) / wrong, 0.0)
-    return Supervised(*map(to_numpy, (positions, targets, weights)))
-
-
-def _kept(raw: Any, torch: Any) -> Any:
-    """A batch as it is now: the training may change it."""
-    if isinstance(raw, torch.Tensor):
-        return raw.detach().clone()
-    if isinstance(raw, Mapping):
-        return {key: _kept(value, torch) for key, value in raw.items()}
-    if isinstance(raw, (tuple, list)):
-        return tuple(_kept(value, torch) for value in raw)
-    return np.copy(raw) if isinstance(raw, np.ndarray) else raw
