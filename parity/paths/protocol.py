@@ -86,12 +86,12 @@ class TrainingPath:
 
     def documents(self) -> dict[str, Any]:
         """Factors as its documentation gives their defaults, read from the installed library."""
-        return dict(self.documented)
+        return {}
 
     def defaults(self, recipe: Recipe, inputs: Trace) -> Trace:
         """`shipped()` or `documents()`, which need the framework, where captures run."""
         asked = inputs.scalars.get("documented", False)
-        return Trace(scalars=self.documents() if asked else self.shipped())
+        return Trace(scalars={**self.documents(), **self.documented} if asked else self.shipped())
 
     def emit(self, method: str, recipe: Recipe, inputs: Trace) -> Trace:
         """What a method of the contract, by name, emits."""
