@@ -21,19 +21,24 @@ from parity.trace import Array
 
 
 def trained(trainer: Any, recipe: Recipe, gradients: bool = False) -> TorchWatch:
-    """Runs the trainer, watched as any training on torch is.
+    """Runs the trainer, watched as any training on torch is."""
+    watch = TorchWatch(gradients=gradients)
+    watch.run(trainer.train)
+    check(watch, recipe)
+    return watch
+
+
+def check(watch: TorchWatch, recipe: Recipe) -> None:
+    """Refuses a run that was cut short or whose gradient norm is no measurement.
 
     Raises:
         RuntimeError: Another number of steps than the recipe has, or a norm that never moves.
     """
-    watch = TorchWatch(gradients=gradients)
-    watch.run(trainer.train)
     steps, norms = recipe.train.steps, [step.norm for step in watch.steps]
     if len(norms) != steps:
         raise RuntimeError(f"SFTTrainer made {len(norms)} steps, the recipe has {steps}")
     if steps > 1 and len(set(norms)) == 1 and recipe.optim.lr:
         raise RuntimeError(f"the gradient norm is {norms[0]:g} at all {steps} steps")
-    return watch
 
 
 def batches_of(watch: TorchWatch) -> list[tuple[Array, Array, Array]]:
