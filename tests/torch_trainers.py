@@ -87,3 +87,72 @@ ByHand = plugin.from_trainer(by_hand, name="by-hand", framework="torch")
 Averaging = plugin.from_trainer(averaging, batches=draw, framework="torch")
 Without = plugin.from_trainer(without_backward, framework="torch")
 Tired = plugin.from_trainer(tired, framework="torch")
+
+
+def stepping(path, texts, steps, lr, batches, after=lambda model: None):
+    """A step for each batch of an iterator."""
+    model, _ = prepared(path, texts, 0, 8, 2.0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=lr)
+    for batch in itertools.islice(batches, steps):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        after(model)
+
+
+def tokens_of(path, rows):
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    return [tokenizer(row["text"])["input_ids"] for row in rows]
+
+
+def from_a_list(path, rows, steps, lr, batch_size):
+    """Draws its batches from no loader and by no function that anybody knows."""
+    batch = collate(tokens_of(path, rows)[:batch_size])
+    stepping(path, rows, steps, lr, itertools.repeat(batch))
+
+
+def positioned(path, rows, steps, lr, batch_size):
+    """Its batches hold positions as well."""
+
+    def with_positions(picked):
+        batch = collate(picked)
+        return {**batch, "position_ids": torch.arange(batch["input_ids"].shape[1])[None]}
+
+    made = DataLoader(tokens_of(path, rows), batch_size=batch_size, collate_fn=with_positions)
+    stepping(path, rows, steps, lr, itertools.chain.from_iterable(itertools.repeat(made)))
+
+
+def swapping(path, rows, steps, lr, batch_size):
+    """Trains on other rows than its loader gives."""
+    made = itertools.chain.from_iterable(
+        itertools.repeat(loader(tokens_of(path, rows), batch_size))
+    )
+    stepping(path, rows, steps, lr, ({**b, "input_ids": b["input_ids"].flip(0)} for b in made))
+
+
+def decaying(path, rows, steps, lr, batch_size):
+    """Decays its weights by hand, beside its optimizer."""
+
+    def decay(model):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(0.999)
+
+    made = itertools.chain.from_iterable(
+        itertools.repeat(loader(tokens_of(path, rows), batch_size))
+    )
+    stepping(path, rows, steps, lr, made, decay)
+
+
+def in_twos(path, rows, steps, lr, rank, scale, batch_size, seed):
+    """Always adds two micro-batches up."""
+    averaging(path, rows, steps, lr, rank, scale, batch_size, seed, 2)
+
+
+FromAList = plugin.from_trainer(from_a_list, framework="torch")
+Positioned = plugin.from_trainer(positioned, framework="torch")
+Swapping = plugin.from_trainer(swapping, framework="torch")
+Decaying = plugin.from_trainer(decaying, name="decaying-torch", framework="torch")
+InTwos = plugin.from_trainer(in_twos, batches=draw, framework="torch")
