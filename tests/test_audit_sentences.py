@@ -16,7 +16,7 @@ PATHS = "tests.audit_paths"
     ("path", "factor", "status", "words"),
     [
         ("FailsWhenMoved", "optim.clip", Status.FAILED, "no clip was ever tried"),
-        ("RefusesClip", "optim.clip", Status.REFUSED, "there is no clip in this trainer"),
+        long("RefusesClip", "optim.clip", Status.REFUSED, "there is no clip in this trainer"),
         ("ReadsBackMore", "seed.placement", Status.SWALLOWED, "before_everything is read back all"),
         ("ReadsBackMore", "train.compile", Status.NOT_SEEN, "it does not report"),
         ("WithoutSettings", "train.compile", Status.REFUSED, "nothing is kept"),
@@ -99,14 +99,14 @@ def lines(engine, path):
             f"{State.WRONG} seed: seeds 3407 and 5 give one order of the data",
             f"{State.GOOD} seed: another seed gives another adapter",
         ]),
-        ("tests.fitness_paths:DrawsAnew", [
+        long("tests.fitness_paths:DrawsAnew", [
             f"{State.UNKNOWN} seed: one seed gives another adapter each time",
         ]),
-        ("tests.fitness_paths:FailingSettings", [
+        long("tests.fitness_paths:FailingSettings", [
             f"{State.WRONG} settings: path",
             f"{State.UNKNOWN} parts: loss: its own, whether it is used could not be seen: ",
         ]),
-        ("tests.settings_paths:SilentConfig", [f"{State.UNKNOWN} settings: not reported: "]),
+        long("tests.settings_paths:SilentConfig", [f"{State.UNKNOWN} settings: not reported: "]),
         long("tests.inherited_paths:OwnTrain", [f"{State.UNKNOWN} settings: the loss is divided by: unknown"]),
     ],
 )  # fmt: skip

@@ -13,6 +13,7 @@ from parity.audit.inputs import given, shapes
 from parity.errors import Unsupported, UsageError
 from parity.paths.plugin.on_torch.arrays import own_batch
 from parity.paths.plugin.on_torch.loss import GivenLogits
+from tests.cost import long
 
 MLX, TORCH = "tests.user_trainers", "tests.torch_trainers"
 
@@ -20,18 +21,20 @@ MLX, TORCH = "tests.user_trainers", "tests.torch_trainers"
 @pytest.mark.parametrize(
     ("path", "method", "says"),
     [
-        ("LateSeed", "train", "draws its own batches: to train on others it must take `batches`"),
+        long(
+            "LateSeed", "train", "draws its own batches: to train on others it must take `batches`"
+        ),
         ("WrongDraw", "train", "does not train on the batches that are handed over: the function"),
         (
             "Decaying",
             "optimizer_step",
             "an update of it moves layers.* otherwise than its optimizer",
         ),
-        ("LateSeed", "save_adapter", "takes no `out`, a folder: what it saves is not seen"),
-        ("TwoFiles", "round_trip", "leaves 2 files of tensors and no configuration"),
+        long("LateSeed", "save_adapter", "takes no `out`, a folder: what it saves is not seen"),
+        long("TwoFiles", "round_trip", "leaves 2 files of tensors and no configuration"),
         ("Early", "train", "its step was compiled when its module was imported"),
-        ("NothingDrawn", "batches", "batches gives none"),
-        ("AnotherModel", "lora_init", "wire gives another model"),
+        long("NothingDrawn", "batches", "batches gives none"),
+        long("AnotherModel", "lora_init", "wire gives another model"),
         ("Shapeless", "batches", r"the loss is given arrays \(2, 3, 4\).* read as ids, lengths"),
     ],
 )
@@ -54,8 +57,8 @@ def test_what_a_path_on_mlx_refuses(path, method, says, engine, small):
             "optimizer_step",
             "an update of it moves layers.* otherwise than its optimizer",
         ),
-        ("InTwos", "gradient", "makes a step of 2 micro-batches"),
-        ("InTwos", "save_adapter", "takes no `out`, a folder: what it saves is not seen"),
+        long("InTwos", "gradient", "makes a step of 2 micro-batches"),
+        long("InTwos", "save_adapter", "takes no `out`, a folder: what it saves is not seen"),
     ],
 )
 def test_what_a_path_on_torch_refuses(path, method, says, engine, small):

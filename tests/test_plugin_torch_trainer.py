@@ -65,7 +65,7 @@ def test_a_script_ends_in_the_bytes_of_its_bare_run(engine, small, tmp_path):
     assert any(value.any() for name, value in left.items() if "lora_B" in name)
 
 
-@pytest.mark.parametrize("stage", ["00", "03", "05", long("06"), "07", "09"])
+@pytest.mark.parametrize("stage", ["00", "03", long("05"), long("06"), long("07"), long("09")])
 def test_a_right_trainer_agrees(stage, engine, small):
     # Its collator pads to the longest row, and supervises nothing behind it.
     asked = {"mask.end_shift": 0, "data.pad_extra": 0, "data.pad_multiple": 1}
@@ -116,7 +116,8 @@ def test_what_cannot_be_watched_is_one_clear_reason(name, method, says, engine, 
         engine.capture(f"{HERE}:{name}", method, small, Trace(scalars=inputs))
 
 
-@pytest.mark.parametrize("stage", ["07", long("04"), long("05")])
+@pytest.mark.long
+@pytest.mark.parametrize("stage", ["04", "05", "07"])
 def test_sft_trainer_watched_from_outside_is_the_built_in_path(stage, engine, small):
     """The public surface proven on a real trainer: the bits are those of path `trl`."""
     if not find_spec("trl"):
