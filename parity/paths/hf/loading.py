@@ -14,8 +14,8 @@ from parity import resources
 from parity.errors import Unsupported
 from parity.names import canonical
 from parity.paths import quantized
+from parity.paths.hf import conventions, tensors
 from parity.paths.hf import live as _torch
-from parity.paths.hf import tensors
 from parity.recipe import Recipe
 from parity.trace import Array
 
@@ -48,6 +48,7 @@ def load(recipe: Recipe, cache: Path) -> Any:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(getattr(torch, recipe.model.weights)).to(dtype)
     if packed:
+        conventions.apply(model, source, conventions.live_shapes(model))
         _fill(model, _values(Path(source), recipe), every=True)
     elif recipe.model.quantization != "stored":
         _fill(model, _values(_quantized(recipe, cache), recipe), every=False)
@@ -116,8 +117,6 @@ def _fill(model: Any, values: Mapping[str, tuple[Array, bool]], every: bool) -> 
 
     Whether any was packed is kept with the model: they cannot be trained.
     """
-    import torch
-
     live = tensors.tensors(model)
     wanted = {name: value for name, (value, packed) in values.items() if every or packed}
     if every:
@@ -125,5 +124,5 @@ def _fill(model: Any, values: Mapping[str, tuple[Array, bool]], every: bool) -> 
     elif lone := sorted(wanted.keys() - live.keys()):
         raise Unsupported(f"transformers has no weight {lone[0]!r} (model.quantization)")
     for name, value in wanted.items():
-        live[name].value.copy_(torch.from_numpy(value))
+        live[name].write(value)
     model.packed = any(packed for _, packed in values.values())

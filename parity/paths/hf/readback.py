@@ -162,6 +162,8 @@ def adapter_trace(model: Any) -> Trace:
         "trainable": sorted(values),
         "dtype": single(set(dtype_census(trainable(model)))),
     }
+    added = {n: t.offset for n, t in tensors.trainable(model).items() if t.offset}
+    scalars |= {"offsets": added} if added else {}
     return Trace(scalars=scalars).with_group("adapter", values)
 
 
