@@ -63,7 +63,7 @@ def stored_shapes(folder: Path) -> dict[str, list[int]]:
     """Shapes of a checkpoint's tensors by their stored names; empty without safetensors."""
     from safetensors import safe_open
 
-    found = {}
+    found = dict[str, list[int]]()
     for file in sorted(folder.glob("model*.safetensors")):
         with safe_open(file, "np") as stored:
             found |= {name: stored.get_slice(name).get_shape() for name in stored.keys()}  # noqa: SIM118

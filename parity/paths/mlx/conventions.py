@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from parity.names import canonical
+from parity.paths.mlx.live import to_numpy
 
 TRIED = 0.0, 2.5
 """Numbers that a checkpoint full of them is sanitized with: two tell an offset from any other change."""
@@ -44,7 +45,8 @@ def asked(source: str, shapes: Mapping[str, list[int]]) -> dict[str, Any]:
         found.append({canonical(n): v for n, v in made.items() if v.ndim == 1})
     offsets, otherwise = dict[str, float](), dict[str, list[float]]()
     for name, zero in found[0].items():
-        low, high = ([v.min().item(), v.max().item()] for v in (zero, found[1][name]))
+        pair = to_numpy(zero), to_numpy(found[1][name])
+        low, high = ([float(v.min()), float(v.max())] for v in pair)
         if low[0] == low[1] and high == [low[0] + TRIED[1]] * 2:
             offsets |= {name: low[0]} if low[0] else {}
         else:
