@@ -8,7 +8,10 @@ in a row follows each other without gaps, the lowest bits first, in 32-bit words
 
 from __future__ import annotations
 
+import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -136,10 +139,33 @@ def stored(folder: Path) -> Iterator[tuple[str, Array]]:
             yield name, value.reshape(tensor["shape"])
 
 
+def described(mode: str, bits: int, group_size: int) -> str:
+    """What a module is quantized with, in words."""
+    return f"{mode}, {bits} bits, groups of {group_size}"
+
+
+def parsed(words: str) -> tuple[str, int, int]:
+    """Mode, bits and group size of `described`."""
+    mode, bits, group_size = words.split(", ")
+    return mode, int(bits.partition(" ")[0]), int(group_size.rpartition(" ")[2])
+
+
+def by_setting(modules: Mapping[str, str]) -> dict[str, list[str]] | str:
+    """Setting, as `described` has it, to the modules that are quantized so; `none` of no modules.
+
+    Args:
+        modules: Canonical name to setting.
+    """
+    found: dict[str, list[str]] = {}
+    for name, words in sorted(modules.items()):
+        found.setdefault(words, []).append(name)
+    return dict(sorted(found.items())) or "none"
+
+
 def weights(
     tensors: Mapping[str, Array], quantization: Mapping[str, Any]
-) -> Iterator[tuple[str, Array, bool]]:
-    """Each tensor of a checkpoint: its name, its values, and whether it was packed.
+) -> Iterator[tuple[str, Array, str]]:
+    """Each tensor of a checkpoint: its name, its values, and how it was packed, as `described`, or "".
 
     Args:
         tensors: By name, as they are stored; bfloat16 as float32.
@@ -153,18 +179,45 @@ def weights(
         if last in PARTS and f"{module}.scales" in tensors and f"{module}.weight" in tensors:
             continue
         if f"{module}.scales" not in tensors or last != "weight":
-            yield name, value, False
+            yield name, value, ""
             continue
         own = {**quantization, **(quantization.get(module) or {})}
-        mode, scales = own.get("mode", AFFINE), tensors[f"{module}.scales"]
+        mode, scales, size = own.get("mode", AFFINE), tensors[f"{module}.scales"], own["group_size"]
         if f"{module}.global_scale" in tensors:
             raise Unsupported(
                 f"{module} has a scale of the whole tensor, which is not unpacked here"
             )
         if mode in FLOATS:
-            yield name, dequantized_floats(value, scales, mode, own["group_size"]), True
+            values = dequantized_floats(value, scales, mode, size)
         elif mode == AFFINE:
-            biases = tensors[f"{module}.biases"]
-            yield name, dequantized(value, scales, biases, own["bits"], own["group_size"]), True
+            values = dequantized(value, scales, tensors[f"{module}.biases"], own["bits"], size)
         else:
             raise Unsupported(f"weights quantized in mode {mode!r} are not unpacked here")
+        yield name, values, described(mode, own["bits"], size)
+
+
+def made(recipe: Recipe, cache: Path, modules: Mapping[str, str] | None = None) -> Path:
+    """The checkpoint that mlx-lm quantizes, in a process of its own: torch and MLX share none.
+
+    Args:
+        recipe: Names the model and what it is quantized with.
+        cache: Where it is kept.
+        modules: Canonical name to setting, as `described` has it: these modules are packed, and no others.
+
+    Raises:
+        Unsupported: mlx-lm does not make it.
+    """
+    place, given = folder(recipe, cache), ""
+    if modules is not None:
+        given = json.dumps(dict(sorted(modules.items())))
+        place = place.with_name(f"{place.name}-{hashlib.sha256(given.encode()).hexdigest()[:16]}")
+    if place.exists():
+        return place
+    command = [sys.executable, "-m", "parity.paths.mlx.quantized", *map(str, words(recipe))]
+    done = subprocess.run(
+        [*command, str(place)], input=given, capture_output=True, text=True, check=False
+    )
+    if not place.exists():
+        reason = (done.stderr.strip() or done.stdout.strip()).rpartition("\n")[2]
+        raise Unsupported(f"no weights quantized by mlx-lm (model.quantization): {reason}")
+    return place

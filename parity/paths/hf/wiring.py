@@ -78,7 +78,7 @@ def unfrozen(base: Any, recipe: Recipe) -> Any:
     """
     first = _layers(base, recipe) - recipe.lora.num_layers if recipe.lora.num_layers != -1 else 0
     base.requires_grad_(False)
-    if getattr(base, "packed", False):
+    if getattr(base, "packed", {}):
         raise Unsupported(NOT_TRAINED)
     source = resources.model_dir(recipe.model.source)
     conventions.apply(base, source, conventions.stored_shapes(Path(source)) or None)
