@@ -9,6 +9,7 @@ import numpy as np
 
 from parity.judge.compare import compare, compare_exact, compare_group
 from parity.names import is_factor
+from parity.stages import experts
 from parity.stages.context import Comparison, Context, Pair
 from parity.stages.inputs import common_rows
 from parity.trace import Array, Trace
@@ -39,6 +40,8 @@ class Gradient:
             tensors = a.group("gradient"), b.group("gradient")
             noise = pair.noise_of("gradient")
             result.metrics.append(compare_group(f"gradient, {what}", *tensors, noise))
+            result.metrics += experts.metrics(*tensors, what)
+            result.findings += experts.findings(*tensors, what)
             facts = scale_facts(*tensors, what)
             result.findings += proportional(facts, what)
             result.facts |= facts
