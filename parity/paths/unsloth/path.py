@@ -193,6 +193,9 @@ class UnslothPath(MlxPath):
 
     def save(self, recipe: Recipe, setup: Setup, folder: Path) -> None:
         """By `MLXTrainer.save_model`."""
+        if getattr(setup.model, "_hf_repo", None) is None:
+            # Its loader notes where the base is from, and its saver writes that.
+            setup.model._hf_repo = resources.model_dir(recipe.model.source)
         live = _unsloth_trainer.trainer(
             library(), recipe, setup.model, setup.tokenizer, [], str(folder)
         )
