@@ -143,6 +143,28 @@ class NotLoaded(MlxPath):
         return loader.load(recipe)[0]
 
 
+class MagnitudesLost(MlxPath):
+    """DoRA's magnitudes are left at those of the base's weights."""
+
+    def read(self, recipe, folder, loader):
+        model = super().read(recipe, folder, loader)
+        for module in model.modules():
+            if "m" in module:
+                module.m = module.m * 1.5
+        return model
+
+
+class DefaultScale(MlxPath):
+    """The reader takes mlx-lm's default in the place of the scale in the files."""
+
+    def read(self, recipe, folder, loader):
+        model = super().read(recipe, folder, loader)
+        for module in model.modules():
+            if hasattr(module, "lora_a"):
+                module.scale = 20.0
+        return model
+
+
 class OtherForward(MlxPath):
     """The live model rounds in another way than the loaded one; `says` so or does not."""
 
