@@ -49,7 +49,8 @@ _LAYOUTS: dict[str, Callable[[Array, int], Array]] = {
     PERMUTED: lambda value, heads: _permuted(value, heads, 2),
     _BACK[PERMUTED]: lambda value, heads: _permuted(value, heads, 0),
     RAISED: lambda value, _: value + 1,
-    "with 2 added": lambda value, _: value + 2,
+    # By two tools after each other, each of which rounds.
+    "with 1 added twice": lambda value, _: (value + 1) + 1,
     _BACK[RAISED]: lambda value, _: value - 1,
     "transposed": lambda value, _: value.T,
 }
