@@ -32,7 +32,10 @@ def test_a_part_is_own_where_its_method_is():
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        (f"mlx-lm+optimizer={SETUP}", "has no optimizer of its own.*own parts are loss, saver, reader, fuse, loop"),
+        (
+            f"mlx-lm+optimizer={SETUP}",
+            "has no optimizer of its own.*own parts are loss, saver, reader, fuse, loop",
+        ),
         (f"mlx-lm+optimizer={TRAIN}", "has no optimizer of its own"),
         (f"{SETUP}+optimizer=mlx-lm", "another optimizer would be left out"),
         (f"mlx-lm+clip={SETUP}", "has no clip of its own"),
