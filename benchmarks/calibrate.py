@@ -8,6 +8,7 @@ by probe and dtype, and the multiple that one cell in a thousand passes is read 
 its floor; the table says how many are found.
 
     python benchmarks/calibrate.py --seeds 15 --dtypes float32,bfloat16
+    python benchmarks/calibrate.py --drawn 80 --half-drawn 30        # recipes drawn at random; resumes
     python benchmarks/calibrate.py --fit reports/calibration.csv     # the tables of what was measured
 
 Writes calibration.md and calibration.csv below --out.
@@ -27,6 +28,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from benchmarks import drawn
 from parity import recipe as recipes
 from parity.capture.engine import Engine
 from parity.cells.cell import Cell
@@ -50,6 +52,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "dropout": {"lora.dropout": 0.1},
     "accumulation and clip": {"train.accumulation": 2, "optim.clip": "norm"},
 }
+PROBES = "02,03,05,06,07,08,10,11"
+"""Of drawn recipes: those that compare numbers across frameworks."""
 TIMES = (1, 3, 10, 30, 100)
 # Stage to the method that it captures and the group of arrays in which a fault is planted.
 PLANTS = {
@@ -125,6 +129,30 @@ def measure(options: argparse.Namespace, engine: Engine) -> pd.DataFrame:
                 print(describe(record), flush=True)
             if index % 50 == 0:
                 print(f"{index} of {len(planned)} cells", flush=True)
+    return pd.DataFrame(rows)
+
+
+def measure_drawn(options: argparse.Namespace, engine: Engine) -> pd.DataFrame:
+    """Runs the cells of drawn recipes that the table does not have; adds each to it."""
+    file = options.out / "calibration.csv"
+    table = pd.read_csv(file, dtype={"digest": str}) if file.exists() else pd.DataFrame()
+    rows = table.to_dict("records")
+    done = {(row["recipe"].partition(":")[0], row["dtype"], row["probe"]) for row in rows}
+    base = recipes.load("default")
+    stages = [find(name) for name in (options.probes or PROBES).split(",")]
+    for dtype, count in (("float32", options.drawn), ("bfloat16", options.half_drawn)):
+        for number in range(count):
+            words, shared = drawn.recipe(number, dtype, base)
+            for stage in stages:
+                if (f"drawn {number}", dtype, f"{stage.number:02d} {stage.name}") in done:
+                    continue
+                record, digest = drawn.measured(engine, Cell(stage, "mlx", "hf", shared))
+                rows.append(row(f"drawn {number}: {words}", record) | {"digest": digest})
+                pd.DataFrame(rows).to_csv(file, index=False)
+                print(f"{number} {dtype} {record.stage} {record.verdict} "
+                      f"{record.seconds:.0f} s {rows[-1]['ratio']:.2f}", flush=True)  # fmt: skip
+                if not record.verdict.green:
+                    print(describe(record), flush=True)
     return pd.DataFrame(rows)
 
 
@@ -301,6 +329,8 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=15)
     parser.add_argument("--half-seeds", type=int, default=5, help="of bfloat16 and float16")
+    parser.add_argument("--drawn", type=int, default=0, help="recipes drawn, in float32")
+    parser.add_argument("--half-drawn", type=int, default=0, help="and in bfloat16")
     parser.add_argument("--fault-seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--dtypes", default="float32,bfloat16")
@@ -314,6 +344,9 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.fit:
         table, faults = pd.read_csv(options.fit), pd.DataFrame()
+    elif options.drawn or options.half_drawn:
+        with Engine() as engine:
+            table, faults = measure_drawn(options, engine), pd.DataFrame()
     else:
         with Engine() as engine:
             table, faults = measure(options, engine), detection(engine, options)
