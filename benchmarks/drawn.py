@@ -35,13 +35,16 @@ MODELS: tuple[tuple[str, dict[str, Any], tuple[list[str], ...]], ...] = (
     ("tiny-llama", {"model.quantization": "affine"}, (ALL, ["q_proj", "v_proj"])),
 )
 """Model, how it is loaded, and the modules that may be trained."""
+TOGETHER = 4
 METHODS_ASIDE = ("config", "defaults", "tokenization")
 """Captures that inputs are made of, and that no array of a verdict comes from."""
 
 
 def recipe(number: int, dtype: str, base: Recipe) -> tuple[str, Recipe]:
     """The drawn recipe of a number, and its ingredients in words."""
-    rng = np.random.default_rng([20261128, number])
+    # Some in a row have one model, which is then loaded once.
+    group, rng = number // TOGETHER, np.random.default_rng([20261128, number])
+    loaded = np.random.default_rng([20261128, 1, group])
 
     def one(*values: Any) -> Any:
         value = values[int(rng.integers(len(values)))]
@@ -50,14 +53,15 @@ def recipe(number: int, dtype: str, base: Recipe) -> tuple[str, Recipe]:
     def between(low: float, high: float) -> float:
         return float(f"{np.exp(rng.uniform(np.log(low), np.log(high))):.3g}")
 
-    model, loading, targets = MODELS[number % len(MODELS)]
+    model, loading, targets = MODELS[group % len(MODELS)]
+    half = 4 if model == "tiny-qwen3-5" else 9
     drawn: dict[str, Any] = {
         "model.source": model, "model.dtype": dtype, **loading,
         "seed.value": int(rng.integers(1, 2**31)),
         "data.source": one("hello", "mixed"), "data.pad_multiple": one(1, 8, 32),
         "lora.kind": one(*["lora"] * 5, "dora", "full"), "lora.rank": one(2, 4, 8, 16),
         "lora.scale": between(0.5, 8), "lora.dropout": one(0.0, 0.0, 0.1),
-        "lora.num_layers": one(-1, -1, 4, 9), "lora.target_modules": one(*targets),
+        "lora.num_layers": one(-1, -1, 3, half), "lora.target_modules": one(*targets),
         "mask.end_shift": one(0, 1),
         "optim.name": one("adamw", "adamw", "adam", "sgd"), "optim.lr": between(2e-4, 3e-3),
         "optim.betas": [one(0.8, 0.9, 0.95), one(0.95, 0.99, 0.999)],
@@ -70,7 +74,8 @@ def recipe(number: int, dtype: str, base: Recipe) -> tuple[str, Recipe]:
         "train.gradient_checkpointing": one(False, False, True),
     }  # fmt: skip
     if "model.quantization" in drawn:
-        drawn |= {"model.bits": one(3, 4, 6, 8), "model.group_size": one(32, 64)}
+        drawn["model.bits"] = (3, 4, 6, 8)[int(loaded.integers(4))]
+        drawn["model.group_size"] = (32, 64)[int(loaded.integers(2))]
         if drawn["lora.kind"] == "full":
             drawn["lora.kind"] = "lora"  # what is quantized is not trained
     if model == "tiny-llama-4bit" and drawn["lora.kind"] == "full":

@@ -164,6 +164,46 @@ class LoopDecay(MlxPath):
             mx.enable_compile()
 
 
+class LoopTouchesOne(MlxPath):
+    """After its second step the loop moves the first element of each tensor; all others are right."""
+
+    name = "loop-touches-one"
+
+    def loop(self, recipe, setup, batches):
+        inner, calls = setup.optimizer.apply_gradients, itertools.count(1)
+
+        def apply_gradients(gradient, parameters):
+            import mlx.core as mx
+            from mlx.utils import tree_map
+
+            def touched(w):
+                first = mx.arange(w.size).reshape(w.shape) == 0
+                return mx.where(first, w + 0.1, w)
+
+            moved = inner(gradient, parameters)
+            return tree_map(touched, moved) if next(calls) == 2 else moved
+
+        setup.optimizer.apply_gradients = apply_gradients
+        import mlx.core as mx
+
+        mx.disable_compile()  # a compiled step would be traced once, and counted once
+        try:
+            return super().loop(recipe.override({"train.compile": False}), setup, batches)
+        finally:
+            mx.enable_compile()
+
+
+class NormReport(MlxPath):
+    """The gradient norm that is reported is 5e-6 too large."""
+
+    name = "norm-report"
+
+    def loop(self, recipe, setup, batches):
+        result = super().loop(recipe, setup, batches)
+        result["gradient_norm"] = [norm * (1 + 5e-6) for norm in result["gradient_norm"]]
+        return result
+
+
 class NoSeed(MlxPath):
     """Always the same seed, whatever is asked."""
 

@@ -49,6 +49,11 @@ def equal(found):
             [f"{UPDATE} differs on equal gradients"],
             [BATCHES, REPORTED, GRADIENT, LOOP, CLIP],
         ),
+        (
+            "search_faults:LoopTouchesOne", 2,
+            ["the adapter after it is not what the subject's own clip and optimizer make", "252 of 252"],
+            [BATCHES, REPORTED, GRADIENT, LOOP, CLIP, UPDATE],
+        ),
         ("planted_paths:LouderLoss", 1, ["the loss differs at equal weights"], [BATCHES, REPORTED]),
     ],
 )  # fmt: skip
@@ -60,6 +65,14 @@ def test_the_first_part_that_differs_is_named(planted, at, says, before, referen
         assert words in found.sentence
     assert equal(found) == before
     assert "not compared" not in found.sentence
+
+
+@pytest.mark.long
+def test_a_norm_that_is_off_by_more_than_its_sum_rounds(engine, small):
+    found = place(engine, small, "search_faults:NormReport", "mlx-lm", **{"train.steps": 2})
+    assert found.sentence.startswith(
+        "first divergent step 1 of 2: the gradient norm that is reported"
+    )
 
 
 @pytest.mark.long
