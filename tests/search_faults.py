@@ -58,6 +58,16 @@ class AttentionProduct(Reloaded):
         model.layers[5].self_attn.scale *= 1.02
 
 
+class TwoProducts(Reloaded):
+    """Layer 5 scales its attention by half too much, layer 12 by a little."""
+
+    name = "two-products"
+
+    def plant(self, model):
+        model.layers[5].self_attn.scale *= 1.5
+        model.layers[12].self_attn.scale *= 1.002
+
+
 class OtherActivation(Reloaded):
     """Every MLP uses silu where the configuration says gelu with tanh."""
 

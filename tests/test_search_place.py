@@ -71,6 +71,14 @@ def test_what_is_between_two_modules_has_a_name(planted, name, says, reference, 
     assert "first bad module" not in found.sentence
 
 
+@pytest.mark.parametrize("reference", [long("mlx-lm"), "hf"])
+def test_the_greater_of_two_places_is_not_all(reference, engine, small):
+    found = place(engine, "search_faults:TwoProducts", reference, small)
+    assert found.name == "layers.5.self_attn"
+    assert "most of it, with the reference's" in found.sentence
+    assert "in 2 of 18 layers (5, 12)" in found.sentence
+
+
 @pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
 def test_a_module_that_does_not_reach_the_logits_is_not_named(reference, engine, small):
     found = place(engine, "search_faults:Harmless", reference, small)

@@ -116,14 +116,14 @@ def no_decay_of_lora_b() -> type[MlxPath]:
             inner = optimizer.apply_gradients
 
             def apply_gradients(gradient: Any, parameters: Any) -> Any:
-                from mlx.utils import tree_flatten, tree_unflatten
+                from mlx.utils import tree_map_with_path
 
                 keep = 1 / (1 - optimizer.learning_rate * recipe.optim.weight_decay)
-                given = [
-                    (name, value * keep if name.endswith("lora_b") else value)
-                    for name, value in tree_flatten(parameters)
-                ]
-                return inner(gradient, tree_unflatten(given))
+
+                def kept(name: str, value: Any) -> Any:
+                    return value * keep if name.endswith("lora_b") else value
+
+                return inner(gradient, tree_map_with_path(kept, parameters))
 
             optimizer.apply_gradients = apply_gradients
             return optimizer
