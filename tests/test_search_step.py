@@ -101,6 +101,19 @@ def test_every_micro_batch_is_compared(planted, says, engine, small):
     assert says in place(engine, small, planted, "hf", **changes).sentence
 
 
+@pytest.mark.long
+def test_a_micro_batch_that_is_left_out_is_named(engine, small):
+    changes = {"train.accumulation": 3, "train.batch_size": 2, "data.source": "mixed"}
+    name = "benchmarks.planted.training:last_micro_batch_forgotten_path"
+    recipe = small.override({**FEW, **changes})
+    found = step(context_of(engine, Cell(find("07"), name, "mlx-lm", recipe)))
+    assert (
+        "it is that of micro-batches 1, 2 of 3 alone, and so is the gradient norm" in found.sentence
+    )
+    assert "the loop trains on no other of this step" in found.sentence
+    assert "another batch" not in found.sentence
+
+
 def test_what_could_not_be_compared_is_said(engine, small):
     """With dropout no gradient can be taken again, so that only the batches are known to agree."""
     once = {"lora.dropout": 0.1, "train.steps": 2}

@@ -113,7 +113,7 @@ def planted(
 
 HOMES = (
     "backward", "batching", "cache", "forward", "harmless", "loop", "loss", "optimizer", "wiring",
-    "training", "ports", "plugins",
+    "updates", "training", "ports", "starts", "plugins",
 )  # fmt: skip
 """Modules of this package in the order in which their faults take turns at models and references."""
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from parity.bisect.micro_batches import of_some
 from parity.bisect.pattern import tensors
 from parity.bisect.place import Place, differs, how_much
 from parity.bisect.step_rounding import summed_error, unsettled
@@ -169,6 +170,8 @@ def _loss_floor(run: TrainingSteps, at: int) -> float:
 
 def _instead(run: TrainingSteps, at: int, reported: float, allowed: float) -> str:
     """Which other loss it is that the subject reports, and whether only the report is wrong."""
+    if found := of_some(run, at, reported, allowed):
+        return found
     before, parts = run.adapter("subject", at - 1), run.parts("subject")
 
     def loss(rows: list[Trace], adapter: dict[str, Array]) -> float:

@@ -9,6 +9,11 @@ from parity.judge.noise import EPS
 from parity.trace import Array
 
 
+def norm_of(tensors: dict[str, Array]) -> float:
+    """The norm of all tensors together, in float64."""
+    return float(np.sqrt(sum(float((v.astype(np.float64) ** 2).sum()) for v in tensors.values())))
+
+
 def summed_error(tensors: dict[str, Array]) -> float:
     """How far a norm is off, relatively, whose squares are added up one by one in float32.
 
@@ -18,7 +23,7 @@ def summed_error(tensors: dict[str, Array]) -> float:
         np.cumsum(v.astype(np.float32).ravel() ** 2, dtype=np.float32)[-1] for v in tensors.values()
     ]
     summed = float(np.sqrt(np.cumsum(np.array(parts, np.float32), dtype=np.float32)[-1]))
-    exact = float(np.sqrt(sum(float((v.astype(np.float64) ** 2).sum()) for v in tensors.values())))
+    exact = norm_of(tensors)
     return max(abs(summed / exact - 1) if exact else 0.0, EPS["float32"])
 
 
