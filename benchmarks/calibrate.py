@@ -179,12 +179,24 @@ def quantile(ratios: Array, rate: float = RATE, draws: int = 200) -> tuple[float
     return float(stats.gumbel_r.isf(rate, location, scale)), float(np.quantile(drawn, 0.95))
 
 
+def moved(table: pd.DataFrame) -> pd.DataFrame:
+    """Cells that compared something and were not identical, with what tells one measurement from another.
+
+    That is the digest of the arrays that both sides gave, where it was kept; else model and ratio:
+    recipes that differ in what a stage does not read give the same arrays.
+    """
+    found = table[(table.ratio > 0) & table.verdict.isin(["agree", "diverge"])].copy()
+    digest = (
+        found["digest"] if "digest" in found else pd.Series(None, index=found.index, dtype=object)
+    )
+    found["measurement"] = digest.where(digest.notna(), found.model + " " + found.ratio.astype(str))
+    return found.drop_duplicates(["dtype", "probe", "measurement"])
+
+
 def fitted(table: pd.DataFrame) -> pd.DataFrame:
     """By dtype and probe: how the ratios are distributed, and the multiple that the rate needs."""
     found = []
-    moved = table[(table.ratio > 0) & (table.verdict != "identical")]
-    for (dtype, probe), group in moved.groupby(["dtype", "probe"]):
-        # Recipes that differ in what a stage does not read give the same arrays: counted once.
+    for (dtype, probe), group in moved(table).groupby(["dtype", "probe"]):
         ratios = group.drop_duplicates(["model", "ratio"]).ratio.to_numpy()
         enough = len(ratios) >= FEWEST
         # Of cells that are all alike, as the same logits in every cell, no distribution can be fitted.
@@ -194,8 +206,8 @@ def fitted(table: pd.DataFrame) -> pd.DataFrame:
             {
                 "dtype": dtype,
                 "probe": probe,
-                "cells": len(group),
-                "distinct": len(ratios),
+                "distinct": len(group),
+                "other ratios": len(ratios),
                 "median": np.median(ratios),
                 "greatest": ratios.max(),
                 f"passed by {RATE:g}": needed,
@@ -280,15 +292,40 @@ def detection(engine: Engine, options: argparse.Namespace) -> pd.DataFrame:
 
 def report(table: pd.DataFrame, faults: pd.DataFrame, options: argparse.Namespace) -> str:
     """Markdown of what was measured."""
-    green = table.verdict.isin(["identical", "agree"])
+    table = table[table.verdict != "skip"]
+    bad = ~table.verdict.isin(["identical", "agree"])
+    distinct = moved(table)
+    single = ", ".join(
+        f"{count} in {dtype}, {int((group.verdict != 'agree').sum())} not green"
+        for dtype, group in distinct.groupby("dtype")
+        for count in [len(group)]
+    )
+    ingredients = ", ".join(
+        f"{word} {distinct.recipe.str.contains(word).sum()}"
+        for word in (
+            "checkpointing",
+            "dropout",
+            "accumulation",
+            "clip",
+            "dora",
+            "full",
+            "bits",
+            "cosine",
+        )
+    )
     counts = table.groupby(["dtype", "reference", "verdict"]).size().unstack(fill_value=0)
     text = [
         "# Calibration",
         "",
         f"Made by `python {shlex.join(sys.argv)}`.",
         "",
-        f"**{len(table)} clean cells, {int((~green).sum())} not green "
-        f"({100 * (~green).mean():.2f} %).** A tolerance is {HEADROOM:g} floors.",
+        f"**{len(table)} clean cells, {int(bad.sum())} not green ({100 * bad.mean():.2f} %).** A tolerance "
+        f"is {HEADROOM:g} floors. Skipped cells do not count.",
+        "",
+        f"**Distinct measurements that are not identical: {single}.** Two cells whose sides gave the same "
+        "arrays, bit for bit, are one measurement (`digest`).",
+        "",
+        f"Cells with {ingredients}.",
         "",
         "## Verdicts of clean cells",
         "",
@@ -296,8 +333,8 @@ def report(table: pd.DataFrame, faults: pd.DataFrame, options: argparse.Namespac
         "",
         "## Greatest difference of a cell, in floors",
         "",
-        "Of cells that are not identical; *distinct* are those whose greatest ratio no other cell of the "
-        "model has: recipes that differ in what a stage does not read give the same arrays. "
+        "Of distinct measurements that are not identical; *other ratios* are those whose greatest ratio no "
+        "other cell of the model has. "
         f"*Passed by {RATE:g}*: the multiple of a floor that one in "
         f"{1 / RATE:,.0f} clean cells passes, from a Gumbel distribution fitted to {FEWEST} distinct "
         "cells or more, with the upper 95 % bound of a parametric bootstrap.",
@@ -316,9 +353,9 @@ def report(table: pd.DataFrame, faults: pd.DataFrame, options: argparse.Namespac
             share.round(0).to_markdown(),
             "",
         ]
-    if (~green).any():
-        bad = table[~green].drop(columns="ratio")
-        text += ["## Not green", "", bad.to_markdown(index=False), ""]
+    if bad.any():
+        rest = table[bad].drop(columns="ratio")
+        text += ["## Not green", "", rest.to_markdown(index=False), ""]
     return "\n".join(text)
 
 

@@ -43,7 +43,7 @@ _OBJECTS = {
     "wire": ("model",),
     "dataset": ("tokenizer", "rows", "folder"),
     "batches": ("dataset", "tokenizer"),
-    "optimizer": ("model",),
+    "optimizer": (),
     "clip": (),
     "loop": ("model", "tokenizer", "optimizer", "loss", "batches", "clip"),
 }
@@ -120,7 +120,8 @@ class PluginPath(MlxPath):
 
         def draw() -> Iterator[Batch]:
             while True:
-                epoch = iter(self._call("batches", recipe, dataset=rows))
+                objects = {"dataset": rows, "tokenizer": self.tokenizer(recipe)}
+                epoch = iter(self._call("batches", recipe, **objects))
                 if (first := next(epoch, None)) is None:
                     raise Unsupported("batches gives none")
                 for raw in itertools.chain([first], epoch):
