@@ -10,6 +10,7 @@ import numpy as np
 from parity.judge.compare import compare, compare_exact, compare_group
 from parity.judge.noise import HEADROOM, distance
 from parity.names import is_factor
+from parity.stages import experts
 from parity.stages.context import Comparison, Context, Pair
 from parity.stages.inputs import common_rows
 from parity.trace import Array, Trace
@@ -40,6 +41,8 @@ class Gradient:
             tensors = a.group("gradient"), b.group("gradient")
             noise = pair.noise_of("gradient")
             result.metrics.append(compare_group(f"gradient, {what}", *tensors, noise))
+            result.metrics += experts.metrics(*tensors, what)
+            result.findings += experts.findings(*tensors, what)
             floors = {name: noise.floor(name, value) for name, value in tensors[1].items()}
             facts = scale_facts(*tensors, floors, what)
             result.findings += proportional(facts, what)
