@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from parity.bisect.activation import formula
+from parity.bisect.locate_earlier import made_earlier
 from parity.bisect.pattern import AXES, shape_of
 from parity.bisect.place import Mark, Place, counted, differs, how_much
 from parity.bisect.settings import suspected_setting
@@ -136,6 +137,8 @@ def _place(context: Context, rows: Trace, seen: ForwardComparison) -> Place:
         silent.append(event)
     else:
         return Place(f"{_silent(silent)}: no place is named", "", "forward", _walk(seen, set()))
+    if earlier := made_earlier(context, rows, found, event):
+        return Place(*earlier, "forward", _walk(seen, {earlier[1]}))
     words = [_words(found, event), confirmed]
     # A setting is read by all layers: where one place alone is wrong it is none.
     if not confirmed.startswith(MOST) and (
