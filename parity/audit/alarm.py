@@ -24,6 +24,10 @@ METHODS = {
 """Framework to part to the methods of a path that are it."""
 
 
+USED_IN = {"saver": "round_trip", "reader": "round_trip", "fuse": "fuse"}
+"""Part to the method of the contract that uses it; the others are used in `train`."""
+
+
 def called(part: str) -> str:
     """What is raised where a part is called."""
     return f"the {part} was taken from elsewhere"
@@ -66,3 +70,15 @@ class Alarm(MlxPath):
     def optimizer(self, recipe: Recipe) -> Any:
         """Raises."""
         raised("optimizer")
+
+    def save(self, recipe: Recipe, setup: Any, folder: Any) -> Any:
+        """Raises."""
+        raised("saver")
+
+    def read(self, recipe: Recipe, folder: Any, loader: Any) -> Any:
+        """Raises."""
+        raised("reader")
+
+    def merge(self, recipe: Recipe, folder: Any, read: Any, dequantize: bool) -> Any:
+        """Raises."""
+        raised("fuse")

@@ -16,8 +16,8 @@ class Alarm(HfPath):
     """None of its parts does anything else."""
 
     name = "alarm"
-    own_parts: ClassVar[tuple[str, ...]] = parts.ALL
-    takes_parts: ClassVar[tuple[str, ...]] = tuple(parts.PARTS)
+    own_parts: ClassVar[tuple[str, ...]] = parts.TRAINING
+    takes_parts: ClassVar[tuple[str, ...]] = HfPath.takes_parts
 
     def load(self, recipe: Recipe) -> Any:
         """Raises."""

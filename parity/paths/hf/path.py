@@ -48,8 +48,8 @@ class HfPath(TorchStages):
         "train.gradient_checkpointing", "train.autocast",
     )  # fmt: skip
     fixed: ClassVar[Mapping[str, Any]] = {"optim.bias_correction": True}
-    own_parts: ClassVar[tuple[str, ...]] = parts.ALL
-    takes_parts: ClassVar[tuple[str, ...]] = tuple(parts.PARTS)
+    own_parts: ClassVar[tuple[str, ...]] = parts.TRAINING
+    takes_parts: ClassVar[tuple[str, ...]] = tuple(p for p in parts.TRAINING if p in parts.PARTS)
 
     def __init_subclass__(cls, **named: Any) -> None:
         """Whose parts a class trains with is not known where it changes any and does not declare it."""

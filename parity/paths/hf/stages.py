@@ -314,7 +314,7 @@ class TorchStages(RoundTrips):
         targets = batching.labels(recipe, *drawn[0])
         measured = self.training_facts(recipe)
         with seeding() as events, self.adapted(recipe) as model:
-            facts = readback.model_facts(model)
+            facts = readback.model_facts(model, recipe)
             made = self.part("optimizer").optimizer(recipe, _torch.trainable(model))
             base = _torch.without_adapter(model)
             loss = self.part("loss").loss_of_logits(recipe, base)

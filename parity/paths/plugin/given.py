@@ -26,6 +26,9 @@ PART = {
     "loss": "loss",
     "clip": "clip",
     "optimizer": "optimizer",
+    "save": "saver",
+    "read": "reader",
+    "fuse": "fuse",
     "loop": parts.LOOP,
 }
 """What a user gives → the part that it stands for."""
@@ -39,6 +42,9 @@ _DECIDES = {
     "loss": ("mask.start_shift", "mask.end_shift"),
     "clip": ("optim.clip",),
     "optimizer": tuple(n for n in factor_names() if n.startswith("optim.") and "clip" not in n),
+    "save": (),
+    "read": (),
+    "fuse": (),
     "loop": (
         "train.accumulation", "train.compile", "train.gradient_checkpointing",
     ),

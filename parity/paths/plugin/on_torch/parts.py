@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from parity import resources
-from parity.errors import Unsupported
+from parity.errors import Unsupported, UsageError
 from parity.paths import parts
 from parity.paths.contract import STAGES
 from parity.paths.hf import live as _torch
@@ -208,6 +208,11 @@ def make(
     Raises:
         UsageError: None is given, one is no function, or takes what nobody can give.
     """
+    if files := [key for key in ("save", "read", "fuse") if functions.get(key) is not None]:
+        raise UsageError(
+            f"{files[0]}= cannot be given with framework='torch': only parts of the training stand in "
+            "path hf; write a subclass of it with `saved`, `reloaded` or `merged`"
+        )
     given = read(functions, _OBJECTS, HfPath.honours)
     named, loss = name or given.name, given.functions.get("loss")
     fixed = {k: v for k, v in HfPath.fixed.items() if k not in given.own_factors}

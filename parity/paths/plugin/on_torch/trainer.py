@@ -240,7 +240,7 @@ class TorchTrainerPath(RunningTrainer):
         with seeding() as events:
             model = self.begun(recipe).model
         seed = seed_facts(events)
-        facts = readback.model_facts(model)
+        facts = readback.model_facts(model, recipe)
         watch = TorchWatch(stop_after=recipe.train.steps, skip=True, logits=True)
         self.watched(recipe, watch)
         forwards = [f for step in watch.steps for f in step.forwards][:SHOWN]
@@ -307,6 +307,6 @@ def make(own: Mapping[str, Any], packages: tuple[str, ...]) -> type[TorchTrainer
             **own,
             "packages": (*HfPath.packages, *packages),
             "takes_parts": (),
-            "operations": operations(parts.ALL, own["name"]),
+            "operations": operations(parts.TRAINING, own["name"]),
         },
     )
