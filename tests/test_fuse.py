@@ -21,6 +21,7 @@ from parity.report.text import describe
 from parity.stages import find
 from parity.trace import Trace
 from tests.adapter_writers import MODEL, written
+from tests.cost import long
 
 STAGE = find("fuse")
 
@@ -43,9 +44,18 @@ def quantized(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("subject", "reference"), [("mlx", "mlx-lm"), ("hf", "mlx-lm"), ("trl", "hf")]
+    ("subject", "reference"),
+    [
+        ("mlx", "mlx-lm"),
+        ("hf", "mlx-lm"),
+        ("trl", "hf"),
+        ("unsloth", "mlx-lm"),
+        long("mlx+fuse=unsloth", "mlx-lm"),
+        ("mlx-lm+fuse=mlx", "mlx"),
+    ],
 )
 def test_a_clean_fuse_is_green(subject, reference, engine, small):
+    needs(subject)
     record = run(engine, small, subject, reference)
     assert record.verdict is Verdict.AGREE, describe(record)
     metrics = {metric.name: metric for metric in record.metrics}
@@ -56,12 +66,9 @@ def test_a_clean_fuse_is_green(subject, reference, engine, small):
         assert metrics[f"the adapter is in the weights, {side}"].verdict is Verdict.IDENTICAL
 
 
-def test_a_path_without_a_fuse_is_no_pass(engine, small):
-    if importlib.util.find_spec("unsloth_zoo") is None:
+def needs(path):
+    if "unsloth" in path and importlib.util.find_spec("unsloth_zoo") is None:
         pytest.skip("needs unsloth-zoo")
-    record = run(engine, small, "unsloth")
-    assert record.verdict is Verdict.SKIP
-    assert "has no fuse that mlx-parity runs" in record.reason
 
 
 def test_a_fuse_that_changes_nothing_is_found(engine, small):
@@ -78,8 +85,10 @@ def test_a_fuse_with_another_scale_is_found(engine, small):
     assert not any(m.name.endswith(", reference") for m in record.metrics if not m.verdict.green)
 
 
-def test_what_quantizing_again_costs_is_measured_and_named(engine, quantized):
-    record = run(engine, quantized, "mlx")
+@pytest.mark.parametrize("subject", ["mlx", long("unsloth")])
+def test_what_quantizing_again_costs_is_measured_and_named(subject, engine, quantized):
+    needs(subject)
+    record = run(engine, quantized, subject)
     assert record.verdict is Verdict.IDENTICAL, describe(record)
     for side in ("subject", "reference"):
         [text] = [t for t in record.findings if t.startswith(f"requantization loss of the {side}")]

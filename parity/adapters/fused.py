@@ -14,6 +14,7 @@ from parity.adapters.outcome import NO_BASE, Outcome
 from parity.adapters.tensor_checks import values_of
 from parity.adapters.tensors import Tensor, shown
 from parity.judge.noise import EPS
+from parity.judge.updates import ROUND
 from parity.names import canonical
 from parity.trace import Array
 
@@ -125,10 +126,11 @@ def _differs(ours: Tensor, theirs: Tensor) -> bool:
     a, b = ours.read(), theirs.read()
     if ours.dtype == theirs.dtype or not (ours.is_float and theirs.is_float):
         return not np.array_equal(a, b, equal_nan=ours.is_float and theirs.is_float)
+    # The coarser of the two dtypes; a value that it cannot hold is rounded, however small it is.
+    coarser = max(ours.dtype_name, theirs.dtype_name, key=lambda name: EPS[name])
+    to = ROUND.get(coarser, lambda values: values.astype(np.float32))
     with np.errstate(over="ignore"):
-        unit = max(EPS[ours.dtype_name], EPS[theirs.dtype_name])
-        x, y = a.astype(np.float64), b.astype(np.float64)
-        return not bool((np.abs(x - y) <= unit * np.abs(y)).all())
+        return not np.array_equal(to(a), to(b), equal_nan=True)
 
 
 class Differences(Mapping[str, Array]):

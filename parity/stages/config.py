@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 from parity.errors import CaptureError, Unsupported
 from parity.judge.compare import nothing
 from parity.paths.measured import known
+from parity.recipe import factor_names
 from parity.record import Metric, Verdict
 from parity.stages.context import Comparison, Context
 from parity.stages.settings import BATCHES, INTERNAL, TITLES, Settings, same, sentence, short
@@ -120,22 +121,18 @@ def _one(value: Any) -> Any:
     return value
 
 
-REQUESTED = {
-    "lora.kind": "lora.kind",
-    "lora.rank": "lora.rank",
-    "lora.scale": "lora.scale",
-    "lora.dropout": "lora.dropout",
-    "optim.eps": "optim.eps",
-    "optim.weight_decay": "optim.weight_decay",
-    "optim.bias_correction": "optim.bias_correction",
+OTHER_FORM = ("optim.lr", "model.quantization")
+"""Settings that say more than the factor of their name: the rate of each step, each module's packing."""
+OTHER_NAME = {
     "optim.clip": "clip.mode",
-    "seed.value": "seed.value",
-    "seed.placement": "seed.placement",
-    "train.compile": "train.compile",
     "train.accumulation": "accumulation.steps",
-    "train.gradient_checkpointing": "train.gradient_checkpointing",
-    "train.autocast": "train.autocast",
+    "train.accumulation_weighting": "accumulation.weighting",
 }
+REQUESTED = {
+    **{name: name for name in factor_names() if name in TITLES and name not in OTHER_FORM},
+    **OTHER_NAME,
+}
+"""A factor → the setting that has its value where the recipe is in effect."""
 
 
 def _compared(count: int, lacking: list[str], a: Settings, b: Settings) -> Metric:
