@@ -51,7 +51,7 @@ def quantized(tmp_path_factory):
         ("trl", "hf"),
         ("unsloth", "mlx-lm"),
         long("mlx+fuse=unsloth", "mlx-lm"),
-        ("mlx-lm+fuse=mlx", "mlx"),
+        long("mlx-lm+fuse=mlx", "mlx"),
     ],
 )
 def test_a_clean_fuse_is_green(subject, reference, engine, small):
