@@ -28,6 +28,7 @@ from parity import recipe as recipes
 from parity.bisect.causes import CauseSearch
 from parity.bisect.result import AGREE, FOUND, SearchReport
 from parity.capture.engine import Engine
+from parity.capture.keys import git_state
 from parity.cells.cell import Cell
 from parity.cells.run import run_cell
 from parity.files import write_atomically
@@ -76,6 +77,8 @@ class Outcome:
     sentence: str = ""
     runs: int = 0
     seconds: float = 0.0
+    code: str = ""
+    """Commit that the search was run on."""
 
 
 def floors(record: Record) -> float:
@@ -178,6 +181,7 @@ def run(engine: Engine, fault: Planted, reference: str) -> Outcome:
         sentence=" / ".join(cause.sentence for cause in report.causes) or report.reason,
         runs=report.runs,
         seconds=time.perf_counter() - started,
+        code=git_state(),
     )
 
 

@@ -13,8 +13,6 @@ from math import isclose, sqrt
 
 from parity.record import Metric, Record, Side, Verdict
 
-GONE = 0.02
-"""Share of a difference that may be left where a formula explains it."""
 Rule = Callable[[Record], str | None]
 
 NEAR = 0.01  # how exactly a ratio must be met; medians in float32 are good to 1e-4
@@ -259,9 +257,9 @@ def clip(record: Record) -> str | None:
 
 
 def _in_effect(record: Record, what: str) -> tuple[float, float] | None:
-    """What Adam's formula has on both sides, where it gives the weights of both."""
+    """What Adam's formula has on both sides, where it gives the weights of both (`in_effect`)."""
     facts = record.facts
-    if any(facts.get(f"left, {side}", 1.0) > GONE for side in ("subject", "reference")):
+    if any(f"left, {side}" not in facts for side in ("subject", "reference")):
         return None
     return facts[f"subject {what}"], facts[f"reference {what}"]
 
@@ -269,7 +267,12 @@ def _in_effect(record: Record, what: str) -> tuple[float, float] | None:
 def _computed(record: Record, what: str, values: tuple[float, float]) -> str:
     side, limit = ("subject", values[0]) if values[0] else ("reference", values[1])
     left = max(record.facts[f"left, {name}"] for name in ("subject", "reference"))
-    return f"a {what} at {limit:g} in the {side}: computed again with it, {left:.1g} of the difference is left"
+    at = f"at {limit:g} in the {side}"
+    if record.facts.get(f"{side} clip at any limit"):
+        at = f"in the {side}, whose limit these weights do not tell"
+    return (
+        f"a {what} {at}: computed again with one at {limit:g}, {left:.1g} of the difference is left"
+    )
 
 
 def bias_correction(record: Record) -> str | None:

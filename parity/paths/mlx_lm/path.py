@@ -96,10 +96,9 @@ class MlxLmPath(MlxPath):
             )
 
         facts = {"seed.rng": seen["rng"]}
-        _, tokenizer = self.base(recipe)
         return Setup(
             seen["model"],
-            tokenizer,
+            self.tokenizer(recipe),  # a model loaded now would draw weights behind the adapter's
             seen["optimizer"],
             dataset,
             seen["loss"],
@@ -288,7 +287,7 @@ class MlxLmPath(MlxPath):
         if "optimizer" in self.donors:
             called["optimizer"] = self.donors["optimizer"].optimizer(recipe)
         if batching := self.donors.get("batching"):
-            dataset = batching.dataset(recipe, self.base(recipe)[1])
+            dataset = batching.dataset(recipe, self.tokenizer(recipe))
             draw = batching.iterate(recipe, dataset)
             called |= {"train_dataset": dataset, "iterate_batches": lambda *_, **__: draw()}
         return called

@@ -47,7 +47,7 @@ _OBJECTS = {
     "wire": ("model",),
     "dataset": ("tokenizer", "rows", "folder"),
     "batches": ("dataset", "tokenizer"),
-    "optimizer": ("model",),
+    "optimizer": (),
     "clip": (),
     "save": ("model", "tokenizer", "folder"),
     "read": ("model", "folder"),
@@ -130,7 +130,8 @@ class PluginPath(MlxPath):
 
         def draw() -> Iterator[Batch]:
             while True:
-                epoch = iter(self._call("batches", recipe, dataset=rows))
+                objects = {"dataset": rows, "tokenizer": self.tokenizer(recipe)}
+                epoch = iter(self._call("batches", recipe, **objects))
                 if (first := next(epoch, None)) is None:
                     raise Unsupported("batches gives none")
                 for raw in itertools.chain([first], epoch):
