@@ -155,9 +155,12 @@ def _differs(ours: Tensor, theirs: Tensor) -> bool:
         return not np.array_equal(a, b, equal_nan=ours.is_float and theirs.is_float)
     # The coarser of the two dtypes; a value that it cannot hold is rounded, however small it is.
     coarser = max(ours.dtype_name, theirs.dtype_name, key=lambda name: EPS[name])
-    to = ROUND.get(coarser, lambda values: values.astype(np.float32))
     with np.errstate(over="ignore"):
-        return not np.array_equal(to(a), to(b), equal_nan=True)
+        return not np.array_equal(_rounded(a, coarser), _rounded(b, coarser), equal_nan=True)
+
+
+def _rounded(values: Array, dtype: str) -> Array:
+    return ROUND[dtype](values) if dtype in ROUND else values.astype(np.float32)
 
 
 class Differences(Mapping[str, Array]):
