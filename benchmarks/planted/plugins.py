@@ -207,6 +207,13 @@ def loop_by_hand() -> Any:
     return plugin.from_parts(loop=_loop(lambda count: 1 / count))
 
 
+@planted("harmless", references=("hf",),
+         recipe={**HALF, "optim.clip": "norm", "optim.clip_value": 0.3})  # fmt: skip
+def loop_with_its_clip() -> Any:
+    """The same, which clips the mean by the function that it is handed."""
+    return plugin.from_parts(loop=_loop(lambda count: 1 / count))
+
+
 @planted("harmless", references=("hf",))
 def loss_without_its_count() -> Any:
     """A loss of inputs and targets that returns no count of tokens."""
