@@ -125,6 +125,7 @@ def test_a_module_that_is_packed_otherwise_is_named_and_proven(
     assert place.name in named
 
 
+@pytest.mark.long
 def test_another_fault_beside_another_packing_is_not_laid_on_it(engine, cell):
     made, record = cell("HalfNormAndFloatEmbedding", "02", PACKED, "mlx-lm")
     place = locate(engine, made, record)
