@@ -92,7 +92,8 @@ def from_parts(
         framework: `mlx`, or `torch` for parts in path `hf`. There `load` may give the model alone, `wire`
             a wrapper around the model (as PEFT's), `batches` dicts with input_ids, attention_mask and
             labels; `optimizer` takes `params`, and returns an optimizer of torch or (optimizer, schedule);
-            `clip` takes parameters first, and changes their gradients in place.
+            `clip` takes parameters first, and changes their gradients in place; `save`, `read` and `fuse` are
+            for MLX alone.
 
     Raises:
         UsageError: Nothing is given, or a function takes what is neither an object nor a factor.

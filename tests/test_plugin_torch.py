@@ -41,6 +41,7 @@ def test_a_path_says_what_is_its_own_and_what_it_stands_on():
     [
         (lambda: plugin.from_loss(functions.strange, framework="torch"), "what 'gadget' is cannot be"),
         (lambda: plugin.from_loss("loss", framework="torch"), "loss='loss' is no function"),
+        (lambda: plugin.from_parts(save=len, framework="torch"), "save= cannot be given with framework"),
         (lambda: resolve(f"mlx+loss={HERE}:averaged"), "is a function on torch.*give --subject hf"),
         (
             lambda: resolve("hf+loss=tests.plugin_functions:padding_averaged"),
