@@ -425,6 +425,8 @@ def test_a_clipped_gradient_shows_its_bound():
     # 69 of 252 tensors 1 % longer point the same way to six digits, and are no common factor.
     partly = {name: v * (1.01 if i % 4 == 0 else 1.0) for i, (name, v) in enumerate(many(252))}
     floors = dict.fromkeys(partly, 1e-6)
+    # Where all is rounding a ratio next to one explains nothing.
+    assert "gradient ratio, B" not in scale_facts({"a": 1.000001 * whole["a"]}, whole, floor, "B")
     assert "gradient ratio, B" not in scale_facts(partly, dict(many(252)), floors, "B")
     # One tensor of 252 that is another multiple is a hundredth of the difference, and no rounding.
     most = {name: v * (1.5 if i else 1.6) for i, (name, v) in enumerate(many(252))}

@@ -114,6 +114,18 @@ def test_a_micro_batch_that_is_left_out_is_named(engine, small):
     assert "another batch" not in found.sentence
 
 
+@pytest.mark.long
+def test_a_clip_of_each_micro_batch_is_no_matter_of_the_report(engine, small):
+    """The norm that a watched loop shows is that of what was clipped: that alone proves nothing."""
+    changes = {"train.accumulation": 2, "train.batch_size": 2, "data.source": "mixed"}
+    clip = {"optim.clip": "norm", "optim.clip_value": 0.3}
+    name = "benchmarks.planted.plugins:clipped_before_averaging_path"
+    recipe = small.override({**FEW, **changes, **clip, "train.steps": 2})
+    found = step(context_of(engine, Cell(find("07"), name, "hf", recipe)))
+    assert "the clip inside the loop differs at equal weights" in found.sentence, found.sentence
+    assert "only the report differs" not in found.sentence
+
+
 def test_what_could_not_be_compared_is_said(engine, small):
     """With dropout no gradient can be taken again, so that only the batches are known to agree."""
     once = {"lora.dropout": 0.1, "train.steps": 2}

@@ -83,6 +83,22 @@ def test_a_path_without_training_has_unknown_settings(engine, small):
     assert record.verdict is Verdict.INCONCLUSIVE, describe(record)
 
 
+@pytest.mark.parametrize(
+    ("path", "key", "note"),
+    [
+        # It counts positions from one, which rotary embeddings do not know.
+        ("ports:positions_from_one_path", "rope.frequencies", ""),
+        # A and B together give no gradient from which micro-batches could be counted.
+        ("starts:b_is_drawn_and_a_is_zero_path", "accumulation.steps", "unknown (the gradient at"),
+    ],
+)
+def test_what_is_no_setting_is_none(path, key, note, engine, small):
+    record = run_cell(engine, Cell(PROBE, f"benchmarks.planted.{path}", "hf", small))
+    metric = next(metric for metric in record.metrics if metric.name == key)
+    assert note in metric.note
+    assert metric.verdict is not Verdict.DIVERGE
+
+
 CLEAN = [
     ("mlx", "mlx-lm", {}),
     long("mlx", "mlx-lm", {"train.accumulation": 3, "train.gradient_checkpointing": True}),

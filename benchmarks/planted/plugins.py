@@ -184,7 +184,7 @@ def _loop(share: Any, clip_each: bool = False, late: bool = False) -> Any:
     return run
 
 
-LOOP = "the loss that is reported|the gradient that the loop makes|the adapter after it"
+LOOP = "the loss that is reported|the gradient that the loop makes|the clip inside the loop"
 
 
 @planted("loop", "loss_curve", parts="loop", recipe=HALF, steps=(1,), differs=LOOP,
@@ -195,7 +195,7 @@ def accumulated_sum() -> Any:
 
 
 @planted("loop", "loss_curve", parts="loop", steps=(1,), differs=LOOP,
-         recipe={**HALF, "optim.clip": "norm", "optim.clip_value": 0.3})  # fmt: skip
+         recipe={**HALF, "optim.clip": "norm", "optim.clip_value": 0.3}, references=("hf",))  # fmt: skip
 def clipped_before_averaging() -> Any:
     """Each micro-batch is clipped before the mean is taken."""
     return plugin.from_parts(loop=_loop(lambda count: 1 / count, clip_each=True))
@@ -204,6 +204,13 @@ def clipped_before_averaging() -> Any:
 @planted("harmless", references=("hf",), recipe=HALF)
 def loop_by_hand() -> Any:
     """A loop with accumulation, nothing compiled."""
+    return plugin.from_parts(loop=_loop(lambda count: 1 / count))
+
+
+@planted("harmless", references=("hf",),
+         recipe={**HALF, "optim.clip": "norm", "optim.clip_value": 0.3})  # fmt: skip
+def loop_with_its_clip() -> Any:
+    """The same, which clips the mean by the function that it is handed."""
     return plugin.from_parts(loop=_loop(lambda count: 1 / count))
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from parity.bisect.pattern import tensors
 from parity.bisect.place import Mark, Place, counted, differs, how_much, stands_out
 from parity.judge.compare import compare_group
+from parity.judge.noise import HEADROOM
 from parity.names import LOGITS, layer_of
 from parity.record import Metric
 from parity.stages.context import Context, Pair
@@ -19,6 +20,8 @@ from parity.trace import Trace
 Metrics = Mapping[str, Metric]
 Judge = Callable[[Metric | None], bool]
 LOSS = "the loss"
+FORWARD = "; it is made there, or before it in the forward pass by less than rounding explains"
+"""Said of a place whose own difference is near its floor: forward values are not replaced."""
 
 
 def backward(context: Context) -> Place:
@@ -147,8 +150,22 @@ def _place(context: Context, rows: Trace, seen: BackwardComparison, what: str) -
         Mark(n, m.value, m.floor, differs(m), n in alone)
         for n, m in reversed(list(seen.outputs.items()))
     ]
-    sentence = f"backwards from the loss ({what}) {words}; {_extent(seen)}; {_confirmed(replaced, name, alone, rounded)}"
+    confirmed = _confirmed(replaced, name, alone, rounded)
+    if near_rounding(replaced, name):
+        words = words.replace("first bad module ", "at module ") + FORWARD
+        confirmed = confirmed.removeprefix("confirmed: ")
+    sentence = f"backwards from the loss ({what}) {words}; {_extent(seen)}; {confirmed}"
     return Place(sentence, name, "backward", walk)
+
+
+def near_rounding(replaced: BackwardComparison, name: str) -> bool:
+    """Whether a module's own difference is so near its floor that other forward values could make it."""
+    if not name or replaced.pair.exact:
+        return False
+    groups = (replaced.outputs, replaced.inputs, replaced.parameters)
+    own = [m for g in groups for n, m in g.items() if n == name or n.startswith(f"{name}.")]
+    off = [m for m in own if differs(m)]
+    return bool(off) and all(m.value <= HEADROOM**2 * m.floor for m in off)
 
 
 def _first(

@@ -250,8 +250,9 @@ def _loop_gradient(run: TrainingSteps, at: int) -> StepDifference | None:
     """
     why = ""
     try:
-        if found := _descent(run, at):
-            return found
+        for kept in (False, True) if _clips(run) else (False,):
+            if found := _descent(run, at, kept):
+                return found
     except (NotCompared, Unsupported, CaptureError, UnmatchedNames, KeyError) as error:
         why = f"the gradient itself was not compared: {error}"
     off = _norm(run, at)
@@ -261,7 +262,8 @@ def _loop_gradient(run: TrainingSteps, at: int) -> StepDifference | None:
         return None
     how = f"differs: the norm is {off:.6g} times that of the same weights and batch by itself"
     if at == 1 and not why:
-        how += "; one step of plain descent at rate 1 agrees: only the report differs"
+        with_and = ", with the clip and without it," if _clips(run) else ""
+        how += f"; one step of plain descent at rate 1{with_and} agrees: only the report differs"
         return StepDifference("the gradient norm that is reported", how)
     # What a loop does in a later step alone, a first step from the same weights does not show.
     why = why or "a first step of plain descent from these weights agrees"
@@ -269,18 +271,25 @@ def _loop_gradient(run: TrainingSteps, at: int) -> StepDifference | None:
     return StepDifference(what, f"{how}; {why}")
 
 
-def _descent(run: TrainingSteps, at: int) -> StepDifference | None:
-    """The gradient inside the loop, by one step of plain descent at rate 1."""
+def _clips(run: TrainingSteps) -> bool:
+    return any(run.context.recipes[side].optim.clip != "none" for side in SIDES)
+
+
+def _descent(run: TrainingSteps, at: int, clipped: bool) -> StepDifference | None:
+    """The gradient inside the loop, by one step of plain descent at rate 1, before or after its clip."""
     rows = run.rows("reference", at)
     batches = {f"{key}.{i}": row.arrays[key] for i, row in enumerate(rows) for key in row.arrays}
     inputs = Trace().with_group("adapter", run.adapter("reference", at - 1))
-    changes = {**PLAIN, "optim.clip": "none", "train.steps": 1}
+    changes = {**PLAIN, "train.steps": 1} | ({} if clipped else {"optim.clip": "none"})
     pair = run.context.pair("train", inputs.with_group("batches", batches), changes)
     groups = pair.subject.group("adapter"), pair.reference.group("adapter")
-    if detail := _tensors(pair, groups, "adapter"):
-        how = f"differs at equal weights, by one step of plain descent at rate 1: {detail}"
-        return StepDifference("the gradient that the loop makes", how)
-    return None
+    if not (detail := _tensors(pair, groups, "adapter")):
+        return None
+    how = f"differs at equal weights, by one step of plain descent at rate 1: {detail}"
+    if clipped:
+        how += "; without a clip that step agrees"
+        return StepDifference("the clip inside the loop", how)
+    return StepDifference("the gradient that the loop makes", how)
 
 
 def _clip(run: TrainingSteps, at: int) -> StepDifference | None:

@@ -170,14 +170,14 @@ def lora_scale(record: Record) -> str | None:
     facts, link = record.facts, _link("mlx-examples#1186")
     more = "PEFT multiplies by alpha / rank, mlx-lm by `scale`, 20 by default"
     if (ratio := facts.get("LoRA scale ratio", 1.0)) != 1:
-        return f"the subject's LoRA scale is {ratio:.4g}× the reference's: {more} ({link})"
+        return f"the subject's LoRA scale is {ratio:.6g}× the reference's: {more} ({link})"
     ratio = facts.get("gradient ratio, B = 0", 1.0)
     # At B = 0 the loss does not depend on the scale.
     same_loss = isclose(facts.get("loss ratio, B = 0", 1.0), 1, rel_tol=NEAR / 10)
     if ratio == 1 or "gradient ratio, B ≠ 0" in facts or not same_loss:
         return None
     return (
-        f"at B = 0 the gradient is {ratio:.4g}× the reference's: is its LoRA scale? {more} ({link})"
+        f"at B = 0 the gradient is {ratio:.6g}× the reference's: is its LoRA scale? {more} ({link})"
     )
 
 

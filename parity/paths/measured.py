@@ -165,6 +165,8 @@ def _loop_facts(
     one = micro_batches(1).with_group("adapter", start)
     clipped, _ = _update(path, loud, one, start)
     full = {name: value * longer for name, value in gradients[0].items()}
+    if not any(value.any() for gradient in gradients for value in gradient.values()):
+        raise Unsupported("the gradient at the start of the adapter is zero")
     shares, residual = combination(update, gradients)
     # What a short gradient is multiplied by as well is no clip.
     usual = 1.0 if residual > slack else float(shares.sum())

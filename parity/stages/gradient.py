@@ -122,14 +122,20 @@ def scale_facts(
     a, b = (np.concatenate([side[k].ravel() for k in theirs]) for side in (ours, theirs))
     if not a.any() or not b.any():
         return {}
-    length, apart = float(np.linalg.norm(b)), float(np.linalg.norm(a - b))
-    facts = {f"distance of gradient, {what}": apart / length}
+    length = float(np.linalg.norm(b))
+    facts = {f"distance of gradient, {what}": float(np.linalg.norm(a - b)) / length}
     ratio = float(a @ b) / length**2
-    # A factor explains the difference where dividing by it leaves no tensor beyond its rounding.
-    if apart and all(
-        distance(ours[k], ratio * v) <= HEADROOM * max(1.0, abs(ratio)) * floors[k]
-        for k, v in theirs.items()
-    ):
+
+    def explained(factor: float) -> bool:
+        """Whether a factor leaves no tensor beyond its rounding."""
+        return all(
+            distance(ours[k], factor * v) <= HEADROOM * max(1.0, abs(factor)) * floors[k]
+            for k, v in theirs.items()
+        )
+
+    if explained(1.0):
+        return facts  # nothing is to be explained
+    if explained(ratio):
         return facts | {f"gradient ratio, {what}": ratio}
     bounds = float(np.abs(a).max()), float(np.abs(b).max())
     low, least = min(bounds), HEADROOM * max(floors.values())
