@@ -212,7 +212,7 @@ def models(tmp_path_factory):
         words = {"gemma3": "Gemma3Text"}.get(architecture, architecture.capitalize())
         widths = {} if architecture == "qwen2" else {"head_dim": WIDTHS.get(architecture, 16)}
         config = getattr(transformers, f"{words}Config")(
-            vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            vocab_size=512, hidden_size=64, intermediate_size=256, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
             tie_word_embeddings=True, **widths,
         )  # fmt: skip
@@ -263,7 +263,7 @@ def export_of(model, target, architecture, change=lambda name, value: value, nor
     return target
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "gemma3", long("qwen2"), long("gemma2")])
+@pytest.mark.parametrize("architecture", ["gemma3", long("qwen3"), long("qwen2"), long("gemma2")])
 def test_a_convention_is_that_of_a_real_reader(models, tmp_path, architecture):
     """The reader's logits are those of the model, by the convention that is claimed and no other."""
     model = models(architecture)
@@ -337,3 +337,60 @@ def test_a_damaged_file_ends_in_one_line(exported, tmp_path):
     shutil.rmtree(tmp_path / "missing", ignore_errors=True)
     with pytest.raises(UsageError, match="No such file"):
         check(tmp_path / "missing.gguf")
+
+
+# What else is wrong with a file -------------------------------------------------------------------
+
+
+def test_an_architecture_that_nobody_knows_is_named(exported, tmp_path):
+    file = rewritten(exported[0], tmp_path / "x.gguf", architecture="nobody")
+    words = "general.architecture: 'nobody' is no architecture that the package gguf knows"
+    assert ("keys", words) in findings(check(file, against=exported[1]))
+
+
+def test_a_tensor_that_the_model_has_not_is_named(models, tmp_path):
+    file = tmp_path / "x.gguf"
+    model = shutil.copytree(models("qwen3"), tmp_path / "less")
+    export_of(model, file, "qwen3")
+    from safetensors.numpy import load_file, save_file
+
+    weights = model / "model.safetensors"
+    kept = {k: v for k, v in load_file(weights).items() if "layers.1.mlp" not in k}
+    save_file(kept, weights)
+    [(kind, text)] = findings(check(file, against=model))
+    assert kind == "keys"
+    assert "stands in the file alone, as 2 others do" in text
+
+
+def test_a_tensor_of_another_shape_is_named(models, tmp_path):
+    def change(name, value):
+        return value[:-1] if name.endswith("layers.1.mlp.up_proj.weight") else value
+
+    file = export_of(models("qwen3"), tmp_path / "x.gguf", "qwen3", change)
+    [(kind, text)] = findings(check(file, against=models("qwen3")))
+    assert kind == "values"
+    assert "shape (255, 64), the model's is (256, 64)" in text
+
+
+def test_another_number_of_tokens_is_named(exported, tmp_path):
+    tokens = [f"t{n}" for n in range(500)]
+    file = rewritten(exported[0], tmp_path / "x.gguf", settings={"tokenizer.ggml.tokens": tokens})
+    words = "tokenizer.ggml.tokens: 500 tokens, the model's vocabulary has 512"
+    assert ("settings", words) in findings(check(file, against=exported[1]))
+
+
+def test_types_that_cannot_be_made_again_are_no_pass(models, tmp_path):
+    """gguf reads them and cannot write them: which layout they hold is not found by trying."""
+    kind = gguf.GGMLQuantizationType.Q2_K
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+
+    def packed(value):
+        return np.zeros((value.shape[0], size * value.shape[1] // block), np.uint8)
+
+    packed.kind = kind
+    plain = export_of(models("qwen3"), tmp_path / "plain.gguf", "qwen3")
+    changed = {"blk.0.ffn_down.weight": packed}
+    file = rewritten(plain, tmp_path / "x.gguf", changed, architecture="qwen3")
+    result = check(file, against=models("qwen3"))
+    left = {outcome.check: outcome.unchecked for outcome in result.unchecked}
+    assert left["values"] == "1 tensors of type Q2_K: gguf cannot make these"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 
 import numpy as np
@@ -72,6 +73,22 @@ def test_a_fault_is_found_and_named(fault, saved, tmp_path):  # noqa: F811
     assert code == 1, result
     lines = [f"{f['where']}: {f['text']}" for f in findings(result) if f["check"] == name]
     assert any(words in line for line in lines), findings(result)
+
+
+def test_settings_of_a_fused_model_are_those_of_the_base(saved, tmp_path):  # noqa: F811
+    """transformers 5 writes RoPE's settings where mlx-lm does not read them (mlx-lm#953)."""
+    _, result = check(saved / "merged")
+    left = {o["check"]: o["unchecked"] for o in result["checks"] if o["unchecked"]}
+    assert (
+        "config.json lacks rope_local_base_freq = 20000.0, rope_theta = 200000.0"
+        in left["settings"]
+    )
+    folder = copied(saved, "fused", tmp_path)
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rope_theta": 10000.0}))
+    _, result = check(folder)
+    [found] = [f for f in findings(result) if f["check"] == "settings"]
+    assert (found["where"], found["text"]) == ("rope_theta", "10000.0, the base has 200000.0")
 
 
 def test_fewer_layers_than_tensors_are_told_without_a_base(saved, tmp_path):  # noqa: F811

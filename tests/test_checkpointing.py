@@ -43,6 +43,7 @@ def test_layers_that_are_run_again_are_told_one_by_one():
     assert seen({10: 2, 20: 1}, layers={}).facts()[SETTING] is True  # no layer is known
 
 
+@pytest.mark.long
 def test_all_layers_are_run_again_on_both_sides(settings):
     record, found = settings("mlx", "hf")
     assert found[SETTING].verdict == "identical", describe(record)

@@ -73,6 +73,7 @@ def test_a_tie_of_a_router_is_named_and_nothing_else_is_left_out(tied, cell):
     assert any("the others follow a tie of a router" in note for note in notes), notes
 
 
+@pytest.mark.long
 def test_a_tie_excuses_nothing_else(tied, cell):
     record = cell("02", tied, subject="tests.family_faults:LoudExperts")
     assert record.verdict == "diverge", describe(record)
@@ -128,6 +129,7 @@ def test_experts_without_an_adapter_are_named_though_both_sides_agree(sparse, ce
         assert f"{side}: {words}" in record.findings, describe(record)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
 def test_clean_paths_leave_no_expert_out(reference, sparse, cell):
     targets = {"lora.target_modules": ["q_proj", "down_proj"]}

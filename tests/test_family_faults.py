@@ -94,7 +94,7 @@ def test_dora_that_is_asked_for_and_left_out_is_told(reference, cell):
     assert "subject: the recipe has lora.kind=dora, lora is in effect" in record.findings
     _, record = cell("IgnoredDora", "04", DORA, reference)
     assert record.verdict == "diverge", describe(record)
-    assert "self_attn.k_proj.m in the reference only" in describe(record)
+    assert any(metric.note.endswith(".m in the reference only") for metric in record.metrics)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +125,7 @@ def test_a_module_that_is_packed_otherwise_is_named_and_proven(
     assert place.name in named
 
 
+@pytest.mark.long
 def test_another_fault_beside_another_packing_is_not_laid_on_it(engine, cell):
     made, record = cell("HalfNormAndFloatEmbedding", "02", PACKED, "mlx-lm")
     place = locate(engine, made, record)

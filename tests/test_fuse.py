@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,7 +54,7 @@ def quantized(tmp_path_factory):
         ("trl", "hf"),
         ("unsloth", "mlx-lm"),
         long("mlx+fuse=unsloth", "mlx-lm"),
-        ("mlx-lm+fuse=mlx", "mlx"),
+        long("mlx-lm+fuse=mlx", "mlx"),
     ],
 )
 def test_a_clean_fuse_is_green(subject, reference, engine, small):
@@ -69,6 +72,29 @@ def test_a_clean_fuse_is_green(subject, reference, engine, small):
 def needs(path):
     if "unsloth" in path and importlib.util.find_spec("unsloth_zoo") is None:
         pytest.skip("needs unsloth-zoo")
+
+
+def as_two_frameworks_read(engine, folder):
+    recipe = Recipe().override({"model.source": str(folder)})
+    return run_cell(engine, Cell(find("logits"), "mlx", "hf", recipe))
+
+
+def test_a_fused_model_of_mlx_lm_is_the_same_model_to_transformers(engine):
+    record = as_two_frameworks_read(engine, written() / "fused")
+    assert record.verdict is Verdict.AGREE, describe(record)
+
+
+@pytest.mark.long
+def test_a_model_that_peft_merged_needs_its_rope_settings_where_mlx_lm_reads_them(engine, tmp_path):
+    """transformers 5 writes `rope_parameters` alone (mlx-lm#953)."""
+    folder = shutil.copytree(written() / "merged", tmp_path / "merged")
+    assert as_two_frameworks_read(engine, folder).verdict is Verdict.DIVERGE
+    file, base = folder / "config.json", Path(resources.model_dir(MODEL)) / "config.json"
+    theirs = json.loads(base.read_text())
+    added = {key: theirs[key] for key in ("rope_theta", "rope_local_base_freq")}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **added}))
+    record = as_two_frameworks_read(engine, folder)
+    assert record.verdict is Verdict.AGREE, describe(record)
 
 
 def test_a_fuse_that_changes_nothing_is_found(engine, small):

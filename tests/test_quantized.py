@@ -163,3 +163,14 @@ def test_quantized_weights_are_not_trained(engine):
     for path in ("mlx", "mlx-lm", "hf"):
         with pytest.raises(Unsupported, match=r"packed weights have no gradient.*lora\.kind=full"):
             engine.source(path)("lora_init", recipe, Trace())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("probe", ["02", "05"])
+def test_a_packed_hybrid_whose_norms_have_one_added_agrees_with_torch(probe, engine):
+    """mlx-lm's checkpoint holds 1 + weight, of which torch is to take the 1 off."""
+    recipe = Recipe().override({**PACKED, "model.source": "tiny-qwen3-5"})
+    folder = quantized.made(recipe, engine.cache)
+    changes = {"model.source": str(folder), "lora.target_modules": ["in_proj_qkv", "q_proj"]}
+    record = run_cell(engine, Cell(find(probe), "mlx", "hf", Recipe().override(changes)))
+    assert record.verdict.green, describe(record)

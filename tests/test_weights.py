@@ -55,3 +55,11 @@ def test_weights_with_an_offset_are_handed_over_both_ways(engine):
 def test_a_model_without_offsets_has_none(engine):
     recipe = Recipe().override({"lora.kind": "full", "lora.num_layers": 1})
     assert "offsets" not in engine.source("hf")("lora_init", recipe, Trace()).scalars
+
+
+@pytest.mark.long
+def test_weight_decay_of_a_weight_with_an_offset_is_not_the_same(cell):
+    """mlx-lm pulls 1 + weight to 0, torch the weight: a real difference, with its cause."""
+    record = cell("07", optim__weight_decay=0.1)
+    assert record.verdict == "diverge", describe(record)
+    assert any("weight decay pulls what each side stores to 0" in note for note in record.findings)

@@ -330,7 +330,9 @@ class CauseSearch:
             mine = self._differing(self.rest, self.parts).items()
             if settings := [text for key, text in mine if key not in gone]:
                 words.append(f"with it these settings come and go: {'; '.join(settings)}")
-        elif settings := list(self._differing((), self.parts).values()):
+        elif settings := [
+            text for text in self._differing((), self.parts).values() if text not in place
+        ]:
             listed = "; ".join(settings)
             words.append(
                 f"settings differ as well, whether they belong to it was not tested: {listed}"

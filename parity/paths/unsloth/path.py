@@ -240,13 +240,13 @@ class UnslothPath(MlxPath):
     def merge(self, recipe: Recipe, folder: Path, read: Read | None, dequantize: bool) -> Any:
         """By its `save_pretrained_merged`, and its loader of what that saves."""
         found = library()
+        if (save := getattr(found.utils, "save_pretrained_merged", None)) is None:
+            raise Unsupported(f"{PACKAGE} {found.version} has no save_pretrained_merged")
         model = read() if read else self.reloaded(recipe, folder)
         packed = any("scales" in module for module in model.modules())
         method = "merged_4bit" if packed and not dequantize else "merged_16bit"
         with tempfile.TemporaryDirectory() as saved:
-            found.utils.save_pretrained_merged(
-                model, self.base(recipe)[1], saved, save_method=method
-            )
+            save(model, self.base(recipe)[1], saved, save_method=method)
             arguments = {**_unsloth_settings.loading(recipe), "model_name": saved}
             return found.loader.FastMLXModel.from_pretrained(**arguments)[0]
 
