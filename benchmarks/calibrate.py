@@ -143,6 +143,11 @@ def measure_drawn(options: argparse.Namespace, engine: Engine) -> pd.DataFrame:
     for dtype, count in (("float32", options.drawn), ("bfloat16", options.half_drawn)):
         for number in range(count):
             words, shared = drawn.recipe(number, dtype, base)
+            if options.models and (
+                shared.model.source not in options.models.split(",")
+                or shared.model.quantization != "stored"
+            ):
+                continue
             for stage in stages:
                 if (f"drawn {number}", dtype, f"{stage.number:02d} {stage.name}") in done:
                     continue
@@ -368,6 +373,9 @@ def main() -> None:
     parser.add_argument("--half-seeds", type=int, default=5, help="of bfloat16 and float16")
     parser.add_argument("--drawn", type=int, default=0, help="recipes drawn, in float32")
     parser.add_argument("--half-drawn", type=int, default=0, help="and in bfloat16")
+    parser.add_argument(
+        "--models", default="", help="of drawn recipes: these as they are; all by default"
+    )
     parser.add_argument("--fault-seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--dtypes", default="float32,bfloat16")

@@ -38,6 +38,8 @@ from parity.record import Record, Verdict
 from parity.stages import STAGES, find
 
 STEPS = 6
+EARLIER = "earlier"
+"""In the place of a commit: of searches that were made before it was kept."""
 OBVIOUS = 10.0
 """Floors from which on a fault has to be found."""
 MODULE = re.compile(
@@ -223,6 +225,8 @@ def markdown(rows: pd.DataFrame) -> str:
     faults, clean = rows[rows.kind != "harmless"], rows[rows.kind == "harmless"]
     obvious = faults[faults.floors >= OBVIOUS]
     found = faults[faults.detected]
+    new = rows[rows.code != EARLIER]
+    pairs = sum(len(fault.references) for fault in everything())
     lines = [
         "# Planted faults",
         "",
@@ -231,16 +235,18 @@ def markdown(rows: pd.DataFrame) -> str:
         "claim of the final sentences is held against what the program that planted the fault knows: "
         "stage, part, module, step, what differs first in it, hint, settings. Where a sentence was right and that "
         "knowledge was not (a fault that shows a stage earlier, a harmless variant that is none), the "
-        "knowledge was corrected and the search was run again. Seconds are of searches two at a time on "
-        "a machine with other work.",
+        "knowledge was corrected and the search was run again.",
         "",
+        f"- Pairs of fault and reference: {pairs}; run: {len(rows)}, of which {len(new)} on the code of "
+        f"{', '.join(sorted(set(new.code))) or 'no commit'}. The others ran on earlier code, their settings were "
+        "not scored, and they were not run again.",
         f"- Searches: {len(rows)}, {len(faults)} for faults and {len(clean)} for harmless variants; "
         f"{(rows.reference == 'mlx-lm').sum()} against mlx-lm, {(rows.reference == 'hf').sum()} against hf",
         f"- Faults at {OBVIOUS:g} floors and more that are detected: {share(obvious.detected)}; at the "
         f"right stage: {share(obvious.stage_right)}",
         f"- Sentences of detected faults that are right as a whole: {share(found.sentence_right)}",
         f"- Places right: {share(found.place_right)}; hints right: {share(found.hints_right)}; "
-        f"settings that probe 00 says differ: {share(rows.settings_right)} right",
+        f"settings that probe 00 says differ: {share(new.settings_right)} right",
         f"- False alarms on harmless variants: {share(clean.detected)}",
         f"- Seconds a search: median {rows.seconds.median():.0f}, greatest {rows.seconds.max():.0f}",
         "",
@@ -253,7 +259,6 @@ def markdown(rows: pd.DataFrame) -> str:
             "stage_right",
             "place_right",
             "hints_right",
-            "settings_right",
             "sentence_right",
         ]
     ].agg(share)

@@ -46,7 +46,9 @@ def scale_by_the_root_of_the_rank() -> type[MlxPath]:
     return Path
 
 
-@planted("wiring", "lora_init", parts="wiring", modules=r"layers\.\d+\..*lora_[ab]")
+@planted(
+    "wiring", "lora_init", parts="wiring", modules=r"layers\.\d+\..*lora_[ab]", settings="seed.rng"
+)
 def b_is_drawn_and_a_is_zero() -> type[MlxPath]:
     """A starts at zero and B is drawn."""
 

@@ -197,10 +197,12 @@ def decays_to_a_tenth() -> type[MlxPath]:
 
 @planted(
     "optimizer",
-    "optimizer_step",
+    "loss_curve",
     parts="optimizer",
     recipe={**ROWS, "optim.schedule": "linear", "train.accumulation": 2},
     settings="optim.lr",
+    steps=(2, 3),
+    differs="the update|the adapter after it|the loss that is reported",
 )
 def schedule_counts_micro_batches() -> type[MlxPath]:
     """The schedule moves on with every micro-batch."""
