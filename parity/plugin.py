@@ -1,7 +1,7 @@
 """Paths made of your own code: a loss, some parts, or a whole trainer that is watched from outside.
 
 `docs/your-trainer.md` shows each. What you give is used; what you do not give is taken from the
-reference stack, the path `mlx`, and every record says so. A function gets what its parameters name:
+reference stack, the path `mlx` (or `hf` on torch), and every record says so. A function gets what its parameters name:
 objects, listed with each function below, and factors of the recipe (`parity factors` lists them) by
 the last part of their names where that is unique, such as `lr`, `rank`, `steps`, `batch_size`, else
 by both, such as `optim_name`; `seed` is `seed.value`, `learning_rate` is `optim.lr`, `alpha` is rank ·
@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from parity.errors import UsageError
 from parity.paths.plugin import trainer
 from parity.paths.plugin.parts import make
 from parity.paths.protocol import TrainingPath
@@ -41,7 +40,10 @@ def from_loss(
         name: Of the path in reports; that of the function by default.
         batch: Makes what the loss takes after the model from (ids, lengths), where the names of its
             parameters do not tell, such as a mask.
-        framework: `mlx`.
+        framework: `mlx`, or `torch` for a loss in the loop of path `hf`. That one takes of `ids`, `lengths`,
+            `labels` (B, W) and `targets` (B, W - 1), -100 where nothing is supervised, `attention_mask`, or
+            a `batch`, a dict with input_ids, attention_mask and labels; `num_items_in_batch`, the tokens
+            of the whole step, as well. Instead of the model it may take its `logits` or `outputs`.
 
     Raises:
         UsageError: It is no function, or what it takes cannot be told.
@@ -87,19 +89,21 @@ def from_parts(
         loop: Takes of `model`, `tokenizer`, `optimizer`, `loss`, `batches`, `clip`; trains for `steps`.
         name: Of the path in reports.
         batch: See `from_loss`.
-        framework: `mlx`.
+        framework: `mlx`, or `torch` for parts in path `hf`. There `load` may give the model alone, `wire`
+            a wrapper around the model (as PEFT's), `batches` dicts with input_ids, attention_mask and
+            labels; `optimizer` takes `params`, and returns an optimizer of torch or (optimizer, schedule);
+            `clip` takes parameters first, and changes their gradients in place; `save`, `read` and `fuse` are
+            for MLX alone.
 
     Raises:
         UsageError: Nothing is given, or a function takes what is neither an object nor a factor.
     """
-    if framework != "mlx":
-        raise UsageError(f"framework={framework!r}: parts of yours can stand in the path mlx alone")
     given = {
         "load": load, "wire": wire, "dataset": dataset, "batches": batches, "loss": loss,
         "clip": clip, "optimizer": optimizer, "save": save, "read": read, "fuse": fuse, "loop": loop,
     }  # fmt: skip
     functions = {key: function for key, function in given.items() if function is not None}
-    return make(functions, _caller(_frame + 1), name, batch)
+    return make(functions, _caller(_frame + 1), name, batch, framework)
 
 
 def from_trainer(
@@ -111,11 +115,13 @@ def from_trainer(
     packages: tuple[str, ...] = (),
     fixed: Mapping[str, Any] | None = None,
     shipped: Function | None = None,
+    framework: str = "mlx",
 ) -> type[TrainingPath]:
     """A whole trainer, a script or what calls a class, that is run as it is and watched from outside.
 
     Loss, gradient, batches and adapter are taken where it calls MLX's own `nn.value_and_grad` and the
-    `update` of an MLX optimizer, compiled or not. Watching changes no bit of the adapter it ends with.
+    `update` of an MLX optimizer, compiled or not; on torch, where it calls its model, `backward` of the
+    loss and `step` of a torch optimizer. Watching changes no bit of the adapter it ends with.
 
     Args:
         run: Trains for `steps` updates. Beside factors it takes of
@@ -128,18 +134,20 @@ def from_trainer(
             - `out`, an empty folder, if it saves the adapter.
         name: Of the path in reports; that of the function by default.
         batches: The function of a module that draws its batches, looked up there when it trains: another
-            stands in its place where batches are handed over. Needed unless `run` takes `batches`.
+            stands in its place where batches are handed over. Needed unless `run` takes `batches` or, on
+            torch, draws them from a DataLoader.
         batch: See `from_loss`; what the loss takes is read from the names of its parameters.
         packages: Distributions that it belongs to; their versions go into records.
         fixed: Factors that it has no option for, with the value it always has: a recipe with another value
             is skipped. Any other factor that `run` does not take is decided by the trainer and compared.
         shipped: Reads its defaults from the live library: factor to value. Defaults of the parameters of
             `run` are its defaults as well.
+        framework: `mlx` or `torch`.
 
     Raises:
         UsageError: It is no function, or takes what is neither an object nor a factor.
     """
-    return trainer.make(run, _caller(2), name, batches, batch, packages, fixed, shipped)
+    return trainer.make(run, _caller(2), name, batches, batch, packages, fixed, shipped, framework)
 
 
 def _caller(depth: int) -> str:

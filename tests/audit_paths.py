@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from parity.errors import Unsupported
 from parity.factors import Knobs
+from parity.paths.documentation import documented
 from parity.paths.mlx.path import MlxPath
 
 
@@ -124,3 +126,60 @@ class NeverTheSame(MlxPath):
                 noise = rng.normal(0, 1e-3, value.shape)
                 trace.arrays[name] = (value + noise).astype(value.dtype)
         return trace
+
+
+class FailsWhenMoved(MlxPath):
+    """Its loop breaks with a clip."""
+
+    name = "fails-when-moved"
+
+    def clip(self, recipe):
+        if recipe.optim.clip != "none":
+            raise ZeroDivisionError("no clip was ever tried")
+        return super().clip(recipe)
+
+
+class RefusesClip(MlxPath):
+    """It says that it has no clip."""
+
+    name = "refuses-clip"
+
+    def clip(self, recipe):
+        if recipe.optim.clip != "none":
+            raise Unsupported("there is no clip in this trainer")
+        return super().clip(recipe)
+
+
+class ReadsBackMore(MlxPath):
+    """It reports twice the micro-batches that it takes, and not whether it compiles."""
+
+    name = "reads-back-more"
+
+    def config(self, recipe, inputs):
+        trace = super().config(recipe, inputs)
+        trace.scalars["seed.placement"] = "before_everything"
+        del trace.scalars["train.compile"]
+        return trace
+
+
+class WithoutSettings(SwallowsLayers):
+    """What it has in effect cannot be read, nor what it has by default."""
+
+    name = "without-settings"
+
+    def config(self, recipe, inputs):
+        raise Unsupported("nothing is kept")
+
+    def shipped(self):
+        raise Unsupported("its defaults are on a server")
+
+
+class DocumentsOtherwise(MlxPath):
+    """Its docstring was not kept up with its code."""
+
+    name = "documents-otherwise"
+
+    def documents(self):
+        return documented(
+            ["rank (`int`, *optional*, defaults to 64): of the adapter"], {"rank": "lora.rank"}
+        )

@@ -10,6 +10,7 @@ import time
 import numpy as np
 
 from parity.errors import Unsupported
+from parity.paths.mlx.path import MlxPath
 from parity.paths.protocol import TrainingPath
 from parity.trace import Trace
 from tests.third_party import NumpyAdamW
@@ -109,3 +110,10 @@ class Absent(TrainingPath):
 
     def shipped(self):
         raise Unsupported("not on this machine")
+
+
+class NotInstalled(MlxPath):
+    """Its package is one that nobody has."""
+
+    name = "not-installed"
+    packages = (*MlxPath.packages, "a-trainer-of-mine")

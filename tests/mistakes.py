@@ -33,7 +33,13 @@ class NotInstalled(MlxPath):
     name = "not-installed"
     packages = (*MlxPath.packages, "a-trainer-of-mine")
 '''  # fmt: skip
+LOSSES = """
+import torch
+def loss(logits, labels): ...
+def masked(model, ids, gadget): ...
+"""
 FILES = {
+    "torch_loss.py": LOSSES,
     "broken.py": BROKEN,
     "raising.py": RAISING,
     "trainer.py": TRAINER,
@@ -72,6 +78,10 @@ MISTAKES = [
     Mistake("a release that is no version", "run --subject unsloth@latest"),
     Mistake("a part that no path has", "run --subject mlx+mask=mlx-lm"),
     Mistake("a part of another framework", "run --subject mlx+loss=hf"),
+    Mistake("a loss on torch in a path on MLX", "run --subject-loss torch_loss:loss"),
+    Mistake(
+        "a loss that takes what cannot be told", "run --subject hf --subject-loss torch_loss:masked"
+    ),
     Mistake("no number of seeds", "run --seeds few"),
     Mistake("a count of seeds, or a seed?", "run --seeds 99"),
     Mistake("a seed twice", "run --seeds 3,3"),

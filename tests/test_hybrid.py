@@ -51,8 +51,9 @@ def test_equal_parts_of_another_path_leave_the_settings_equal(engine, small):
     [
         ("mlx+head=mlx-lm", "'head=mlx-lm' is no swap"),
         ("mlx+loss", "'loss' is no swap"),
-        ("hf+loss=mlx", "'hf' cannot be swapped"),
-        ("mlx+loss=hf", "'hf' cannot be swapped"),
+        ("hf+loss=mlx", "'hf' is on torch and 'mlx' on mlx"),
+        ("mlx+loss=hf", "'mlx' is on mlx and 'hf' on torch"),
+        ("trl+loss=hf", "the parts of 'trl' cannot be swapped: it is run as a whole"),
         ("mlx+loss=nothing", "unknown path 'nothing'"),
     ],
 )

@@ -143,6 +143,17 @@ def test_clip_and_accumulation_are_found_by_what_it_does(engine, small):
     assert eager["loss.denominator"] == "supervised tokens"
 
 
+def test_a_gradient_norm_is_that_before_a_clip(engine, small):
+    """With micro-batches only the clip, or the optimizer, is given their sum."""
+    recipe = small.override({"train.accumulation": 2, "train.batch_size": 3, "train.steps": 2})
+    norms = engine.capture(f"{HERE}:Accumulating", "train", recipe, Trace()).arrays["gradient_norm"]
+    assert (norms > 0.3).all(), norms  # it clips at 0.25
+    with pytest.raises(
+        Unsupported, match=r"clips \(value\) what it makes of several micro-batches"
+    ):
+        engine.capture(f"{HERE}:ClippingByItself", "train", recipe, Trace())
+
+
 def test_defaults_that_are_not_known_make_no_shipped_run(engine, small):
     with pytest.raises(Unsupported, match=r"is given .* and nobody knows its defaults"):
         engine.capture("mlx_lm_lora_path:MlxLmLora", "defaults", small, Trace())

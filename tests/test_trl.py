@@ -15,7 +15,9 @@ from parity.cells.cell import Cell
 from parity.cells.run import context_of, run_cell
 from parity.errors import Unsupported
 from parity.names import canonical
-from parity.paths.trl.trainer import ObservedRun
+from parity.paths.plugin.on_torch.seen import Step
+from parity.paths.plugin.on_torch.watch import TorchWatch
+from parity.paths.trl.trainer import check
 from parity.record import Verdict
 from parity.report.text import describe
 from parity.stages import find
@@ -213,14 +215,14 @@ def test_bits_are_expected_only_where_the_operations_are_the_same(engine, small)
 
 
 def test_a_run_that_was_not_measured_is_an_error(small):
+    def run(norms):
+        return TorchWatch(steps=[Step([], norm, {}, 0.1) for norm in norms])
+
     steps = small.train.steps
-    fine = ObservedRun(
-        loss=[1.0] * steps, gradient_norm=[*map(float, range(steps))], tokens=[1] * steps
-    )
-    fine.check(small)
-    with pytest.raises(RuntimeError, match=f"reported {steps} steps, the recipe has 7"):
-        fine.check(small.override({"train.steps": 7}))
-    fine.gradient_norm[:] = [0.5] * steps
+    check(run(map(float, range(steps))), small)
+    with pytest.raises(RuntimeError, match=f"made {steps} steps, the recipe has 7"):
+        check(run(map(float, range(steps))), small.override({"train.steps": 7}))
+    constant = run([0.5] * steps)
     with pytest.raises(RuntimeError, match=r"the gradient norm is 0\.5 at all 6 steps"):
-        fine.check(small)
-    fine.check(small.override({"optim.lr": 0.0}))
+        check(constant, small)
+    check(constant, small.override({"optim.lr": 0.0}))

@@ -1,6 +1,7 @@
 """Small trainers, each written as somebody might write it."""
 
 from functools import partial
+from unittest import mock
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -73,6 +74,13 @@ def accumulating(path, rows, steps, lr, rank, scale, batch_size, seed, accumulat
         mx.eval(state, loss, gradient)
 
 
+def clipping_by_itself(path, rows, steps, lr, rank, scale, batch_size, seed, accumulation):
+    """As `accumulating`, with a clip of its own."""
+    own = lambda gradient, _: (tree_map(lambda g: mx.clip(g, -1e-3, 1e-3), gradient), None)  # noqa: E731
+    with mock.patch.object(optim, "clip_grad_norm", own):
+        accumulating(path, rows, steps, lr, rank, scale, batch_size, seed, accumulation)
+
+
 def without_value_and_grad(path, rows, steps):
     load(path)
 
@@ -125,7 +133,71 @@ def late_seed(path, rows, steps, seed):
 LateSeed = plugin.from_trainer(late_seed)
 Eager = plugin.from_trainer(eager, batches=draw)
 Accumulating = plugin.from_trainer(accumulating, batches=draw)
+ClippingByItself = plugin.from_trainer(clipping_by_itself, batches=draw)
 Without = plugin.from_trainer(without_value_and_grad)
 Inside = plugin.from_trainer(made_inside)
 Tired = plugin.from_trainer(tired)
 Misread = plugin.from_trainer(misread)
+
+
+def decaying(path, rows, out, steps, lr, rank, scale, batch_size, seed):
+    """Decays its weights by hand, beside its optimizer."""
+    original = optim.AdamW.update
+
+    def update(self, model, gradient):
+        original(self, model, gradient)
+        model.update(tree_map(lambda p: p * 0.999, model.trainable_parameters()))
+
+    with mock.patch.object(optim.AdamW, "update", update):
+        eager(path, rows, out, steps, lr, rank, scale, batch_size, seed)
+
+
+def two_files(path, rows, out, steps, lr, rank, scale, batch_size, seed):
+    """Leaves its adapter twice, and no configuration."""
+    eager(path, rows, out, steps, lr, rank, scale, batch_size, seed)
+    mx.save_safetensors(f"{out}/b.safetensors", {"a": mx.zeros(1)})
+
+
+@mx.compile
+def compiled_early(ids):
+    return STEP[0](ids)
+
+
+STEP = [None]
+
+
+def early(path, rows, steps, seed):
+    """Its step was compiled when this module was imported."""
+    model, tokens = prepared(path, rows, seed, 8, 2.0)
+    value_and_grad = nn.value_and_grad(model, lambda ids: model(ids).mean())
+    STEP[0] = lambda ids: value_and_grad(ids)[0]
+    optimizer = optim.SGD(learning_rate=0.1)
+    for _, (ids, _) in zip(range(steps), draw(tokens, 6), strict=False):
+        mx.eval(compiled_early(ids))
+        optimizer.update(model, value_and_grad(ids)[1])
+
+
+def other(rows, batch_size):
+    yield from draw(rows, batch_size)
+
+
+def nothing_drawn(dataset):
+    return iter(())
+
+
+def another_model(model):
+    return nn.Linear(2, 2)
+
+
+def shapeless(dataset, batch_size):
+    while True:
+        yield mx.zeros((2, 3, 4), mx.int32), mx.array([[0, 3], [0, 3]])
+
+
+Decaying = plugin.from_trainer(decaying, batches=draw)
+TwoFiles = plugin.from_trainer(two_files, batches=draw)
+Early = plugin.from_trainer(early)
+WrongDraw = plugin.from_trainer(eager, name="wrong-draw", batches=other)
+NothingDrawn = plugin.from_parts(batches=nothing_drawn)
+AnotherModel = plugin.from_parts(wire=another_model)
+Shapeless = plugin.from_parts(batches=shapeless)

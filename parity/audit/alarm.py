@@ -10,8 +10,18 @@ from parity.paths.mlx.path import WRITTEN_AS, MlxPath
 from parity.recipe import Recipe
 
 SPEC = f"{__name__}:Alarm"
-METHODS = {part: names for part, names in WRITTEN_AS.items() if part in parts.PARTS}
-"""Part to the methods of an MLX path that are it."""
+METHODS = {
+    "mlx": {part: names for part, names in WRITTEN_AS.items() if part in parts.PARTS},
+    "torch": {
+        "loader": ("load",),
+        "wiring": ("wire",),
+        "batching": ("rows", "iterate"),
+        "loss": ("loss", "loss_of_logits"),
+        "clip": ("clip",),
+        "optimizer": ("optimizer",),
+    },
+}
+"""Framework to part to the methods of a path that are it."""
 
 
 USED_IN = {"saver": "round_trip", "reader": "round_trip", "fuse": "fuse"}
@@ -23,7 +33,8 @@ def called(part: str) -> str:
     return f"the {part} was taken from elsewhere"
 
 
-def _alarm(part: str) -> NoReturn:
+def raised(part: str) -> NoReturn:
+    """Tells that a part was called."""
     raise Unsupported(called(part))
 
 
@@ -34,40 +45,40 @@ class Alarm(MlxPath):
 
     def load(self, recipe: Recipe) -> Any:
         """Raises."""
-        _alarm("loader")
+        raised("loader")
 
     def wire(self, model: Any, recipe: Recipe) -> Any:
         """Raises."""
-        _alarm("wiring")
+        raised("wiring")
 
     def dataset(self, recipe: Recipe, tokenizer: Any) -> Any:
         """Raises."""
-        _alarm("batching")
+        raised("batching")
 
     def iterate(self, recipe: Recipe, dataset: Any) -> Any:
         """Raises."""
-        _alarm("batching")
+        raised("batching")
 
     def loss(self, recipe: Recipe) -> Any:
         """Raises."""
-        _alarm("loss")
+        raised("loss")
 
     def clip(self, recipe: Recipe) -> Any:
         """Raises."""
-        _alarm("clip")
+        raised("clip")
 
     def optimizer(self, recipe: Recipe) -> Any:
         """Raises."""
-        _alarm("optimizer")
+        raised("optimizer")
 
     def save(self, recipe: Recipe, setup: Any, folder: Any) -> Any:
         """Raises."""
-        _alarm("saver")
+        raised("saver")
 
     def read(self, recipe: Recipe, folder: Any, loader: Any) -> Any:
         """Raises."""
-        _alarm("reader")
+        raised("reader")
 
     def merge(self, recipe: Recipe, folder: Any, read: Any, dequantize: bool) -> Any:
         """Raises."""
-        _alarm("fuse")
+        raised("fuse")

@@ -80,6 +80,8 @@ class Audit:
     findings: list[Finding] = field(default_factory=list)
     defaults: list[str] = field(default_factory=list)
     """Defaults that are not what the path reports or documents, in sentences."""
+    documented: list[str] = field(default_factory=list)
+    """Factors whose default is documented, and was held against the library's."""
     not_known: list[str] = field(default_factory=list)
     """Why defaults could not be read, or not all of them held against what is in effect."""
     not_moved: list[str] = field(default_factory=list)
@@ -113,6 +115,8 @@ class Auditor:
         self.base = known_moves.base(self.kind, changes)
         # A release in an environment of its own is another path than the one installed here.
         self.controls = [name for name in CONTROLS if name != path]
+        self.documented: list[str] = []
+        """Factors whose documented default was held against the library's."""
         self._starts: dict[str, Mapping[str, Any]] = {}
 
     def audit(self, factors: Iterable[str] = ()) -> Audit:
@@ -141,6 +145,7 @@ class Auditor:
                 self.progress(finding)
         if not wanted:
             result.defaults, result.not_known = self.defaults()
+            result.documented = self.documented
             result.not_moved = known_moves.unmoved(self.kind)
         result.seconds = time.perf_counter() - started
         return result
@@ -311,17 +316,24 @@ class Auditor:
 
     # Defaults ------------------------------------------------------------------------------------
 
+    def _documented(self, reported: Mapping[str, Any]) -> list[str]:
+        """Defaults that are documented as another value than the library has."""
+        asked = Trace(scalars={"documented": True})
+        found = self.engine.capture(self.path, "defaults", self.base, asked).scalars
+        self.documented = sorted(found.keys() & reported.keys())
+        return [
+            f"{factor} is documented as {short(found[factor])}, the library has {short(reported[factor])}"
+            for factor in self.documented
+            if _plain(found[factor]) != _plain(reported[factor])
+        ]
+
     def defaults(self) -> tuple[list[str], list[str]]:
         """Defaults that are not in effect where nothing is set or documented otherwise; what is not known."""
         try:
             reported = self.engine.capture(self.path, "defaults", self.base, Trace()).scalars
         except (Unsupported, CaptureError) as error:
             return [], [f"the defaults of {self.path} are not known: {error}"]
-        wrong = [
-            f"{factor} is documented as {short(value)}, the library has {short(reported[factor])}"
-            for factor, value in self.kind.documented.items()
-            if factor in reported and reported[factor] != value
-        ]
+        wrong = self._documented(reported)
         shipped = self.engine.shipped(self.path, self.base)
         try:
             settings = self._config(self.path, shipped)
@@ -358,6 +370,10 @@ def _overall(statuses: list[Status]) -> Status:
     """The worst, where what one method does not show another may."""
     seen = [status for status in statuses if status is not Status.NOT_SEEN]
     return min(seen, key=WORST.index, default=Status.NOT_SEEN)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _count(names: list[str]) -> str:

@@ -10,7 +10,7 @@ from enum import StrEnum
 from functools import partial
 from typing import Any
 
-from parity.audit import alarm
+from parity.audit import alarm, alarm_torch
 from parity.audit import moves as known_moves
 from parity.audit.audit import CONTROLS
 from parity.audit.concurrent import each
@@ -208,13 +208,14 @@ class Examiner:
     def _parts(self) -> Iterator[Check]:
         """Whether each part that could be swapped is taken from where a hybrid puts another."""
         takes = takes_parts(self.path)
-        if fixed := [part for part in alarm.METHODS if part not in takes]:
+        written = alarm.METHODS.get(self.kind.framework, alarm.METHODS["mlx"])
+        if fixed := [part for part in written if part not in takes]:
             words = f"{', '.join(fixed)} cannot be swapped: no search names them as a cause"
             yield Check("parts", State.UNKNOWN, words)
-        for part, methods in alarm.METHODS.items():
-            if part not in takes:
-                continue
-            state, text = self._part(part)
+        taken = [part for part in written if part in takes]
+        # A hybrid of a path that changes its libraries has a process of its own: several at once.
+        for part, (state, text) in zip(taken, each(self._part, taken), strict=True):
+            methods = written[part]
             owner = next(b for b in self.kind.__mro__ if any(m in vars(b) for m in methods))
             whose = "its own" if owner is self.kind else f"that of {owner.__name__}"
             yield Check("parts", state, f"{part}: {whose}, {text}")
@@ -223,7 +224,8 @@ class Examiner:
         changes: dict[str, Any] = {"train.steps": 1}
         if part == "clip":
             changes |= {"optim.clip": "norm"}
-        spec = f"{self.path}+{part}={alarm.SPEC}"
+        donor = alarm_torch.SPEC if self.kind.framework == "torch" else alarm.SPEC
+        spec = f"{self.path}+{part}={donor}"
         method = alarm.USED_IN.get(part, "train")
         where = "training" if method == "train" else method
         try:

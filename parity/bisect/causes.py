@@ -29,7 +29,7 @@ from parity.cells.run import run_cell
 from parity.judge.hints import hints, rope
 from parity.paths import parts as names_of_parts
 from parity.paths.demands import unmet
-from parity.paths.registry import own_parts, resolve, takes_parts
+from parity.paths.registry import exchange_parts, lends, resolve, takes_parts
 from parity.recipe import DEFAULT, Recipe
 from parity.record import Record, Verdict
 from parity.stages import STAGES
@@ -79,7 +79,7 @@ class CauseSearch:
         self.notice, self.held = notice, dict(held or {})
         self._recipes: set[str] = set()
         self._own, self._theirs = names_of_parts.sources(subject), names_of_parts.sources(reference)
-        self._mixed = subject != reference and all(map(takes_parts, (subject, reference)))
+        self._mixed = subject != reference and exchange_parts(subject, reference)
         self.rest = tuple(self.changes)
         """Factors that are not yet known to be a cause."""
         self._can = {p for p in self._own if self._mixed and self._swapped(p)}
@@ -116,7 +116,8 @@ class CauseSearch:
             return True
         donors = [self._own[part], self._theirs[part]]
         takers = [self._own[names_of_parts.LOOP], self._theirs[names_of_parts.LOOP]]
-        return all(part in own_parts(path, part) for path in donors) and all(
+        framework = resolve(self.subject).framework
+        return all(lends(path, part, framework) for path in donors) and all(
             part in takes_parts(path) for path in takers
         )
 

@@ -30,7 +30,8 @@ def packed_otherwise(context: Context, place: Place) -> Place:
     differing = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
     confirmed, words = _packed_alike(context, ours)
     words = f"{sentence(KEY, subject, reference)}; {words}"
-    place.sentence = f"{words}; {place.sentence}" if place.sentence else words
+    # Which side is off is not told by a float64 run whose weights are packed as the reference's are.
+    place.sentence = words if confirmed else f"{words}; {place.sentence}".removesuffix("; ")
     if confirmed and len(differing) == 1:
         place.name = differing[0]
     return place

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -308,11 +308,12 @@ def check(specs: Iterable[str], recipe: Recipe) -> None:
 
 
 def check_run(subject: str, references: Iterable[str], recipe: Recipe) -> None:
-    """The same for a run, which takes bundles and nothing but what is installed.
+    """The same for a run, which takes bundles.
 
     Raises:
-        UsageError: As `check`; packages of a path are not installed; a bundle was captured for the
-            other role (inputs come from the reference) or with another model.
+        UsageError: As `check`; packages of the subject are not installed (of a reference, its cells are
+            skipped); a bundle was captured for the other role (inputs come from the reference) or
+            with another model.
     """
     bundled, live = set[str](), set[str]()
     for spec in (subject, *references):
@@ -330,8 +331,8 @@ def check_run(subject: str, references: Iterable[str], recipe: Recipe) -> None:
                 f"{spec} was captured as a subject against {found.against}: capture the reference "
                 f"by itself, parity capture {found.path}"
             )
-    for spec in sorted(live):
-        _check_installed(spec)
+    if subject in live:
+        _check_installed(subject)
     storage.check_writable(resources.cache())
     if live:  # who only judges needs neither model nor data
         check(live, recipe)
@@ -356,12 +357,19 @@ def check_fitness(spec: str) -> None:
 
 
 def _check_installed(spec: str) -> None:
-    if missing := _missing(spec):
-        raise UsageError(
-            f"path {spec!r} needs {', '.join(missing)}, not installed here: "
-            f"{install(resolve(spec), missing)}; or "
-            f"capture where it is (parity capture {spec} --out {Path(spec).stem}.bundle)"
-        )
+    if why := not_installed(spec):
+        raise UsageError(why)
+
+
+def not_installed(spec: str) -> str:
+    """Which packages of a path or bundle are not there and how to install them; empty where all are."""
+    if is_bundle(spec) or not (missing := _missing(spec)):
+        return ""
+    return (
+        f"path {spec!r} needs {', '.join(missing)}, not installed here: "
+        f"{install(resolve(spec), missing)}; or "
+        f"capture where it is (parity capture {spec} --out {Path(spec).stem}.bundle)"
+    )
 
 
 def _check_decode(recipe: Recipe) -> None:
@@ -378,6 +386,7 @@ def install(kind: type[TrainingPath], packages: Iterable[str]) -> str:
     return " && ".join(lines)
 
 
+@cache  # each cell asks
 def _missing(spec: str) -> list[str]:
     """Packages of a path that this interpreter cannot import or does not have."""
     if "@" in spec:

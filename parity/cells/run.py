@@ -14,7 +14,7 @@ from typing import Any
 from parity import __version__, timing
 from parity.capture import machine
 from parity.capture.bundle import is_bundle, opened
-from parity.capture.engine import Declared, Engine, Source, declared, shipped
+from parity.capture.engine import Declared, Engine, Source, declared, not_installed, shipped
 from parity.capture.keys import git_state
 from parity.cells.cell import Cell, reproduce
 from parity.cells.matrix import Matrix
@@ -79,6 +79,8 @@ def _round(
     if itself and not cell.changes:
         reason = "the subject is the reference: such a comparison cannot fail"
         verdict = Verdict.INCONCLUSIVE
+    elif reason := next(filter(None, map(not_installed, (cell.subject, cell.reference))), ""):
+        verdict = Verdict.SKIP
     else:
         try:
             result = cell.stage.run(context)
@@ -93,6 +95,7 @@ def _round(
         except Exception as error:  # one broken cell must not end the run
             reason = f"{type(error).__name__} while comparing: {error}"
             verdict, detail = Verdict.ERROR, traceback.format_exc()
+    result.findings += context.notes
     if aside := context.operations_aside:
         result.findings.append(f"bits are not expected to be equal: {aside}")
     for side, other in (("subject", "reference"), ("reference", "subject")):

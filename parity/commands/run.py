@@ -98,6 +98,7 @@ def run(
       parity run --reference hf.bundle
       parity run --subject my_package.trainer:MyPath
       parity run --subject-loss my_trainer:loss_fn   your loss, all else of path mlx
+      parity run --subject hf --subject-loss my_trainer:loss_fn   the same on torch, all else of path hf
     """  # noqa: D301
     from parity import recipe as recipes
     from parity import timing

@@ -79,7 +79,7 @@ def contract(methods: tuple[str, ...]) -> None:
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False),
               help="A file that does not exist yet.  [default: print it]")  # fmt: skip
 @click.option("--methods", is_flag=True,
-              help="A class with every method of the contract, for what is no trainer on MLX.")  # fmt: skip
+              help="A class with every method of the contract, for what is neither on MLX nor on torch.")  # fmt: skip
 def new_path(name: str, out: Path | None, methods: bool) -> None:
     """Write the skeleton of a path of your own.
 

@@ -359,6 +359,9 @@ _ALL = (
     ),
     Method(
         "defaults", "", "factors as the path sets them where the user leaves them open",
+        inputs=(
+            scalar("documented", bool, "whether to give what its documentation says instead", "documented"),
+        ),
         outputs=(scalar("<factor>", Any, "value of a factor"),),
     ),
 )  # fmt: skip

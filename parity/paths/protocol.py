@@ -34,7 +34,7 @@ class TrainingPath:
     fixed: ClassVar[Mapping[str, Any]] = {}
     """Factors that it has no option for, with the one value that it always has."""
     documented: ClassVar[Mapping[str, Any]] = {}
-    """Factor to the default that its documentation gives, for `parity audit`."""
+    """Factor to the default that its documentation gives, where `documents` cannot read it."""
     knobs: ClassVar[type[Knobs] | None] = None
     """Factors that only it has; it honours all of them."""
     release: ClassVar[str] = ""
@@ -84,9 +84,14 @@ class TrainingPath:
         """Factors as this path sets them by default, read from the live library."""
         return {}
 
+    def documents(self) -> dict[str, Any]:
+        """Factors as its documentation gives their defaults, read from the installed library."""
+        return {}
+
     def defaults(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """`shipped()` as a trace: it needs the framework, so it runs where captures run."""
-        return Trace(scalars=self.shipped())
+        """`shipped()` or `documents()`, which need the framework, where captures run."""
+        asked = inputs.scalars.get("documented", False)
+        return Trace(scalars={**self.documents(), **self.documented} if asked else self.shipped())
 
     def emit(self, method: str, recipe: Recipe, inputs: Trace) -> Trace:
         """What a method of the contract, by name, emits."""

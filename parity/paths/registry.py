@@ -105,10 +105,18 @@ def installed_knobs() -> tuple[type[Knobs], ...]:
     return tuple(found)
 
 
-def own_parts(spec: str, part: str = "") -> tuple[str, ...]:
-    """The parts of a path, or of what a part is taken from, that can stand in another one."""
+def exchange_parts(first: str, second: str) -> bool:
+    """Whether parts of two paths can stand in each other: both take some, on one framework."""
+    return (
+        bool(takes_parts(first) and takes_parts(second))
+        and resolve(first).framework == resolve(second).framework
+    )
+
+
+def lends(spec: str, part: str, framework: str) -> bool:
+    """Whether a part of a path, or a function that is given for it, can stand in a path on a framework."""
     # A release in an environment of its own cannot share a process with anything else.
-    return () if "@" in spec else (_donor(part, spec) if part else resolve(spec)).own_parts
+    return "@" not in spec and part in _donor(part, spec, framework).own_parts
 
 
 def takes_parts(spec: str) -> tuple[str, ...]:
@@ -117,28 +125,63 @@ def takes_parts(spec: str) -> tuple[str, ...]:
 
 
 @cache
-def _donor(part: str, spec: str) -> type[TrainingPath]:
-    """The path that a part is taken from; `module:function` is a path of this function alone."""
+def _donor(part: str, spec: str, framework: str) -> type[TrainingPath]:
+    """The path that a part is taken from; `module:function` is a path of this function alone.
+
+    A function is on the framework of the path that it is to stand in.
+
+    Raises:
+        UsageError: As `resolve` does; its module works with the other framework.
+    """
     if "@" in spec or ":" not in spec:
         return resolve(spec)
     found = _imported(spec)
     if not callable(found) or (isinstance(found, type) and issubclass(found, TrainingPath)):
         return resolve(spec)
-    from parity.paths.plugin.parts import FUNCTION, make
+    from parity.paths.plugin.given import FUNCTION
+    from parity.paths.plugin.parts import make
 
-    return make({FUNCTION[part]: found}, spec.partition(":")[0], spec)
+    if other := _other_framework(found, framework):
+        base = next(name for name, on in _STACKS.items() if on == other)
+        raise UsageError(
+            f"{spec!r} is a function on {other}, which cannot stand in a path on {framework}: "
+            f"give --subject {base}, or a function on {framework}"
+        )
+    return make({FUNCTION[part]: found}, spec.partition(":")[0], spec, framework=framework)
+
+
+_STACKS = {"mlx": "mlx", "hf": "torch"}
+"""The path that parts of one's own stand in, and its framework."""
+
+
+def _other_framework(function: Any, framework: str) -> str:
+    """The framework that the module of a function works with, where it is only another than this."""
+    home = vars(sys.modules.get(getattr(function, "__module__", ""), object))
+    roots = {
+        getattr(value, "__module__", None) or getattr(value, "__name__", "")
+        for value in (*home.values(), function)
+        if not isinstance(value, str)
+    }
+    used = {str(root).partition(".")[0] for root in roots} & {*_STACKS.values()}
+    return "" if framework in used or not used else used.pop()
 
 
 def _hybrid(spec: str) -> type[TrainingPath]:
     sources = parts.sources(spec)
     base = sources.pop(parts.LOOP)
     swaps = {part: path for part, path in sources.items() if path != base}
-    donors = {part: _donor(part, path) for part, path in swaps.items()}
+    framework = resolve(base).framework
+    donors = {part: _donor(part, path, framework) for part, path in swaps.items()}
     for path, kind in ((base, resolve(base)), *((swaps[part], donors[part]) for part in swaps)):
         if "@" in path or not kind.takes_parts:
             raise UsageError(
-                f"{spec!r}: the parts of {path!r} cannot be swapped, only those on MLX in this "
-                "environment can"
+                f"{spec!r}: the parts of {path!r} cannot be swapped: it is run as a whole, or in an "
+                "environment of its own"
+            )
+        if kind.framework != framework:
+            raise UsageError(
+                f"{spec!r}: {base!r} is on {framework} and {path!r} on {kind.framework}: a part can "
+                "only be taken from a path on the same framework"
             )
     for part, path in swaps.items():
         if part not in takes_parts(base):

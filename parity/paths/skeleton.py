@@ -9,8 +9,8 @@ from parity.errors import UsageError
 from parity.paths.contract import METHODS, described
 from parity.paths.method import Method
 from parity.paths.plugin.calling import parameter_names
-from parity.paths.plugin.parts import PART
-from parity.paths.plugin.trainer import OBJECTS
+from parity.paths.plugin.given import PART
+from parity.paths.plugin.whole import OBJECTS
 from parity.recipe import Recipe
 
 _HEAD = '''\
@@ -83,7 +83,8 @@ def run(path, folder, out, steps, lr, rank, scale, batch_size, seed):
 # value; `shipped`, a function that reads your defaults.
 {kind} = plugin.from_trainer(run, name="{name}")
 
-# Without a trainer, parts of it; each may be left out and is then that of path mlx:
+# A trainer on torch: add framework="torch" to each.
+# Without a trainer, parts of it; each may be left out and is then that of path mlx (of hf on torch):
 # {kind} = plugin.from_parts({parts})
 # {kind} = plugin.from_loss(loss)
 '''

@@ -28,6 +28,9 @@ def text(audit: Audit) -> str:
             lines += [TITLES[status], *(f"  {finding.sentence()}" for finding in found), ""]
     if audit.defaults:
         lines += ["Defaults", *(f"  {sentence}" for sentence in audit.defaults), ""]
+    if audit.documented:
+        named = ", ".join(audit.documented)
+        lines += [f"Documented defaults, compared: {len(audit.documented)}", f"  {named}", ""]
     if audit.not_known:
         lines += ["Not known", *(f"  {sentence}" for sentence in audit.not_known), ""]
     if audit.not_moved:

@@ -189,7 +189,7 @@ def aggregate(
     grid, cells = cells_of(found, kept, plan)
     rows = rows_of(grid, cells)
     counts = Counter({name: int(rows[name].sum()) for name in STATES})
-    verdict, code, reason = conclude(counts, len(damaged))
+    verdict, code, reason = conclude(counts, len(damaged), _uncompared(grid, rows))
     number = {row: i for i, row in enumerate(grid)}
     row_of = np.array([number[row] for row in found.rows], np.int64)[found.row]
     seen = details.read(store, grid, row_of, found.seed, kept)
@@ -234,10 +234,25 @@ def _contradictions(store: Store, found: Found) -> list[str]:
     return sorted(f"{record.name}: {record.contradiction()}" for record in wrong)
 
 
-def conclude(counts: Mapping[str, int], damaged: int = 0) -> tuple[str, int, str]:
-    """Verdict, exit code and sentence from the number of cells in each state.
+def _uncompared(grid: Sequence[GridRow], rows: pd.DataFrame) -> list[str]:
+    """Pairs all of whose cells were skipped."""
+    compared: dict[str, int] = {}
+    for row, cells, skipped in zip(grid, rows["seeds"], rows["skip"], strict=True):
+        compared[row.pair] = compared.get(row.pair, 0) + int(cells - skipped)
+    return [pair for pair, count in compared.items() if not count]
+
+
+def conclude(
+    counts: Mapping[str, int], damaged: int = 0, uncompared: Sequence[str] = ()
+) -> tuple[str, int, str]:
+    """Verdict, exit code and sentence.
 
     A damaged record leaves its cell without a result, like a missing one.
+
+    Args:
+        counts: The number of cells in each state.
+        damaged: Records that were set aside.
+        uncompared: Pairs all of whose cells were skipped.
     """
     total = sum(counts.values())
     texts = {name: f"{n} {name}" for name in WORST_FIRST if (n := counts.get(name, 0))}
@@ -253,6 +268,8 @@ def conclude(counts: Mapping[str, int], damaged: int = 0) -> tuple[str, int, str
     compared = [name for name in texts if name != "skip"]
     if not compared:
         return "inconclusive", 3, "nothing was compared" + (f": {listed}" if listed else "")
+    if uncompared:
+        return "inconclusive", 3, f"nothing was compared for {'; '.join(uncompared)}; {found}"
     what = "green or diverge as expected" if EXPECTED in texts else "green"
     return (
         compared[0],

@@ -20,7 +20,13 @@ Batch = tuple[Array, Array]
 """Ids (B, W) and lengths (B, 2), both int32."""
 
 Loss = Callable[..., Any]
-"""transformers' loss: keywords logits, labels, shift_labels and vocab_size."""
+"""transformers' loss: keywords logits, labels, shift_labels and vocab_size.
+
+One that has `takes_batch` gets `batch` as well, ids (B, W) and lengths (B, 2).
+"""
+
+Clip = Callable[[list[Any]], Any]
+"""Changes the gradients of parameters in place."""
 
 IGNORED = -100
 """The label that torch's cross-entropy leaves out."""
@@ -52,7 +58,7 @@ def ids_tensor(ids: Array) -> Any:
     """Token ids or labels on the device."""
     import torch
 
-    return torch.as_tensor(np.asarray(ids, np.int64), device=device())
+    return torch.as_tensor(np.asarray(ids, np.int64, order="C"), device=device())
 
 
 # Rows and batches --------------------------------------------------------------------------------
@@ -216,15 +222,18 @@ def labels(recipe: Recipe, ids: Array, lengths: Array) -> Array:
     return np.where((steps >= first) & (steps <= last), ids[:, 1:], IGNORED).astype(np.int64)
 
 
-def loss_of(loss_function: Loss, logits: Any, targets: Array) -> Any:
+def loss_of(loss_function: Loss, logits: Any, targets: Array, batch: Batch | None = None) -> Any:
     """The model's loss on given logits (B, T, V) and targets (B, T), already shifted."""
     shifted = ids_tensor(targets)
+    more = {"batch": batch} if getattr(loss_function, "takes_batch", False) else {}
     return loss_function(
-        logits=logits, labels=shifted, shift_labels=shifted, vocab_size=logits.shape[-1]
+        logits=logits, labels=shifted, shift_labels=shifted, vocab_size=logits.shape[-1], **more
     )
 
 
-def probed_loss(loss_function: Loss, logits: Any, targets: Array) -> dict[str, Array]:
+def probed_loss(
+    loss_function: Loss, logits: Any, targets: Array, batch: Batch | None = None
+) -> dict[str, Array]:
     """The loss, with what it supervises found from its gradient.
 
     The gradient (softmax minus one-hot) is zero where a position is left out and negative at the
@@ -233,7 +242,7 @@ def probed_loss(loss_function: Loss, logits: Any, targets: Array) -> dict[str, A
     import torch
 
     leaf = logits.float().requires_grad_()
-    loss = loss_of(loss_function, leaf, targets)
+    loss = loss_of(loss_function, leaf, targets, batch)
     (slope,) = torch.autograd.grad(loss, leaf)
     supervised = to_numpy((slope != 0).any(dim=-1))
     return {
@@ -245,14 +254,14 @@ def probed_loss(loss_function: Loss, logits: Any, targets: Array) -> dict[str, A
 
 def token_losses(loss_function: Loss, logits: Any, ids: Array) -> Array:
     """The loss (B, T) of each position of a batch (B, T + 1) as the only supervised one."""
-    losses = [
-        [
-            loss_of(loss_function, logits[row : row + 1, at : at + 1], target[None, None]).item()
-            for at, target in enumerate(targets)
-        ]
-        for row, targets in enumerate(ids[:, 1:])
-    ]
-    return np.array(losses)
+
+    def one(row: int, at: int) -> float:
+        batch = ids[row : row + 1, at : at + 2], np.array([[0, 2]], np.int32)
+        given = logits[row : row + 1, at : at + 1]
+        return float(loss_of(loss_function, given, batch[0][:, 1:], batch))
+
+    rows, width = ids.shape
+    return np.array([[one(row, at) for at in range(width - 1)] for row in range(rows)])
 
 
 # Optimizer ---------------------------------------------------------------------------------------
@@ -298,15 +307,22 @@ def gradient_norm(parameters: Iterable[Any]) -> float:
     return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
-def update(recipe: Recipe, parameters: list[Any], optimizer: Any, schedule: Any) -> None:
-    """Clips, steps and clears the gradients."""
+def make_clip(recipe: Recipe) -> Clip | None:
+    """What happens to the gradients of some parameters before the optimizer sees them, in place."""
     import torch
 
     limit = recipe.optim.clip_value
     if recipe.optim.clip == "value":
-        torch.nn.utils.clip_grad_value_(parameters, limit)
-    elif recipe.optim.clip == "norm":
-        torch.nn.utils.clip_grad_norm_(parameters, limit)
+        return lambda parameters: torch.nn.utils.clip_grad_value_(parameters, limit)
+    if recipe.optim.clip == "norm":
+        return lambda parameters: torch.nn.utils.clip_grad_norm_(parameters, limit)
+    return None
+
+
+def update(parameters: list[Any], clip: Clip | None, optimizer: Any, schedule: Any) -> None:
+    """Clips, steps and clears the gradients."""
+    if clip is not None:
+        clip(parameters)
     optimizer.step()
     schedule.step()
     optimizer.zero_grad()

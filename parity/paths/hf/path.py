@@ -16,7 +16,9 @@ from typing import Any, ClassVar
 
 from parity import resources
 from parity.errors import Unsupported, UsageError
+from parity.paths import parts
 from parity.paths.describe import defaults, describe_process, model_key
+from parity.paths.documentation import documented
 from parity.paths.hf import live as _torch
 from parity.paths.hf import loading, process, wiring
 from parity.paths.hf.live import Batch
@@ -38,16 +40,28 @@ class HfPath(TorchStages):
     framework: ClassVar[str] = "torch"
     packages: ClassVar[tuple[str, ...]] = ("torch", "transformers", "peft", "numpy")
     release: ClassVar[str] = "transformers"
+    undone: ClassVar[bool] = True
+    """Whether what `wire` does to a base can be taken back, so that the base is used again."""
     honours: ClassVar[tuple[str, ...]] = (
         "model.", "data.", "seed.", "lora.", "mask.", "optim.", "decode.max_tokens",
         "train.steps", "train.batch_size", "train.accumulation", "train.accumulation_weighting",
         "train.gradient_checkpointing", "train.autocast",
     )  # fmt: skip
     fixed: ClassVar[Mapping[str, Any]] = {"optim.bias_correction": True}
+    own_parts: ClassVar[tuple[str, ...]] = parts.TRAINING
+    takes_parts: ClassVar[tuple[str, ...]] = tuple(p for p in parts.TRAINING if p in parts.PARTS)
+
+    def __init_subclass__(cls, **named: Any) -> None:
+        """Whose parts a class trains with is not known where it changes any and does not declare it."""
+        super().__init_subclass__(**named)
+        for attribute in ("own_parts", "takes_parts"):
+            if attribute not in vars(cls):
+                setattr(cls, attribute, ())
 
     def __init__(self, cache: Path) -> None:
         super().__init__(cache)
         self._bases: dict[tuple[str, ...], Any] = {}
+        self.donors: dict[str, HfPath] = {}
 
     # Its defaults, and where it runs -----------------------------------------------------------
 
@@ -77,14 +91,33 @@ class HfPath(TorchStages):
             "data.pad_extra": 0,
         }
 
+    def documents(self) -> dict[str, Any]:
+        """From the docstrings of LoraConfig and torch's AdamW."""
+        import torch
+        from peft import LoraConfig
+
+        lora = {"r": "lora.rank", "lora_dropout": "lora.dropout"}
+        adamw = {name: f"optim.{name}" for name in ("betas", "eps", "weight_decay")}
+        return documented([LoraConfig.__doc__], lora) | documented(
+            [torch.optim.AdamW.__doc__], adamw
+        )
+
     def environment(self) -> dict[str, Any]:
         """Versions, device, threads, BLAS and variables of this process."""
         return {**describe_process(self.packages), **process.describe_torch()}
 
     # Parts -------------------------------------------------------------------------------------
 
+    def part(self, name: str) -> HfPath:
+        """The path that a part (see `parity.paths.parts`) is taken from: this one, unless it is a hybrid."""
+        return self.donors.get(name, self)
+
     def tokenizer(self, recipe: Recipe) -> Any:
         """The tokenizer that comes with the model."""
+        return self.part("loader").read_tokenizer(recipe)
+
+    def read_tokenizer(self, recipe: Recipe) -> Any:
+        """What the loader gives beside the model."""
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(resources.model_dir(recipe.model.source))
@@ -100,7 +133,7 @@ class HfPath(TorchStages):
         with process.float64_throughout(recipe.model.dtype):
             key = model_key(recipe)
             base = self._bases.pop(key, None)
-            self._keep(key, base := self.load(recipe) if base is None else base)
+            self._keep(key, base := self.part("loader").load(recipe) if base is None else base)
             yield base
 
     @contextlib.contextmanager
@@ -109,25 +142,27 @@ class HfPath(TorchStages):
         import torch
 
         with process.float64_throughout(recipe.model.dtype):
-            key = model_key(recipe)
+            key, load = model_key(recipe), self.part("loader").load
             base = self._bases.pop(key, None)
             if recipe.seed.placement == "before_load":
                 torch.manual_seed(recipe.seed.value)
-                base = self.load(recipe)
+                base = load(recipe)
             else:
-                base = self.load(recipe) if base is None else base
+                base = load(recipe) if base is None else base
                 torch.manual_seed(recipe.seed.value)
             pristine = _torch.Pristine(base)
-            model = self.wire(base, recipe)
+            wiring = self.part("wiring")
+            model = wiring.wire(base, recipe)
             pristine.keep_trained()
             try:
                 if adapter is not None:
                     transplant(trainable(model), adapter)
                 yield model
             finally:
-                pristine.restore(recipe, model)
-                # Only here: a base that did not come back clean is never used again.
-                self._keep(key, base)
+                if wiring.undone:
+                    pristine.restore(recipe, model)
+                    # Only here: a base that did not come back clean is never used again.
+                    self._keep(key, base)
 
     def _keep(self, key: tuple[str, ...], base: Any) -> None:
         self._bases[key] = base
@@ -166,7 +201,8 @@ class HfPath(TorchStages):
     @contextlib.contextmanager
     def trained(self, recipe: Recipe, inputs: Trace, see: Callable[[Any], None]) -> Iterator[Path]:
         """As `saved`, after the path's loop."""
-        batches = _torch.given(inputs, recipe) or self.iterate(recipe, self.tokenizer(recipe))
+        own = self.part("batching").iterate
+        batches = _torch.given(inputs, recipe) or own(recipe, self.tokenizer(recipe))
         adapter = inputs.group("adapter") or None
         with self.adapted(recipe, adapter) as model, tempfile.TemporaryDirectory() as folder:
             self.loop(recipe, model, batches)
@@ -179,8 +215,9 @@ class HfPath(TorchStages):
         from peft import PeftModel
 
         if recipe.lora.kind == "full":
-            return self.wire(self.load(recipe.override({"model.source": str(folder)})), recipe)
-        return PeftModel.from_pretrained(self.load(recipe), str(folder))
+            full = recipe.override({"model.source": str(folder)})
+            return self.part("wiring").wire(self.part("loader").load(full), recipe)
+        return PeftModel.from_pretrained(self.part("loader").load(recipe), str(folder))
 
     def merged(self, recipe: Recipe, folder: Path, dequantize: bool) -> Any:
         """By PEFT's `merge_and_unload`, saved and loaded by transformers."""
@@ -192,7 +229,7 @@ class HfPath(TorchStages):
         """Endless batches: all rows shuffled anew each epoch, an incomplete batch dropped."""
         import torch
 
-        rows, size = _torch.rows(recipe, tokenizer), recipe.train.batch_size
+        rows, size = self.rows(recipe, tokenizer), recipe.train.batch_size
         if len(rows) < size:
             raise UsageError(
                 f"data {recipe.data.source!r} has {len(rows)} rows, fewer than "
@@ -209,16 +246,18 @@ class HfPath(TorchStages):
     def loop(self, recipe: Recipe, model: Any, batches: Iterator[Batch]) -> dict[str, list[float]]:
         """Trains; returns loss, gradient norm and supervised tokens of each optimizer step."""
         parameters = _torch.trainable(model)
-        optimizer, schedule = _torch.make_optimizer(recipe, parameters)
+        optimizer, schedule = self.part("optimizer").optimizer(recipe, parameters)
+        clip, share = self.part("clip").clip(recipe), self.part("loss").loss(recipe)
+        labels = self.part("batching").labels
         model.train()
         result: dict[str, list[float]] = {"loss": [], "gradient_norm": [], "tokens": []}
         for step in range(recipe.train.steps):
-            parts = list(itertools.islice(batches, recipe.train.accumulation))
-            if len(parts) < recipe.train.accumulation:
+            batch = list(itertools.islice(batches, recipe.train.accumulation))
+            if len(batch) < recipe.train.accumulation:
                 raise ValueError(f"the batches that were handed over end in step {step + 1}")
-            loss, tokens = accumulate(recipe, model, parts)
+            loss, tokens = accumulate(recipe, model, batch, share, labels)
             result["loss"].append(loss)
             result["gradient_norm"].append(_torch.gradient_norm(parameters))
             result["tokens"].append(tokens)
-            _torch.update(recipe, parameters, optimizer, schedule)
+            _torch.update(parameters, clip, optimizer, schedule)
         return result

@@ -202,9 +202,12 @@ def loss_facts(recipe: Recipe, loss_function: Loss) -> dict[str, Any]:
     import torch
 
     def weights(ids: Array, lengths: Array) -> Array:
-        targets, entries = labels(recipe, ids, lengths), int(ids.max()) + 2
+        targets = labels(recipe, ids, lengths)
+        entries = int(ids.max()) + 2
         logits = torch.zeros(*targets.shape, entries, device=device(), requires_grad=True)
-        (slope,) = torch.autograd.grad(loss_of(loss_function, logits, targets), logits)
+        (slope,) = torch.autograd.grad(
+            loss_of(loss_function, logits, targets, (ids, lengths)), logits
+        )
         return np.asarray(-to_numpy(slope).min(axis=-1) / (1 - 1 / entries))
 
     found = [(weights(ids, lengths), lengths) for ids, lengths in loss_batches()]
@@ -223,7 +226,7 @@ def optimizer_facts(optimizer: Any, schedule: Any, steps: int) -> dict[str, Any]
         "optim.class": type(optimizer).__name__,
         "optim.betas": betas,
         "optim.eps": group.get("eps"),
-        "optim.weight_decay": float(group["weight_decay"]),
+        "optim.weight_decay": float(group.get("weight_decay", 0.0)),
         # torch's Adam knows no other way and so has no setting to read
         "optim.bias_correction": True if betas else None,
         "optim.lr": rates,

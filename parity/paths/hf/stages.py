@@ -18,12 +18,19 @@ from parity.paths.describe import embedded
 from parity.paths.hf import live as _torch
 from parity.paths.hf import readback
 from parity.paths.hf.kv_cache import forward_dtype, kv_cache_trace
-from parity.paths.hf.live import IGNORED, Batch, Loss, to_numpy
+from parity.paths.hf.live import IGNORED, Batch, Clip, Loss, to_numpy
 from parity.paths.hf.modules import WatchedGradients, module_outputs, watch
 from parity.paths.hf.observed import calls, seeding
 from parity.paths.hf.round_trip import adapter_of, forward
 from parity.paths.hf.tensors import check_names
-from parity.paths.hf.work import accumulate, completion_loss, greedy, supervised_positions
+from parity.paths.hf.work import (
+    Share,
+    accumulate,
+    completion_loss,
+    greedy,
+    model_loss,
+    supervised_positions,
+)
 from parity.paths.measured import Calls, loop_facts, probing, seed_facts
 from parity.paths.round_trip import Logits, RoundTrips
 from parity.paths.targets import config_without_targets
@@ -67,22 +74,47 @@ class TorchStages(RoundTrips):
         """Ids and first supervised token (0: all) of each training row."""
         return _torch.rows(recipe, tokenizer)
 
+    @abstractmethod
+    def part(self, name: str) -> TorchStages:
+        """The path that a part is taken from."""
+
+    def loss(self, recipe: Recipe) -> Share:
+        """The share of a micro-batch in the loss of its step."""
+        return model_loss
+
+    def loss_of_logits(self, recipe: Recipe, model: Any) -> Loss:
+        """The same loss, taking logits; of a live model without adapter."""
+        return model.loss_function  # type: ignore[no-any-return]
+
+    def labels(self, recipe: Recipe, ids: Array, lengths: Array) -> Array:
+        """Targets of a batch that its batching made, or of one that was handed over."""
+        return _torch.labels(recipe, ids, lengths)
+
+    def clip(self, recipe: Recipe) -> Clip | None:
+        """What happens to gradients before the optimizer sees them."""
+        return _torch.make_clip(recipe)
+
+    def optimizer(self, recipe: Recipe, parameters: list[Any]) -> tuple[Any, Any]:
+        """The optimizer and its schedule, each with `step`."""
+        return _torch.make_optimizer(recipe, parameters)
+
     @contextlib.contextmanager
     def criterion(self, recipe: Recipe) -> Iterator[Loss]:
         """The live loss, taking logits."""
         with self.pristine(recipe) as model:
-            yield model.loss_function
+            yield self.part("loss").loss_of_logits(recipe, model)
 
     @contextlib.contextmanager
     def updates(self, recipe: Recipe, parameters: list[Any]) -> Iterator[Callable[[], None]]:
         """Clip, optimizer and schedule: each call takes a step and clears the gradients."""
-        optimizer, schedule = _torch.make_optimizer(recipe, parameters)
-        yield lambda: _torch.update(recipe, parameters, optimizer, schedule)
+        clip = self.part("clip").clip(recipe)
+        made = self.part("optimizer").optimizer(recipe, parameters)
+        yield lambda: _torch.update(parameters, clip, *made)
 
     def tokenization(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `parity contract tokenization`."""
         tokenizer, trace = self.tokenizer(recipe), Trace()
-        for index, (ids, offset) in enumerate(self.rows(recipe, tokenizer)):
+        for index, (ids, offset) in enumerate(self.part("batching").rows(recipe, tokenizer)):
             trace.arrays[f"row.{index}"] = np.asarray(ids, np.int32)
             trace.arrays[f"offset.{index}"] = np.asarray(offset, np.int32)
         texts = [tokenizer(text)["input_ids"] for text in inputs.scalars["texts"]]
@@ -106,7 +138,8 @@ class TorchStages(RoundTrips):
     def batches(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `parity contract batches`."""
         count = recipe.train.steps * recipe.train.accumulation
-        drawn = itertools.islice(self.iterate(recipe, self.tokenizer(recipe)), count)
+        batching = self.part("batching")
+        drawn = itertools.islice(batching.iterate(recipe, self.tokenizer(recipe)), count)
         trace = Trace()
         for _ in _torch.recorded(trace, drawn, prefix=""):
             pass
@@ -115,11 +148,12 @@ class TorchStages(RoundTrips):
     def supervised_positions(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `parity contract supervised_positions`."""
         tokenizer, trace, targets = self.tokenizer(recipe), Trace(), set()
-        own = itertools.islice(self.iterate(recipe, tokenizer), inputs.scalars.get("count", 0))
+        batching = self.part("batching")
+        own = itertools.islice(batching.iterate(recipe, tokenizer), inputs.scalars.get("count", 0))
         batches = _torch.recorded(trace, _torch.given(inputs) or own, prefix="")
         with self.criterion(recipe) as loss:
             for index, batch in enumerate(batches):
-                found = supervised_positions(loss, _torch.labels(recipe, *batch))
+                found = supervised_positions(loss, batching.labels(recipe, *batch), batch)
                 trace.arrays[f"supervised.{index}"] = found
                 targets |= set(found[:, 2].tolist())
         trace.scalars["pieces"] = {str(i): tokenizer.decode([i]) for i in sorted(targets)}
@@ -162,7 +196,8 @@ class TorchStages(RoundTrips):
         dtype = getattr(torch, recipe.model.dtype)
         with self.criterion(recipe) as loss:
             logits = torch.tensor(inputs.arrays["logits"], device=_torch.device()).to(dtype)
-            arrays = _torch.probed_loss(loss, logits, targets)
+            batch = inputs.arrays["ids"], inputs.arrays["lengths"]
+            arrays = _torch.probed_loss(loss, logits, targets, batch)
             each_token = _torch.token_losses(loss, logits, inputs.arrays["ids"])
             arrays["token_loss"] = each_token.astype(_torch.loss_dtype(recipe))
         return Trace(arrays, {"tokens": int((targets != IGNORED).sum())})
@@ -180,7 +215,8 @@ class TorchStages(RoundTrips):
             still = still.override({"train.gradient_checkpointing": False})
         batch = inputs.arrays["ids"], inputs.arrays["lengths"]
         with self.adapted(still, inputs.group("adapter")) as model:
-            run, found = partial(accumulate, still, model.train(), [batch]), WatchedGradients()
+            share, found = self.part("loss").loss(still), WatchedGradients()
+            run = partial(accumulate, still, model.train(), [batch], share)
             if watched:
                 (loss, tokens), found = watch(model, run, replace)
             else:
@@ -218,7 +254,8 @@ class TorchStages(RoundTrips):
 
     def train(self, recipe: Recipe, inputs: Trace) -> Trace:
         """See `parity contract train`."""
-        batches = _torch.given(inputs, recipe) or self.iterate(recipe, self.tokenizer(recipe))
+        own = self.part("batching").iterate
+        batches = _torch.given(inputs, recipe) or own(recipe, self.tokenizer(recipe))
         trace = Trace()
         with self.adapted(recipe, inputs.group("adapter") or None) as model:
             result = self.loop(recipe, model, _torch.recorded(trace, batches))
@@ -272,17 +309,19 @@ class TorchStages(RoundTrips):
 
     def _config(self, recipe: Recipe) -> Trace:
         tokenizer = self.tokenizer(recipe)
-        drawn = list(itertools.islice(self.iterate(recipe, tokenizer), SHOWN))
-        targets = _torch.labels(recipe, *drawn[0])
+        batching = self.part("batching")
+        drawn = list(itertools.islice(batching.iterate(recipe, tokenizer), SHOWN))
+        targets = batching.labels(recipe, *drawn[0])
         measured = self.training_facts(recipe)
         with seeding() as events, self.adapted(recipe) as model:
             facts = readback.model_facts(model, recipe)
-            optimizer, schedule = _torch.make_optimizer(recipe, _torch.trainable(model))
-            loss = _torch.without_adapter(model).loss_function
-            supervised = supervised_positions(loss, targets)
+            made = self.part("optimizer").optimizer(recipe, _torch.trainable(model))
+            base = _torch.without_adapter(model)
+            loss = self.part("loss").loss_of_logits(recipe, base)
+            supervised = supervised_positions(loss, targets, drawn[0])
             scalars = {
                 **facts,
-                **readback.optimizer_facts(optimizer, schedule, recipe.train.steps),
+                **readback.optimizer_facts(*made, recipe.train.steps),
                 **readback.batch_facts(drawn, supervised),
                 **readback.loss_facts(recipe, loss),
                 **seed_facts(events),

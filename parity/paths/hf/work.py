@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,36 +13,58 @@ from parity.paths.hf.process import autocast
 from parity.recipe import Recipe
 from parity.trace import Array, first_difference
 
+Share = Callable[[Any, Batch, Array, int | None, int], tuple[Any, int]]
+"""As `model_loss`."""
+Labels = Callable[[Recipe, Array, Array], Array]
+"""As `parity.paths.hf.live.labels`."""
 
-def accumulate(recipe: Recipe, model: Any, parts: list[Batch]) -> tuple[float, int]:
-    """Leaves the gradient of one step in the parameters; returns its loss and supervised tokens.
+
+def model_loss(
+    model: Any, batch: Batch, targets: Array, count: int | None, parts: int
+) -> tuple[Any, int]:
+    """The share of a micro-batch in the loss of its step, and its supervised tokens.
 
     There is no attention mask: padding stands on the right, where the causal mask hides it from
     all real tokens, and a supervised padding position must see what it sees in mlx-lm.
+
+    Args:
+        model: Whose own loss it is.
+        batch: Ids (B, W) and lengths (B, 2).
+        targets: (B, W - 1), `IGNORED` where nothing is supervised.
+        count: Supervised tokens of the whole step, which its loss is divided by; None: it is the mean of
+            those of its micro-batches.
+        parts: Micro-batches of the step.
     """
-    targets = [_torch.labels(recipe, ids, lengths) for ids, lengths in parts]
-    tokens = sum(int((target != IGNORED).sum()) for target in targets)
+    shifted = _torch.ids_tensor(targets)
+    loss = model(
+        input_ids=_torch.ids_tensor(batch[0][:, :-1]),
+        labels=shifted,
+        shift_labels=shifted,
+        use_cache=False,
+        # With a count transformers divides the sum of a micro-batch by it, as its Trainer does.
+        **({} if count is None else {"num_items_in_batch": count}),
+    ).loss
+    return loss if count is not None else loss / parts, int((targets != IGNORED).sum())
+
+
+def accumulate(
+    recipe: Recipe, model: Any, parts: list[Batch], share: Share, labels: Labels = _torch.labels
+) -> tuple[float, int]:
+    """Leaves the gradient of one step in the parameters; returns its loss and supervised tokens."""
+    targets = [labels(recipe, ids, lengths) for ids, lengths in parts]
     by_token = recipe.train.accumulation_weighting == "token"
-    # With a count transformers divides the sum of a micro-batch by it, as its Trainer does.
-    count = {"num_items_in_batch": tokens} if by_token else {}
-    total = 0.0
-    for (ids, _), target in zip(parts, targets, strict=True):
-        shifted = _torch.ids_tensor(target)
+    count = sum(int((target != IGNORED).sum()) for target in targets) if by_token else None
+    total, tokens = 0.0, 0
+    for batch, target in zip(parts, targets, strict=True):
         with autocast(recipe):
-            loss = model(
-                input_ids=_torch.ids_tensor(ids[:, :-1]),
-                labels=shifted,
-                shift_labels=shifted,
-                use_cache=False,
-                **count,
-            ).loss
-        share = loss if by_token else loss / len(parts)
-        share.backward()
-        total += share.item()
+            loss, counted = share(model, batch, target, count, len(parts))
+        loss.backward()
+        total += loss.item()
+        tokens += counted
     return total, tokens
 
 
-def supervised_positions(loss_function: Loss, targets: Array) -> Array:
+def supervised_positions(loss_function: Loss, targets: Array, batch: Batch | None = None) -> Array:
     """What a live loss supervises of targets (B, T): (row, position, target id), (K, 3) int64.
 
     Flat logits over a vocabulary just large enough for the targets.
@@ -49,7 +72,7 @@ def supervised_positions(loss_function: Loss, targets: Array) -> Array:
     import torch
 
     logits = torch.zeros(*targets.shape, max(int(targets.max()), 0) + 2, device=_torch.device())
-    arrays = _torch.probed_loss(loss_function, logits, targets)
+    arrays = _torch.probed_loss(loss_function, logits, targets, batch)
     where = np.argwhere(arrays["supervised"])
     return np.column_stack([where, arrays["targets"][tuple(where.T)]]).astype(np.int64)
 

@@ -21,6 +21,7 @@ from parity.errors import Unsupported
 from parity.paths import parts
 from parity.paths.describe import defaults as defaults_of
 from parity.paths.describe import describe_process, model_key
+from parity.paths.documentation import documented
 from parity.paths.mlx import live as _mlx
 from parity.paths.mlx import loading, settings
 from parity.paths.mlx.artefacts import MlxArtefacts
@@ -45,6 +46,13 @@ WRITTEN_AS = {
     parts.LOOP: ("loop",),
 }
 """The methods of a part."""
+OPTIONS = {
+    "num_layers": "lora.num_layers",
+    "mask_prompt": "mask.prompt",
+    "grad_accumulation_steps": "train.accumulation",
+}
+OPTIMIZER = {name: f"optim.{name}" for name in ("betas", "eps", "weight_decay", "bias_correction")}
+"""What documentation calls them → factors."""
 _TRAINS = ("setup", "train")
 _FILES = ("round_trip", "train_and_load")
 _USED_BY = {
@@ -126,6 +134,18 @@ class MlxPath(MlxArtefacts):
             "data.pad_extra": 1,
             "train.accumulation": defaults["grad_accumulation_steps"],
         }
+
+    def documents(self) -> dict[str, Any]:
+        """From `mlx_lm.lora --help` and the docstring of its optimizer."""
+        import mlx.optimizers as optim
+        from mlx_lm.lora import CONFIG_DEFAULTS as defaults
+        from mlx_lm.lora import build_parser
+
+        kind = {"adam": optim.Adam, "adamw": optim.AdamW, "sgd": optim.SGD}[
+            str(defaults["optimizer"])
+        ]
+        options = [f"{action.dest}: {action.help}" for action in build_parser()._actions]
+        return documented(options, OPTIONS) | documented([kind.__doc__], OPTIMIZER)
 
     def environment(self) -> dict[str, Any]:
         """Versions, device, BLAS and variables of this process."""

@@ -64,7 +64,6 @@ class MlxLmPath(MlxPath):
         "optim.clip": "none",
         "train.accumulation_weighting": "mean",
     }
-    documented: ClassVar[Mapping[str, Any]] = {"lora.num_layers": 16}  # `mlx_lm.lora --help`
 
     @timed(LOAD)
     def load(self, recipe: Recipe) -> tuple[Any, Any]:

@@ -81,7 +81,7 @@ class Layout:
             ids = np.concatenate([given["inputs"][:, :1], given["targets"]], axis=1)
         ids, lengths = np.asarray(ids, np.int32), given.get("lengths")
         if lengths is None:
-            return ids, _lengths(ids, rows)
+            return ids, row_lengths(ids, rows)
         lengths = np.asarray(lengths, np.int32)
         if lengths.ndim == 1:
             lengths = np.stack([np.zeros_like(lengths), lengths], axis=1)
@@ -102,7 +102,8 @@ def _misread(given: Mapping[str, Array], names: Sequence[str]) -> str:
     return ""
 
 
-def _lengths(ids: Array, rows: Sequence[Sequence[int]]) -> Array:
+def row_lengths(ids: Array, rows: Sequence[Sequence[int]]) -> Array:
+    """First supervised token and tokens (B, 2) of ids (B, W), by the training row that each begins with."""
     longest_first = sorted(map(tuple, rows), key=len, reverse=True)
     found = []
     for line in map(tuple, ids.tolist()):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,36 +11,19 @@ import numpy as np
 
 from parity import resources
 from parity.errors import Unsupported, UsageError
-from parity.paths import parts
 from parity.paths.mlx.artefacts import MlxArtefacts, Read
 from parity.paths.mlx.live import Batch, Loss, Setup, to_numpy
 from parity.paths.mlx.path import MlxPath
 from parity.paths.plugin.arrays import Layout, layout
-from parity.paths.plugin.calling import call, defaults, taken, title
+from parity.paths.plugin.calling import call, defaults, title
 from parity.paths.plugin.facts import curve, tokens_of
+from parity.paths.plugin.given import Function, Rows, lines, plain, read
 from parity.paths.plugin.loss import normalised
 from parity.paths.plugin.watch import Stop, Watch
-from parity.recipe import Recipe, factor_names
+from parity.paths.protocol import TrainingPath
+from parity.recipe import Recipe
 from parity.trace import Array
 
-Function = Callable[..., Any]
-
-PART = {
-    "load": "loader",
-    "wire": "wiring",
-    "dataset": "batching",
-    "batches": "batching",
-    "loss": "loss",
-    "clip": "clip",
-    "optimizer": "optimizer",
-    "save": "saver",
-    "read": "reader",
-    "fuse": "fuse",
-    "loop": parts.LOOP,
-}
-"""What a user gives → the part that it stands for."""
-FUNCTION = {part: key for key, part in PART.items()}
-"""A part → what a single function for it is."""
 _OBJECTS = {
     "load": ("path",),
     "wire": ("model",),
@@ -55,22 +37,6 @@ _OBJECTS = {
     "loop": ("model", "tokenizer", "optimizer", "loss", "batches", "clip"),
 }
 """What each may take beside factors."""
-_DECIDES = {
-    "load": ("model.dtype", "model.weights"),
-    "wire": ("lora.",),
-    "dataset": ("data.append_eos", "mask.prompt"),
-    "batches": ("data.max_length", "data.pad_", "seed.data", "train.batch_size"),
-    "loss": ("mask.start_shift", "mask.end_shift"),
-    "clip": ("optim.clip",),
-    "optimizer": tuple(n for n in factor_names() if n.startswith("optim.") and "clip" not in n),
-    "save": (),
-    "read": (),
-    "fuse": (),
-    "loop": (
-        "train.accumulation", "train.compile", "train.gradient_checkpointing",
-    ),
-}  # fmt: skip
-"""The factors that are the business of each, unless it takes them."""
 
 
 class PluginPath(MlxPath):
@@ -91,6 +57,10 @@ class PluginPath(MlxPath):
         kept = {key: value for key, value in mlx.items() if key not in self.own_factors}
         own = (defaults(f) for key, f in self.functions.items() if key != "loss")
         return kept | {key: value for found in own for key, value in found.items()}
+
+    def documents(self) -> dict[str, Any]:
+        """Those of `mlx`, but for what its own functions decide."""
+        return {k: v for k, v in super().documents().items() if k not in self.own_factors}
 
     def _call(self, name: str, recipe: Recipe, first: tuple[Any, ...] = (), **objects: Any) -> Any:
         function = self.functions[name]
@@ -115,18 +85,16 @@ class PluginPath(MlxPath):
         """See `from_parts`."""
         if "dataset" not in self.functions:
             return super().dataset(recipe, tokenizer)
-        folder = resources.data_dir(recipe.data.source)
-        text = Path(folder, "train.jsonl").read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        found = self._call("dataset", recipe, tokenizer=tokenizer, rows=rows, folder=str(folder))
+        rows, folder = lines(recipe)
+        found = self._call("dataset", recipe, tokenizer=tokenizer, rows=rows, folder=folder)
         return Rows(found, recipe.data.max_length)
 
     def iterate(self, recipe: Recipe, dataset: Any) -> Callable[[], Iterator[Batch]]:
         """See `from_parts`; an iterator that ends is begun again, as for a further epoch."""
         if "batches" not in self.functions:
             return super().iterate(recipe, dataset)
-        rows = list(dataset.given if isinstance(dataset, Rows) else _plain(dataset))
-        known = [row if isinstance(row, (list, tuple)) else [] for row in _plain(dataset)]
+        rows = list(dataset.given if isinstance(dataset, Rows) else plain(dataset))
+        known = [row if isinstance(row, (list, tuple)) else [] for row in plain(dataset)]
 
         def draw() -> Iterator[Batch]:
             while True:
@@ -207,33 +175,6 @@ class PluginPath(MlxPath):
         return curve(watch, tokens_of(watch, drawn, setup.loss))
 
 
-class Rows(Sequence[tuple[list[int], int]]):
-    """Training rows as (ids, offset), made of what a user's data set gives: ids, or such pairs."""
-
-    def __init__(self, given: Any, longest: int) -> None:
-        self.given = list(given)
-        self._longest = longest
-
-    def __len__(self) -> int:
-        return len(self.given)
-
-    def __getitem__(self, index: Any) -> Any:
-        """A row, cut as the reference cuts it."""
-        row = self.given[index]
-        pair = isinstance(row, tuple) and len(row) == 2 and isinstance(row[1], (int, np.integer))
-        ids, offset = row if pair else (row, 0)
-        return [int(token) for token in ids][: self._longest], int(offset)
-
-    def itemlen(self, index: int) -> int:
-        """Tokens of a row, as mlx-lm's batching asks for them."""
-        return len(self[index][0])
-
-
-def _plain(dataset: Any) -> Iterator[Any]:
-    """The token ids of each row."""
-    return (dataset[index][0] for index in range(len(dataset)))
-
-
 def batch_of(raw: Any, wanted: Layout, rows: Sequence[Sequence[int]]) -> Batch:
     """A batch of a user's, which is what the loss takes, as ids (B, W) and lengths (B, 2)."""
     import mlx.core as mx
@@ -249,41 +190,32 @@ def make(
     module: str,
     name: str = "",
     batch: Function | None = None,
-) -> type[PluginPath]:
+    framework: str = "mlx",
+) -> type[TrainingPath]:
     """The path of some functions; see `parity.plugin.from_parts`.
 
     Raises:
         UsageError: None is given, one is no function, or takes what nobody can give.
     """
-    given = {key: function for key, function in functions.items() if function is not None}
-    if not given:
-        raise UsageError(f"a path needs a part of its own: give one of {', '.join(PART)}")
-    factors, honours = factor_names(), list(MlxPath.honours)
-    honoured = [f for f in factors if f.startswith(tuple(honours))]
-    own: list[str] = []
-    for key, function in given.items():
-        if not callable(function):
-            raise UsageError(f"{key}={function!r} is no function")
-        takes: tuple[str, ...] = ()
-        if key != "loss":
-            takes = taken(function, _OBJECTS[key], f"{key} {title(function)}", key == "clip")
-        lost = [f for f in factors if f.startswith(_DECIDES[key]) and f not in takes]
-        honoured = [f for f in honoured if f not in lost]
-        own += lost
-    wanted = layout(given["loss"], batch) if "loss" in given else Layout(("ids", "lengths"), batch)
-    first = next(iter(given.values()))
-    owned = {PART[key] for key in given}
+    if framework == "torch":
+        from parity.paths.plugin.on_torch.parts import make as made
+
+        return made(functions, module, name, batch)
+    if framework != "mlx":
+        raise UsageError(f"framework={framework!r}: give mlx or torch")
+    given = read(functions, _OBJECTS, MlxPath.honours)
+    loss = given.functions.get("loss")
     return type(
         "Path",
         (PluginPath,),
         {
             "__module__": module,
-            "__doc__": f"`mlx` with {', '.join(f'{k} {title(f)}' for k, f in given.items())}.",
-            "name": name or getattr(first, "__name__", type(first).__name__),
-            "functions": given,
-            "layout": wanted,
-            "own_parts": tuple(part for part in parts.ALL if part in owned),
-            "honours": tuple(honoured),
-            "own_factors": tuple(itertools.chain(own)),
+            "__doc__": given.described("mlx"),
+            "name": name or given.name,
+            "functions": given.functions,
+            "layout": layout(loss, batch) if loss else Layout(("ids", "lengths"), batch),
+            "own_parts": given.own_parts,
+            "honours": given.honours,
+            "own_factors": given.own_factors,
         },
     )

@@ -47,7 +47,10 @@ class Step:
 
     forwards: list[Forward]
     norm: float
-    """Global L2 norm of the last gradient of the loss before the optimizer; of their sum with several."""
+    """Global L2 norm of the gradient of the loss; with several that of what is made of them, before
+    `clip_grad_norm` of mlx.optimizers where that is called, else as the optimizer is given it."""
+    clip_seen: bool
+    """Whether that clip was called."""
     given: dict[str, Array]
     """What the optimizer was given, under canonical names, if asked for."""
 
@@ -82,6 +85,7 @@ class Watch:
     model_first: bool = True
     compiled: bool = False
     _norm: float = 0.0
+    _unclipped: float | None = None
     _begun: bool = False
     _forwards: list[Forward] = field(default_factory=list)
     _recorders: list[list[dict[str, Any]]] = field(default_factory=list)
@@ -120,6 +124,7 @@ class Watch:
                 (mx, "compile", self._compile(mx.compile)),
                 (kind, "update", self._update(kind.update)),
                 (kind, "apply_gradients", self._apply(kind.apply_gradients)),
+                (optim, "clip_grad_norm", self._clip(optim.clip_grad_norm)),
             ]
         with contextlib.ExitStack() as stack:
             for where, name, made in wrapped:
@@ -147,7 +152,7 @@ class Watch:
                     self._begin()
                 result, events = inner(*args, **kwargs)
                 for event in events:
-                    self._emit(event, "forward/loss" in event)
+                    self._emit(event)
                 return result
 
             return call
@@ -201,7 +206,7 @@ class Watch:
                 if self.gradients:
                     event |= {f"forward/gradient/{n}": g for n, g in _mlx.flat(gradient).items()}
                 self.compiled |= bool(self._recorders)
-                self._emit(event, True)
+                self._emit(event)
                 return value, gradient
 
             return call
@@ -227,6 +232,14 @@ class Watch:
 
         return apply_gradients
 
+    def _clip(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def clip_grad_norm(*args: Any, **kwargs: Any) -> Any:
+            clipped, norm = original(*args, **kwargs)
+            self._emit({"clip/norm": norm})
+            return clipped, norm
+
+        return clip_grad_norm
+
     def _around(self, optimizer: Any, gradients: Any, real: Callable[[], Any]) -> Any:
         self.optimizer = optimizer
         event = {"update/norm": _mlx.gradient_norm(gradients)}
@@ -237,7 +250,7 @@ class Watch:
             result = None if self.skip else real()
         finally:
             self._depth -= 1
-        self._emit(event, False)
+        self._emit(event)
         return result
 
     # What it gives -----------------------------------------------------------------------------
@@ -265,12 +278,15 @@ class Watch:
                 "its step was compiled when its module was imported: compile it where it is trained"
             ) from None
 
-    def _emit(self, event: Mapping[str, Any], forward: bool) -> None:
+    def _emit(self, event: Mapping[str, Any]) -> None:
         if self._recorders:
             self._recorders[-1].append(dict(event))
             return
         values = {name: to_numpy(value) for name, value in event.items()}
-        if forward:
+        if "clip/norm" in event:
+            self._unclipped = float(values["clip/norm"])
+            return
+        if "forward/loss" in event:
             self._forwards.append(
                 Forward(
                     _numbered(values, "forward/argument/"),
@@ -281,9 +297,12 @@ class Watch:
             )
             self._norm = float(values["forward/norm"])
             return
-        norm = self._norm if len(self._forwards) == 1 else float(values["update/norm"])
-        self.steps.append(Step(self._forwards, norm, _named(values, "update/given/")))
-        self._forwards = []
+        norm, clip_seen = self._norm, self._unclipped is not None
+        if len(self._forwards) > 1:
+            norm = float(values["update/norm"]) if self._unclipped is None else self._unclipped
+        given = _named(values, "update/given/")
+        self.steps.append(Step(self._forwards, norm, clip_seen, given))
+        self._forwards, self._unclipped = [], None
         if self.skip:
             self._end()
 

@@ -32,9 +32,9 @@ from parity.paths.hf.stages import SHOWN
 from parity.paths.hf.tensors import trainable, transplant
 from parity.paths.hf.work import supervised_positions
 from parity.paths.measured import seed_facts
+from parity.paths.plugin.on_torch.seen import curve
 from parity.paths.trl import settings
 from parity.paths.trl import trainer as _trl
-from parity.paths.trl.trainer import ObservedRun
 from parity.recipe import Recipe
 from parity.trace import Array, Trace
 
@@ -47,6 +47,8 @@ class TrlPath(HfPath):
     name: ClassVar[str] = "trl"
     packages: ClassVar[tuple[str, ...]] = (*HfPath.packages, "trl", "accelerate", "datasets")
     release: ClassVar[str] = "trl"
+    own_parts: ClassVar[tuple[str, ...]] = ()  # one trainer makes and uses them all
+    takes_parts: ClassVar[tuple[str, ...]] = ()
     operations: ClassVar[Mapping[str, str]] = {
         "config": "SFTTrainer makes other batches",
         "cross_entropy": _FUSED,
@@ -83,6 +85,11 @@ class TrlPath(HfPath):
         lora = {k: v for k, v in super().shipped().items() if k.startswith("lora.")}
         return lora | settings.shipped()
 
+    def documents(self) -> dict[str, Any]:
+        """From the docstrings of SFTConfig, TrainingArguments and LoraConfig."""
+        lora = {k: v for k, v in super().documents().items() if k.startswith("lora.")}
+        return lora | settings.documents()
+
     # The trainer -------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -91,7 +98,6 @@ class TrlPath(HfPath):
         recipe: Recipe,
         adapter: Mapping[str, Array] | None = None,
         batches: list[Batch] | None = None,
-        seen: ObservedRun | None = None,
     ) -> Iterator[Any]:
         """A live SFTTrainer, ready to train on its own batches or on those handed over.
 
@@ -99,23 +105,21 @@ class TrlPath(HfPath):
             Unsupported: A factor it has no setting for.
         """
         self._check(recipe)
-        kind, steps = _trl.observed(seen or ObservedRun())
         rows = _trl.given_rows(recipe, batches) if batches else _trl.own_rows(recipe)
         with (
             tempfile.TemporaryDirectory() as folder,
             self.pristine(recipe) as base,
         ):
-            from trl import SFTConfig
+            from trl import SFTConfig, SFTTrainer
 
             early = recipe.seed.placement == "before_load"
-            trainer = kind(
+            trainer = SFTTrainer(
                 # The trainer patches the model it is given, so it gets one of its own.
                 model=resources.model_dir(recipe.model.source) if early else copy.deepcopy(base),
                 args=SFTConfig(folder, **settings.arguments(recipe, batches, early)),
                 train_dataset=rows,
                 processing_class=self.tokenizer(recipe),
                 peft_config=wiring.lora_config(base, recipe),
-                callbacks=[steps],
             )
             try:
                 if adapter:
@@ -232,21 +236,17 @@ class TrlPath(HfPath):
             {"lora.dropout": 0.0, "optim.clip": "none", "train.steps": 1, "train.accumulation": 1}
         )
         batches = [(inputs.arrays["ids"], inputs.arrays["lengths"])]
-        seen = ObservedRun(keep_gradient=True)
-        with self.trainer(once, inputs.group("adapter"), batches, seen) as trainer:
-            trainer.train()
-        seen.check(once)
-        dtype = _torch.loss_dtype(recipe)
-        arrays = {
-            "loss": np.asarray(seen.loss[0], dtype),
-            "norm": np.asarray(seen.gradient_norm[0], dtype),
-        }
-        trace = Trace(arrays, {"tokens": seen.tokens[0]})
-        return trace.with_group("gradient", seen.gradient)
+        with self.trainer(once, inputs.group("adapter"), batches) as trainer:
+            watch = _trl.trained(trainer, once, gradients=True)
+        [step], dtype = watch.steps, _torch.loss_dtype(recipe)
+        [forward] = step.forwards
+        arrays = {"loss": np.asarray(forward.loss, dtype), "norm": np.asarray(step.norm, dtype)}
+        trace = Trace(arrays, {"tokens": _trl.tokens_of(_trl.batches_of(watch))[0]})
+        return trace.with_group("gradient", forward.gradient)
 
     def train(self, recipe: Recipe, inputs: Trace) -> Trace:
         """`SFTTrainer.train`, on batches exactly as handed over or on its own."""
-        batches, seen = list(_torch.given(inputs, recipe) or ()), ObservedRun()
+        batches = list(_torch.given(inputs, recipe) or ())
         count = recipe.train.steps * recipe.train.accumulation
         if not batches:
             self._check_own_batches(recipe)
@@ -254,17 +254,16 @@ class TrlPath(HfPath):
             step = len(batches) // recipe.train.accumulation + 1
             raise ValueError(f"the batches that were handed over end in step {step}")
         batches = batches[:count]
-        with self.trainer(recipe, inputs.group("adapter"), batches, seen) as trainer:
-            trainer.train()
+        with self.trainer(recipe, inputs.group("adapter"), batches) as trainer:
+            watch = _trl.trained(trainer, recipe)
             adapter = _torch.adapter(trainer.model)
-        seen.check(recipe)
-        for (ids, _), (trained, _) in zip(batches, seen.batches, strict=False):
+        seen = _trl.batches_of(watch)
+        for (ids, _), (trained, _, _) in zip(batches, seen, strict=False):
             if not np.array_equal(ids, trained):
                 raise RuntimeError("SFTTrainer trained on other batches than were handed over")
-        trace = Trace(
-            {name: np.asarray(getattr(seen, name)) for name in ("loss", "gradient_norm", "tokens")}
-        )
-        for _ in _torch.recorded(trace, iter(batches or seen.batches)):
+        found = curve(watch.steps, _trl.tokens_of(seen))
+        trace = Trace({name: np.asarray(values) for name, values in found.items()})
+        for _ in _torch.recorded(trace, iter(batches or [(ids, n) for ids, n, _ in seen])):
             pass
         return trace.with_group("adapter", adapter)
 

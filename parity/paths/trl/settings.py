@@ -5,8 +5,22 @@ from __future__ import annotations
 import tempfile
 from typing import Any
 
+from parity.paths.documentation import documented
 from parity.paths.hf.live import Batch, device
 from parity.recipe import Recipe
+
+OPTIONS = {
+    "adam_epsilon": "optim.eps",
+    "weight_decay": "optim.weight_decay",
+    "lr_scheduler_type": "optim.schedule",
+    "warmup_steps": "optim.warmup_steps",
+    "max_grad_norm": "optim.clip_value",
+    "gradient_accumulation_steps": "train.accumulation",
+    "gradient_checkpointing": "train.gradient_checkpointing",
+    "bf16": "train.autocast",
+    "max_length": "data.max_length",
+}
+"""Options of SFTConfig → factors."""
 
 
 def shipped() -> dict[str, Any]:
@@ -40,6 +54,21 @@ def shipped() -> dict[str, Any]:
         # As in its examples, which name a checkpoint: seed, load, adapt.
         "seed.placement": "before_load",
     }
+
+
+def documents() -> dict[str, Any]:
+    """Factors as the docstring of SFTConfig gives them, else that of what it is made from."""
+    from transformers import TrainingArguments
+    from trl import SFTConfig
+
+    texts = [SFTConfig.__doc__, TrainingArguments.__doc__]
+    found = documented(texts, OPTIONS)
+    betas = documented(texts, {"adam_beta1": "0", "adam_beta2": "1"})
+    if len(betas) == 2:
+        found["optim.betas"] = tuple(betas.values())
+    if "train.autocast" in found:
+        found["train.autocast"] = "bfloat16" if found["train.autocast"] is True else "none"
+    return found
 
 
 def arguments(recipe: Recipe, batches: list[Batch] | None, early: bool) -> dict[str, Any]:

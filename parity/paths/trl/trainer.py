@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,69 +13,42 @@ from parity import resources
 from parity.errors import Unsupported
 from parity.paths.hf import live as _torch
 from parity.paths.hf.live import IGNORED, Batch, Loss, to_numpy
+from parity.paths.plugin.on_torch.watch import TorchWatch
 from parity.recipe import Recipe
 from parity.trace import Array
 
 # Observing ---------------------------------------------------------------------------------------
 
 
-@dataclass
-class ObservedRun:
-    """What an observed run showed: a loss (share) a micro-batch, the rest once an optimizer step."""
-
-    keep_gradient: bool = False
-    batches: list[Batch] = field(default_factory=list)
-    loss: list[float] = field(default_factory=list)
-    gradient_norm: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    gradient: dict[str, Array] = field(default_factory=dict)
-
-    def check(self, recipe: Recipe) -> None:
-        """Refuses a run that was cut short or whose gradient norm is no measurement.
-
-        Raises:
-            RuntimeError: Another number of steps than the recipe has, or a norm that never moves.
-        """
-        steps, norms = recipe.train.steps, self.gradient_norm
-        if not len(self.loss) == len(norms) == len(self.tokens) == steps:
-            raise RuntimeError(
-                f"SFTTrainer reported {len(self.loss)} steps, the recipe has {steps}"
-            )
-        if steps > 1 and len(set(norms)) == 1 and recipe.optim.lr:
-            raise RuntimeError(f"the gradient norm is {norms[0]:g} at all {steps} steps")
+def trained(trainer: Any, recipe: Recipe, gradients: bool = False) -> TorchWatch:
+    """Runs the trainer, watched as any training on torch is."""
+    watch = TorchWatch(gradients=gradients)
+    watch.run(trainer.train)
+    check(watch, recipe)
+    return watch
 
 
-def observed(seen: ObservedRun) -> tuple[type, Any]:
-    """SFTTrainer that records each micro-batch, and a callback that closes each step.
+def check(watch: TorchWatch, recipe: Recipe) -> None:
+    """Refuses a run that was cut short or whose gradient norm is no measurement.
 
-    Neither changes what is computed.
+    Raises:
+        RuntimeError: Another number of steps than the recipe has, or a norm that never moves.
     """
-    from transformers import TrainerCallback
-    from trl import SFTTrainer
+    steps, norms = recipe.train.steps, [step.norm for step in watch.steps]
+    if len(norms) != steps:
+        raise RuntimeError(f"SFTTrainer made {len(norms)} steps, the recipe has {steps}")
+    if steps > 1 and len(set(norms)) == 1 and recipe.optim.lr:
+        raise RuntimeError(f"the gradient norm is {norms[0]:g} at all {steps} steps")
 
-    parts: list[tuple[float, float, int]] = []
 
-    class Observed(SFTTrainer):  # type: ignore[misc]
-        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            ids, lengths, labels = as_arrays(inputs)
-            seen.batches.append((ids, lengths))
-            loss = super().training_step(model, inputs, *args, **kwargs)
-            # Here, since the trainer clips before its callbacks hear of a gradient.
-            norm = _torch.gradient_norm(_torch.trainable(self.model))
-            parts.append((loss.item(), norm, int((labels[:, 1:] != IGNORED).sum())))
-            if seen.keep_gradient:
-                seen.gradient = _torch.gradient(self.model)
-            return loss
+def batches_of(watch: TorchWatch) -> list[tuple[Array, Array, Array]]:
+    """Ids (B, W), lengths (B, 2) and labels (B, W) of each micro-batch that was trained on."""
+    return [as_arrays(forward.raw) for step in watch.steps for forward in step.forwards]
 
-    class Steps(TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            losses, norms, tokens = zip(*parts, strict=True)
-            seen.loss.append(sum(losses))
-            seen.gradient_norm.append(norms[-1])
-            seen.tokens.append(sum(tokens))
-            parts.clear()
 
-    return Observed, Steps()
+def tokens_of(batches: list[tuple[Array, Array, Array]]) -> list[int]:
+    """Supervised tokens of each."""
+    return [int((labels[:, 1:] != IGNORED).sum()) for _, _, labels in batches]
 
 
 # Rows and batches --------------------------------------------------------------------------------

@@ -96,8 +96,14 @@ class UnslothPath(MlxPath):
             optimizer = stepping(found, args).make(1)
         return _unsloth_settings.shipped(found, optimizer)
 
+    def documents(self) -> dict[str, Any]:
+        """From the docstrings of its loader, its wiring and its options, as far as a release has them."""
+        return _unsloth_settings.documents(library())
+
     def defaults(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """As shipped, with the dtype that its loader casts this checkpoint to."""
+        """As shipped, with the dtype that its loader casts this checkpoint to; or as documented."""
+        if inputs.scalars.get("documented", False):
+            return super().defaults(recipe, inputs)
         found = library()
         model, _ = found.loader.FastMLXModel.from_pretrained(
             resources.model_dir(recipe.model.source), load_in_4bit=False, text_only=True

@@ -7,6 +7,7 @@ from typing import Any
 from parity import resources
 from parity.errors import Unsupported
 from parity.paths.describe import defaults
+from parity.paths.documentation import documented
 from parity.paths.unsloth.knobs import UnslothKnobs
 from parity.paths.unsloth.library import PACKAGE, Library
 from parity.recipe import Recipe
@@ -111,6 +112,32 @@ def _schedule(found: Library, recipe: Recipe) -> str:
     if name == "constant" and recipe.optim.warmup_steps and "constant_with_warmup" in known:
         return "constant_with_warmup"
     return name
+
+
+DOCUMENTED = {
+    "r": "lora.rank",
+    "lora_dropout": "lora.dropout",
+    "finetune_last_n_layers": "lora.num_layers",
+    "weight_decay": "optim.weight_decay",
+    "optim": "optim.name",
+    "adam_epsilon": "optim.eps",
+    "lr_scheduler_type": "optim.schedule",
+    "warmup_steps": "optim.warmup_steps",
+    "append_eos": "data.append_eos",
+    "gradient_accumulation_steps": "train.accumulation",
+    "compile": "train.compile",
+    "gradient_checkpointing": "train.gradient_checkpointing",
+    "load_in_4bit": "unsloth.load_in_4bit",
+    "use_cce": "unsloth.use_cce",
+}
+"""What its documentation calls them → factors."""
+
+
+def documents(found: Library) -> dict[str, Any]:
+    """Factors as the docstrings of a release give their defaults."""
+    model, config = found.loader.FastMLXModel, found.trainer.MLXTrainingConfig
+    texts = [config.__doc__, model.get_peft_model.__doc__, model.from_pretrained.__doc__]
+    return documented(texts, DOCUMENTED)
 
 
 def shipped(found: Library, optimizer: Any) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Paths on torch made of functions."""
