@@ -41,6 +41,14 @@ def test_a_function_needs_no_file():
     assert "mask.end_shift" in kind.own_factors
 
 
+def test_a_loop_of_several_micro_batches_shows_the_norm_before_its_own_clip(engine, small):
+    changes = {"optim.clip": "norm", "optim.clip_value": 0.3, "train.accumulation": 2}
+    recipe = small.override({**changes, "train.steps": 2, "train.batch_size": 2})
+    path = "benchmarks.planted.plugins:loop_with_its_clip_path"
+    record = run_cell(engine, cell("loss_curve", path, "hf", recipe))
+    assert record.verdict.green, record.reason
+
+
 def test_batches_are_drawn_with_the_tokenizer(engine, small):
     """Padded with its end-of-sequence id, where the reference pads with 0."""
     path = "benchmarks.planted.plugins:padded_with_the_end_path"

@@ -184,6 +184,15 @@ def _loop(share: Any, clip_each: bool = False, late: bool = False) -> Any:
     return run
 
 
+def _by_norm(gradient: Any, clip_value: float) -> Any:
+    import mlx.core as mx
+    from mlx.utils import tree_flatten, tree_map
+
+    norm = mx.sqrt(sum(mx.square(g).sum() for _, g in tree_flatten(gradient)))
+    share = mx.minimum(1.0, clip_value / (norm + 1e-6))
+    return tree_map(lambda g: g * share, gradient)
+
+
 LOOP = "the loss that is reported|the gradient that the loop makes|the clip inside the loop"
 
 
@@ -210,8 +219,8 @@ def loop_by_hand() -> Any:
 @planted("harmless", references=("hf",),
          recipe={**HALF, "optim.clip": "norm", "optim.clip_value": 0.3})  # fmt: skip
 def loop_with_its_clip() -> Any:
-    """The same, which clips the mean by the function that it is handed."""
-    return plugin.from_parts(loop=_loop(lambda count: 1 / count))
+    """The same, which clips the mean by a function of its own."""
+    return plugin.from_parts(loop=_loop(lambda count: 1 / count), clip=_by_norm)
 
 
 @planted("harmless", references=("hf",))
@@ -232,13 +241,4 @@ def loss_without_its_count() -> Any:
 @planted("harmless", references=("hf",), recipe={"optim.clip": "norm", "optim.clip_value": 0.5})
 def clip_by_hand() -> Any:
     """A clip by norm written out in float32."""
-
-    def clipped(gradient: Any, clip_value: float) -> Any:
-        import mlx.core as mx
-        from mlx.utils import tree_flatten, tree_map
-
-        norm = mx.sqrt(sum(mx.square(g).sum() for _, g in tree_flatten(gradient)))
-        share = mx.minimum(1.0, clip_value / (norm + 1e-6))
-        return tree_map(lambda g: g * share, gradient)
-
-    return plugin.from_parts(clip=clipped)
+    return plugin.from_parts(clip=_by_norm)

@@ -166,7 +166,8 @@ class PluginPath(MlxPath):
                     raise Stop
 
         objects = {"model": setup.model, "tokenizer": setup.tokenizer, "optimizer": setup.optimizer}
-        objects |= {"loss": getattr(setup.loss, "raw", setup.loss), "clip": setup.clip}
+        clip = None if setup.clip is None else watch.noting(setup.clip)
+        objects |= {"loss": getattr(setup.loss, "raw", setup.loss), "clip": clip}
         watch.run(lambda: self._call("loop", recipe, **objects, batches=handed()))
         if len(watch.steps) < recipe.train.steps:
             raise Unsupported(

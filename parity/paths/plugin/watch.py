@@ -48,7 +48,8 @@ class Step:
     forwards: list[Forward]
     norm: float
     """Global L2 norm of the gradient of the loss; with several that of what is made of them, before
-    `clip_grad_norm` of mlx.optimizers where that is called, else as the optimizer is given it."""
+    `clip_grad_norm` of mlx.optimizers or the clip that a loop is handed where one is called, else as the
+    optimizer is given it."""
     clip_seen: bool
     """Whether that clip was called."""
     given: dict[str, Array]
@@ -239,6 +240,15 @@ class Watch:
             return clipped, norm
 
         return clip_grad_norm
+
+    def noting(self, clip: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """A clip that is handed to a loop, which tells the norm of what it is given."""
+
+        def noted(gradient: Any) -> Any:
+            self._emit({"clip/norm": _mlx.gradient_norm(gradient)})
+            return clip(gradient)
+
+        return noted
 
     def _around(self, optimizer: Any, gradients: Any, real: Callable[[], Any]) -> Any:
         self.optimizer = optimizer
