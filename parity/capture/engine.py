@@ -23,6 +23,7 @@ from parity.capture.capacity import Jobs
 from parity.capture.environments import UnavailableVersion, pinned
 from parity.capture.loaded import Check
 from parity.capture.pool import Pool
+from parity.capture.worker import openblas
 from parity.errors import CaptureError, UsageError
 from parity.factors import Knobs
 from parity.paths import registry
@@ -78,6 +79,7 @@ class Engine:
         self.log_dir = log_dir or self.cache / "logs"
         self.notice = notice or (lambda _: None)
         storage.check_writable(self.cache)
+        openblas()  # what the variable names is looked for before any work
         self._use = contextlib.ExitStack()
         self._use.enter_context(storage.in_use(self.cache))
         self.captured = 0  # captures that were run, not found in the cache
