@@ -39,7 +39,7 @@ def gradients(engine, path, recipe, **scalars):
     return rows, engine.capture(path, "gradient", recipe, Trace(rows.arrays, scalars))
 
 
-@pytest.mark.parametrize("path", ["mlx", "mlx-lm", "hf"])
+@pytest.mark.parametrize("path", ["mlx", long("mlx-lm"), "hf"])
 def test_watching_modules_changes_no_bit(path, engine, small):
     _, bare = gradients(engine, path, small)
     _, watched = gradients(engine, path, small, modules=True)
@@ -64,7 +64,7 @@ def test_frameworks_name_the_same_gradients_alike(engine, small):
     assert [name for name, metric in outputs.items() if not metric.verdict.green] == []
 
 
-@pytest.mark.parametrize("path", ["mlx", "mlx-lm", "hf"])
+@pytest.mark.parametrize("path", ["mlx", long("mlx-lm"), "hf"])
 def test_a_replaced_gradient_is_passed_on(path, engine, small):
     rows, watched = gradients(engine, path, small, modules=True)
     at = "layers.9.mlp.down_proj"

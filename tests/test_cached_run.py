@@ -19,7 +19,8 @@ SCRIPT = """
 import sys
 from parity.cli import main
 try:
-    main(["run", "--reference", "hf", "--seeds", "1", "--probes", "01,04,07", "--out", sys.argv[1]])
+    main(["run", "--reference", "hf", "--seeds", "1", "--probes", "01,04,07", "--set", "train.steps=3",
+          "--out", sys.argv[1]])
 finally:
     print("LOADED", *(n for n in ("scipy.stats", "torch", "mlx.core") if n in sys.modules))
 """
