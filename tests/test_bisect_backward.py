@@ -184,6 +184,7 @@ def smollm2(engine):
     return recipe
 
 
+@pytest.mark.long
 def test_bad_modules_of_a_real_model_are_named_both_ways(engine, smollm2):
     forward = search(engine, "tests.planted_paths:BadModule", "hf", smollm2, find("02"))
     assert "first bad module layers.7.mlp.up_proj" in answer(forward)
@@ -193,6 +194,7 @@ def test_bad_modules_of_a_real_model_are_named_both_ways(engine, smollm2):
     assert "only mlp.down_proj in 1 of 30 layers (9) is off by itself" in answer(back)
 
 
+@pytest.mark.long
 def test_rounding_of_a_real_model_is_no_bad_module(engine, smollm2):
     """MLX's sum over 49,152 entries may make the gradient diverge; then no module is blamed."""
     report = search(engine, "mlx", "hf", smollm2)

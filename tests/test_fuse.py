@@ -21,6 +21,7 @@ from parity.report.text import describe
 from parity.stages import find
 from parity.trace import Trace
 from tests.adapter_writers import MODEL, written
+from tests.cost import long
 
 STAGE = find("fuse")
 
@@ -43,7 +44,7 @@ def quantized(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("subject", "reference"), [("mlx", "mlx-lm"), ("hf", "mlx-lm"), ("trl", "hf")]
+    ("subject", "reference"), [("mlx", "mlx-lm"), long("hf", "mlx-lm"), long("trl", "hf")]
 )
 def test_a_clean_fuse_is_green(subject, reference, engine, small):
     record = run(engine, small, subject, reference)
@@ -92,6 +93,7 @@ def test_what_quantizing_again_costs_is_measured_and_named(engine, quantized):
     assert not any(m.name.startswith("logits") for m in record.metrics)
 
 
+@pytest.mark.long
 def test_quantizing_again_that_costs_more_than_the_adapter_gives_is_no_pass(engine, quantized):
     record = run(engine, quantized.override({"lora.num_layers": 18}), "mlx")
     assert record.verdict is Verdict.DIVERGE, describe(record)

@@ -159,8 +159,8 @@ def test_a_seed_that_comes_too_late_is_none(engine, small):
     [
         ("Without", "no training was seen"),
         ("Inside", "is made inside the compiled step"),
-        ("Tired", "made 2 updates where train.steps=6"),
-        ("Misread", "what 'weights' is cannot be told; give `batch=`"),
+        long("Tired", "made 2 updates where train.steps=6"),
+        long("Misread", "what 'weights' is cannot be told; give `batch=`"),
     ],
 )
 def test_what_cannot_be_watched_is_one_clear_reason(name, says, engine, small):
