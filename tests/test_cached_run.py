@@ -70,6 +70,29 @@ def test_what_is_derived_is_made_once_and_again_where_its_input_or_file_is_gone(
     assert len(made) == 3
 
 
+def test_a_compiled_template_is_used_again_and_a_damaged_one_is_not(tmp_path, monkeypatch):
+    from jinja2 import Environment
+
+    from parity.report.html import templates
+    from parity.report.profile import TEMPLATE
+
+    monkeypatch.setenv("PARITY_CACHE", str(tmp_path))
+    compiled = []
+    plain = Environment._compile
+    monkeypatch.setattr(Environment, "_compile", lambda *given: compiled.append(1) or plain(*given))
+    for expected in (1, 1):
+        templates().get_template(TEMPLATE)
+        assert len(compiled) == expected
+    [file] = (tmp_path / "derived" / "templates").iterdir()
+    for damaged in (b"", file.read_bytes()[:-9], b"x" * 200):
+        file.write_bytes(damaged)
+        compiled.clear()
+        templates().get_template(TEMPLATE)
+        assert compiled == [1]
+    monkeypatch.setenv("PARITY_CACHE", str(file))
+    templates().get_template(TEMPLATE)
+
+
 def test_a_cache_that_cannot_be_written_changes_nothing(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PARITY_CACHE", str(tmp_path / "file"))

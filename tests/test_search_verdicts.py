@@ -52,15 +52,15 @@ def test_agreement_of_some_stages_names_the_others(engine, few):
 
 
 @pytest.mark.parametrize(
-    ("subject", "code"),
+    ("subject", "reference", "code"),
     [
-        long("tests.search_faults:Silent", 3),
-        ("tests.third_party:NumpyAdamW", 3),
-        ("tests.faulty_paths:Faulty", 1),
+        long("tests.search_faults:Silent", "hf", 3),
+        ("tests.third_party:NumpyAdamW", "hf", 3),
+        ("tests.faulty_paths:Faulty", "mlx-lm", 1),
     ],
 )
-def test_exit_codes_tell_them_apart(subject, code, tmp_path):
-    words = ["--subject", subject, "--reference", "hf", "--out", str(tmp_path)]
+def test_exit_codes_tell_them_apart(subject, reference, code, tmp_path):
+    words = ["--subject", subject, "--reference", reference, "--out", str(tmp_path)]
     done = CliRunner().invoke(bisect, [*words, "--set", "train.steps=3", "--set", "optim.lr=0.003"])
     assert done.exit_code == code, done.output
 
