@@ -41,6 +41,7 @@ def test_a_knob_that_does_not_do_what_it_says_is_named(path, factor, status, wor
     assert f"{PATHS}:{path}" in worst[0].sentence() or status is Status.SWALLOWED
 
 
+@pytest.mark.long
 def test_what_a_clip_swallowed_by_the_loop_does_elsewhere_is_said(engine):
     [norm, *_] = audited(engine, "LoopWithoutClip", "optim.clip").findings
     assert norm.methods["optimizer_step"].endswith("like hf")

@@ -94,7 +94,7 @@ def test_a_replaced_gradient_is_passed_on(path, engine, small):
         long("BadNormBackward", "first bad module layers.9.post_attention_layernorm:"),
         long("BadRopeBackward", "first bad module layers.9.self_attn"),
         ("BadLoraBackward", "first bad module layers.9.self_attn.v_proj: the gradient at its"),
-        ("BadLossBackward", "the gradient of the loss at the logits differs already"),
+        long("BadLossBackward", "the gradient of the loss at the logits differs already"),
     ],
 )
 def test_a_fault_in_one_backward_pass_is_placed(planted, says, reference, engine, small):

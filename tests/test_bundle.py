@@ -158,6 +158,7 @@ def test_a_skip_travels_with_its_reason(tmp_path, engine):
     assert verdicts == {2: "skip", 6: "agree"}
 
 
+@pytest.mark.long
 def test_bits_are_expected_of_one_framework_only_in_one_environment(tmp_path, engine):
     file, wanted = tmp_path / "cli.bundle", ["--probes", "06", *SMALL]
     assert parity("capture", "mlx-lm", *wanted, "--out", file).returncode == 0

@@ -30,7 +30,9 @@ def test_a_path_of_the_package_is_fit(path, engine):
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("tests.fitness_paths:SetsUpByItself", "parts: optimizer: that of MlxPath, and not used"),
+        long(
+            "tests.fitness_paths:SetsUpByItself", "parts: optimizer: that of MlxPath, and not used"
+        ),
         ("tests.fitness_paths:BreaksTheContract", "contract: path"),
         long(
             "tests.fitness_paths:WatchedOtherwise",
@@ -41,7 +43,7 @@ def test_a_path_of_the_package_is_fit(path, engine):
             "tests.settings_paths:SeedsNowhere",
             "repeats: two runs of lora_init differ in 126 arrays",
         ),
-        ("tests.audit_paths:NeverTheSame", "repeats: two runs of train differ in"),
+        long("tests.audit_paths:NeverTheSame", "repeats: two runs of train differ in"),
     ],
 )
 def test_what_makes_a_path_unfit_is_named(path, words, engine):

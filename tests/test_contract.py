@@ -226,6 +226,7 @@ def test_the_command_ends_with_exit_code_2(tmp_path):
 # The skeleton ------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_skeleton_runs_and_is_skipped_until_it_is_written(tmp_path):
     command = [sys.executable, "-m", "parity.cli"]
 

@@ -80,7 +80,7 @@ def test_each_factor_has_the_part_that_honours_it(factor, part):
 @pytest.mark.parametrize(
     "name",
     [
-        "mlx+loader=mlx-lm+wiring=mlx-lm+batching=mlx-lm",
+        long("mlx+loader=mlx-lm+wiring=mlx-lm+batching=mlx-lm"),
         long("mlx-lm+loss=mlx+batching=mlx+optimizer=mlx+clip=mlx"),
         long("mlx-lm+loader=mlx+wiring=mlx"),
     ],

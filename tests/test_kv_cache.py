@@ -22,7 +22,7 @@ FAULTS = [
     # The third is the first that should have seen the second.
     ("StaleCache", "mlx-lm", "turn 3, position 16", "mlx-examples/issues/1000"),
     # Position 64 is the first that must not see position 0.
-    ("UncutCache", "hf", "turn 6, position 64", "mlx-lm/issues/390"),
+    long("UncutCache", "hf", "turn 6, position 64", "mlx-lm/issues/390"),
 ]
 
 

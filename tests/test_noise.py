@@ -215,6 +215,7 @@ def test_dropout_left_on_diverges(reference, engine, small):
     assert metric_of(record, "turns fed at once, subject").tolerance < 1e-3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reference", ["mlx-lm", long("hf")])
 def test_margins_are_compared_and_excuse_nothing(reference, engine, small):
     path = "tests.noisy_paths:WideMargins"

@@ -168,6 +168,7 @@ def test_what_cannot_be_watched_is_one_clear_reason(name, says, engine, small):
         engine.capture(f"{HERE}:{name}", "train", small, Trace())
 
 
+@pytest.mark.long
 def test_the_search_names_the_loss_of_a_trainer_that_is_run_as_a_whole(engine, small):
     stages = tuple(map(find, ("00", "03", "04")))
     report = CauseSearch(

@@ -136,6 +136,7 @@ def _nothing():
     return Trace()
 
 
+@pytest.mark.long
 def test_a_rope_of_one_layer_is_named(engine, small):
     record = run_cell(engine, Cell(PROBE, "tests.planted_paths:BadRope", "hf", small))
     assert record.verdict is Verdict.DIVERGE

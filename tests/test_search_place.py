@@ -57,7 +57,7 @@ def test_a_recorded_output_is_what_the_module_gave(path, engine, small):
                 "the subject does not call layers.7.post_attention_layernorm, the reference does",
             ],
         ),
-        (
+        long(
             "AttentionProduct", "layers.5.self_attn",
             ["(agrees) and the input of layers.5.self_attn.o_proj (differs)", "position 0 agrees"],
         ),
@@ -90,7 +90,10 @@ def test_a_module_that_does_not_reach_the_logits_is_not_named(reference, engine,
             "the subject's is silu of gate_proj times up_proj, the reference's gelu",
         ),
         long("ShortWindow", "positions 0 to 7 agree, off from position 8 on"),
-        ("ShortWindow", "the reference with sliding_window = 8 for 64 in its configuration agrees"),
+        long(
+            "ShortWindow",
+            "the reference with sliding_window = 8 for 64 in its configuration agrees",
+        ),
         long(
             "DefaultTheta",
             "the reference with rope theta = 10000 in all layers in its configuration",
@@ -102,6 +105,7 @@ def test_a_formula_or_setting_is_computed_again(planted, says, engine, small):
     assert says in found.sentence
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reference", [long("mlx-lm"), "hf"])
 def test_one_layer_s_theta_is_no_setting(reference, engine, small):
     found = place(engine, "planted_paths:BadRope", reference, small)

@@ -49,7 +49,7 @@ def equal(found):
             [f"{UPDATE} differs on equal gradients"],
             [BATCHES, REPORTED, GRADIENT, LOOP, CLIP],
         ),
-        ("planted_paths:LouderLoss", 1, ["the loss differs at equal weights"], [BATCHES, REPORTED]),
+        long("planted_paths:LouderLoss", 1, ["the loss differs at equal weights"], [BATCHES, REPORTED]),
     ],
 )  # fmt: skip
 def test_the_first_part_that_differs_is_named(planted, at, says, before, reference, engine, small):

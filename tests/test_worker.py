@@ -15,6 +15,7 @@ from parity.record import Verdict
 from parity.report.text import describe
 from parity.stages import find
 from parity.trace import Trace
+from tests.cost import long
 
 FAULTY = "tests.faulty_paths:Faulty"
 ADAPTER = {
@@ -134,8 +135,8 @@ def test_paths_on_the_same_libraries_share_a_process(empty_cache):
     ("name", "what"),
     [
         ("Method", "mlx.nn.layers.linear.Linear.__call__"),
-        ("Function", "mlx_lm.tuner.trainer.default_loss"),
-        ("Attribute", "mlx.nn.layers.base.Module.patched"),
+        long("Function", "mlx_lm.tuner.trainer.default_loss"),
+        long("Attribute", "mlx.nn.layers.base.Module.patched"),
         ("Variable", "variable MLX_PARITY_TEST"),
     ],
 )
