@@ -8,6 +8,7 @@ by probe and dtype, and the multiple that one cell in a thousand passes is read 
 its floor; the table says how many are found.
 
     python benchmarks/calibrate.py --seeds 15 --dtypes float32,bfloat16
+    python benchmarks/calibrate.py --drawn 80 --half-drawn 30        # recipes drawn at random; resumes
     python benchmarks/calibrate.py --fit reports/calibration.csv     # the tables of what was measured
 
 Writes calibration.md and calibration.csv below --out.
@@ -27,6 +28,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from benchmarks import drawn
 from parity import recipe as recipes
 from parity.capture.engine import Engine
 from parity.cells.cell import Cell
@@ -50,6 +52,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "dropout": {"lora.dropout": 0.1},
     "accumulation and clip": {"train.accumulation": 2, "optim.clip": "norm"},
 }
+PROBES = "02,03,05,06,07,08,10,11"
+"""Of drawn recipes: those that compare numbers across frameworks."""
 TIMES = (1, 3, 10, 30, 100)
 # Stage to the method that it captures and the group of arrays in which a fault is planted.
 PLANTS = {
@@ -128,6 +132,30 @@ def measure(options: argparse.Namespace, engine: Engine) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def measure_drawn(options: argparse.Namespace, engine: Engine) -> pd.DataFrame:
+    """Runs the cells of drawn recipes that the table does not have; adds each to it."""
+    file = options.out / "calibration.csv"
+    table = pd.read_csv(file, dtype={"digest": str}) if file.exists() else pd.DataFrame()
+    rows = table.to_dict("records")
+    done = {(row["recipe"].partition(":")[0], row["dtype"], row["probe"]) for row in rows}
+    base = recipes.load("default")
+    stages = [find(name) for name in (options.probes or PROBES).split(",")]
+    for dtype, count in (("float32", options.drawn), ("bfloat16", options.half_drawn)):
+        for number in range(count):
+            words, shared = drawn.recipe(number, dtype, base)
+            for stage in stages:
+                if (f"drawn {number}", dtype, f"{stage.number:02d} {stage.name}") in done:
+                    continue
+                record, digest = drawn.measured(engine, Cell(stage, "mlx", "hf", shared))
+                rows.append(row(f"drawn {number}: {words}", record) | {"digest": digest})
+                pd.DataFrame(rows).to_csv(file, index=False)
+                print(f"{number} {dtype} {record.stage} {record.verdict} "
+                      f"{record.seconds:.0f} s {rows[-1]['ratio']:.2f}", flush=True)  # fmt: skip
+                if not record.verdict.green:
+                    print(describe(record), flush=True)
+    return pd.DataFrame(rows)
+
+
 # The multiple ------------------------------------------------------------------------------------
 
 
@@ -151,12 +179,24 @@ def quantile(ratios: Array, rate: float = RATE, draws: int = 200) -> tuple[float
     return float(stats.gumbel_r.isf(rate, location, scale)), float(np.quantile(drawn, 0.95))
 
 
+def moved(table: pd.DataFrame) -> pd.DataFrame:
+    """Cells that compared something and were not identical, with what tells one measurement from another.
+
+    That is the digest of the arrays that both sides gave, where it was kept; else model and ratio:
+    recipes that differ in what a stage does not read give the same arrays.
+    """
+    found = table[(table.ratio > 0) & table.verdict.isin(["agree", "diverge"])].copy()
+    digest = (
+        found["digest"] if "digest" in found else pd.Series(None, index=found.index, dtype=object)
+    )
+    found["measurement"] = digest.where(digest.notna(), found.model + " " + found.ratio.astype(str))
+    return found.drop_duplicates(["dtype", "probe", "measurement"])
+
+
 def fitted(table: pd.DataFrame) -> pd.DataFrame:
     """By dtype and probe: how the ratios are distributed, and the multiple that the rate needs."""
     found = []
-    moved = table[(table.ratio > 0) & (table.verdict != "identical")]
-    for (dtype, probe), group in moved.groupby(["dtype", "probe"]):
-        # Recipes that differ in what a stage does not read give the same arrays: counted once.
+    for (dtype, probe), group in moved(table).groupby(["dtype", "probe"]):
         ratios = group.drop_duplicates(["model", "ratio"]).ratio.to_numpy()
         enough = len(ratios) >= FEWEST
         # Of cells that are all alike, as the same logits in every cell, no distribution can be fitted.
@@ -166,8 +206,8 @@ def fitted(table: pd.DataFrame) -> pd.DataFrame:
             {
                 "dtype": dtype,
                 "probe": probe,
-                "cells": len(group),
-                "distinct": len(ratios),
+                "distinct": len(group),
+                "other ratios": len(ratios),
                 "median": np.median(ratios),
                 "greatest": ratios.max(),
                 f"passed by {RATE:g}": needed,
@@ -252,15 +292,40 @@ def detection(engine: Engine, options: argparse.Namespace) -> pd.DataFrame:
 
 def report(table: pd.DataFrame, faults: pd.DataFrame, options: argparse.Namespace) -> str:
     """Markdown of what was measured."""
-    green = table.verdict.isin(["identical", "agree"])
+    table = table[table.verdict != "skip"]
+    bad = ~table.verdict.isin(["identical", "agree"])
+    distinct = moved(table)
+    single = ", ".join(
+        f"{count} in {dtype}, {int((group.verdict != 'agree').sum())} not green"
+        for dtype, group in distinct.groupby("dtype")
+        for count in [len(group)]
+    )
+    ingredients = ", ".join(
+        f"{word} {distinct.recipe.str.contains(word).sum()}"
+        for word in (
+            "checkpointing",
+            "dropout",
+            "accumulation",
+            "clip",
+            "dora",
+            "full",
+            "bits",
+            "cosine",
+        )
+    )
     counts = table.groupby(["dtype", "reference", "verdict"]).size().unstack(fill_value=0)
     text = [
         "# Calibration",
         "",
         f"Made by `python {shlex.join(sys.argv)}`.",
         "",
-        f"**{len(table)} clean cells, {int((~green).sum())} not green "
-        f"({100 * (~green).mean():.2f} %).** A tolerance is {HEADROOM:g} floors.",
+        f"**{len(table)} clean cells, {int(bad.sum())} not green ({100 * bad.mean():.2f} %).** A tolerance "
+        f"is {HEADROOM:g} floors. Skipped cells do not count.",
+        "",
+        f"**Distinct measurements that are not identical: {single}.** Two cells whose sides gave the same "
+        "arrays, bit for bit, are one measurement (`digest`).",
+        "",
+        f"Cells with {ingredients}.",
         "",
         "## Verdicts of clean cells",
         "",
@@ -268,8 +333,8 @@ def report(table: pd.DataFrame, faults: pd.DataFrame, options: argparse.Namespac
         "",
         "## Greatest difference of a cell, in floors",
         "",
-        "Of cells that are not identical; *distinct* are those whose greatest ratio no other cell of the "
-        "model has: recipes that differ in what a stage does not read give the same arrays. "
+        "Of distinct measurements that are not identical; *other ratios* are those whose greatest ratio no "
+        "other cell of the model has. "
         f"*Passed by {RATE:g}*: the multiple of a floor that one in "
         f"{1 / RATE:,.0f} clean cells passes, from a Gumbel distribution fitted to {FEWEST} distinct "
         "cells or more, with the upper 95 % bound of a parametric bootstrap.",
@@ -288,9 +353,9 @@ def report(table: pd.DataFrame, faults: pd.DataFrame, options: argparse.Namespac
             share.round(0).to_markdown(),
             "",
         ]
-    if (~green).any():
-        bad = table[~green].drop(columns="ratio")
-        text += ["## Not green", "", bad.to_markdown(index=False), ""]
+    if bad.any():
+        rest = table[bad].drop(columns="ratio")
+        text += ["## Not green", "", rest.to_markdown(index=False), ""]
     return "\n".join(text)
 
 
@@ -301,6 +366,8 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=15)
     parser.add_argument("--half-seeds", type=int, default=5, help="of bfloat16 and float16")
+    parser.add_argument("--drawn", type=int, default=0, help="recipes drawn, in float32")
+    parser.add_argument("--half-drawn", type=int, default=0, help="and in bfloat16")
     parser.add_argument("--fault-seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--dtypes", default="float32,bfloat16")
@@ -314,6 +381,9 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.fit:
         table, faults = pd.read_csv(options.fit), pd.DataFrame()
+    elif options.drawn or options.half_drawn:
+        with Engine() as engine:
+            table, faults = measure_drawn(options, engine), pd.DataFrame()
     else:
         with Engine() as engine:
             table, faults = measure(options, engine), detection(engine, options)

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fixtures.random_models import ARCHITECTURES, architecture
 from parity.capture.engine import Engine
 from parity.cells.cell import Cell
 from parity.cells.run import run_cell
@@ -37,6 +38,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "model.source": "tiny-llama", "model.quantization": "affine",
         "model.bits": 3, "model.group_size": 32,
     },
+    "mxfp4, elements of 4 bits": {
+        "model.source": "tiny-llama", "model.quantization": "mxfp4",
+        "model.bits": 4, "model.group_size": 32,
+    },
+    "mxfp8, elements of 8 bits": {
+        "model.source": "tiny-llama", "model.quantization": "mxfp8",
+        "model.bits": 8, "model.group_size": 32,
+    },
+    "nvfp4, elements of 4 bits": {
+        "model.source": "tiny-llama", "model.quantization": "nvfp4",
+        "model.bits": 4, "model.group_size": 16,
+    },
     "mixture of experts, LoRA on attention and experts (down)": {
         "model.source": "tiny-qwen2-moe", "lora.target_modules": [*ATTENTION, "down_proj"],
     },
@@ -57,6 +70,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "all weights of a mixture of experts": {"model.source": "tiny-qwen2-moe", "lora.kind": "full"},
     "all weights of a hybrid": {"model.source": "tiny-qwen3-5", "lora.kind": "full"},
 }  # fmt: skip
+RANDOM = {
+    "short convolutions and attention (LFM2, random)": "lfm2",
+    "selective scan (Mamba, random)": "mamba",
+    "state space of one group (Mamba 2, random)": "mamba2",
+    "state space of two groups (Mamba 2, random)": "mamba2-two-groups",
+    "state space beside attention (Falcon H1, random)": "falcon_h1",
+    "layers of two classes (OLMo hybrid, random)": "olmo_hybrid",
+}
+"""Families whose model is made when it is needed, to its name in `fixtures.random_models`."""
 REFERENCES = ("mlx-lm", "hf")
 SIGNS = {
     Verdict.IDENTICAL: "=",
@@ -81,7 +103,7 @@ def rows(family: str, reference: str, records: dict[str, Record]) -> tuple[str, 
 
 def table(lines: dict[tuple[str, str], tuple[str, list[str]]], versions: str, steps: int) -> str:
     """The table and what is not green, in Markdown."""
-    ordered = [lines[key] for family in FAMILIES for key in lines if key[0] == family]
+    ordered = [lines[key] for family in (*FAMILIES, *RANDOM) for key in lines if key[0] == family]
     return "\n".join(
         [
             "# Families, stage by stage",
@@ -102,11 +124,18 @@ def table(lines: dict[tuple[str, str], tuple[str, list[str]]], versions: str, st
     )
 
 
+def made(name: str, folder: Path) -> dict[str, Any]:
+    """Factors of a random model, which is written into a folder."""
+    source = architecture(name, folder / name)
+    targets = list(ARCHITECTURES[name].targets)
+    return {"model.source": source, "lora.target_modules": targets, "lora.num_layers": -1}
+
+
 def kept(file: Path) -> dict[tuple[str, str], tuple[str, list[str]]]:
     """Rows and notes of an earlier run, which stay where their family is not run again."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     found = {}
-    for family in FAMILIES:
+    for family in (*FAMILIES, *RANDOM):
         for reference in REFERENCES:
             row = [line for line in lines if line.startswith(f"| {family} | `{reference}` |")]
             if row:
@@ -128,9 +157,10 @@ def main() -> None:
     asked = parser.parse_args()
     lines, versions = kept(asked.out), dict[str, str]()
     with Engine(timeout=900) as engine:
-        for family, changes in FAMILIES.items():
+        for family in (*FAMILIES, *RANDOM):
             if asked.only not in family:
                 continue
+            changes = FAMILIES.get(family) or made(RANDOM[family], engine.cache / "random")
             recipe = Recipe().override({"train.steps": asked.steps, "optim.lr": 3e-3, **changes})
             for reference in REFERENCES:
                 records: dict[str, Record] = {}

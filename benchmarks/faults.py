@@ -26,8 +26,10 @@ import pandas as pd
 from benchmarks.planted.registry import Planted, everything
 from parity import recipe as recipes
 from parity.bisect.causes import CauseSearch
+from parity.bisect.locate_backward import FORWARD
 from parity.bisect.result import AGREE, FOUND, SearchReport
 from parity.capture.engine import Engine
+from parity.capture.keys import git_state
 from parity.cells.cell import Cell
 from parity.cells.run import run_cell
 from parity.files import write_atomically
@@ -76,6 +78,8 @@ class Outcome:
     sentence: str = ""
     runs: int = 0
     seconds: float = 0.0
+    code: str = ""
+    """Commit that the search was run on."""
 
 
 def floors(record: Record) -> float:
@@ -124,6 +128,12 @@ def claims(
             yield f"hint {name}: {text}", name in fault.hints
 
 
+def layer(name: str) -> int | None:
+    """The number of the layer in a name, or in an expression for it."""
+    match = re.search(r"layers\.(\d+)", name)
+    return int(match[1]) if match else None
+
+
 def _places(fault: Planted, sentence: str) -> Iterator[tuple[str, bool]]:
     # What a fault does to tensors elsewhere is no claim about its place.
     sentence = EFFECT.sub("", sentence)
@@ -131,8 +141,14 @@ def _places(fault: Planted, sentence: str) -> Iterator[tuple[str, bool]]:
     # "Between A and B" is true if one of them is.
     right = any(re.fullmatch(fault.modules, name) for name in named)
     between = "between" in sentence
+    # "There, or before it" is true of what is planted no further on.
+    start = layer(fault.modules.replace("\\", ""))
     for name in sorted(named):
-        yield f"module {name}", bool(re.fullmatch(fault.modules, name)) or (between and right)
+        before = FORWARD in sentence and start is not None and start <= (layer(name) or 0)
+        yield (
+            f"module {name}",
+            bool(re.fullmatch(fault.modules, name)) or (between and right) or before,
+        )
     for step, what in STEP.findall(sentence):
         yield f"step {step}", int(step) in fault.steps
         yield f"what differs first: {what}", bool(re.fullmatch(fault.differs, what))
@@ -178,6 +194,7 @@ def run(engine: Engine, fault: Planted, reference: str) -> Outcome:
         sentence=" / ".join(cause.sentence for cause in report.causes) or report.reason,
         runs=report.runs,
         seconds=time.perf_counter() - started,
+        code=git_state(),
     )
 
 

@@ -18,7 +18,7 @@ def canonical(name: str) -> str:
     for theirs, ours in _ADAPTER.items():
         name = re.sub(theirs, ours, name)
     name = name.replace(".base_layer", "").replace(".linear.weight", ".weight")
-    return re.sub(r"^(?:(?:base_model|model|language_model)\.)+", "", name)
+    return re.sub(r"^(?:(?:base_model|model|language_model|backbone)\.)+", "", name)
 
 
 # What PEFT calls the tensors of its one adapter; embeddings hold bare parameters.

@@ -58,6 +58,9 @@ def from_parts(
     loss: Function | None = None,
     clip: Function | None = None,
     optimizer: Function | None = None,
+    save: Function | None = None,
+    read: Function | None = None,
+    fuse: Function | None = None,
     loop: Function | None = None,
     name: str = "",
     batch: Function | None = None,
@@ -76,6 +79,11 @@ def from_parts(
         loss: See `from_loss`.
         clip: Takes the gradient, a tree, first; returns it.
         optimizer: Returns an MLX optimizer; a class such as `mlx.optimizers.Lion` will do.
+        save: Takes of `model`, with its adapter, `tokenizer`, `folder`; writes the adapter's files into it.
+        read: Takes of `model`, the base loaded anew, `folder`, what was saved; returns the model with the
+            adapter, or nothing where it puts it into the one that it is given.
+        fuse: Takes of `model`, with its adapter, `dequantize`, whether a quantized base is not to be
+            quantized again; returns the model without adapter, or nothing as before.
         loop: Takes of `model`, `tokenizer`, `optimizer`, `loss`, `batches`, `clip`; trains for `steps`.
         name: Of the path in reports.
         batch: See `from_loss`.
@@ -88,7 +96,7 @@ def from_parts(
         raise UsageError(f"framework={framework!r}: parts of yours can stand in the path mlx alone")
     given = {
         "load": load, "wire": wire, "dataset": dataset, "batches": batches, "loss": loss,
-        "clip": clip, "optimizer": optimizer, "loop": loop,
+        "clip": clip, "optimizer": optimizer, "save": save, "read": read, "fuse": fuse, "loop": loop,
     }  # fmt: skip
     functions = {key: function for key, function in given.items() if function is not None}
     return make(functions, _caller(_frame + 1), name, batch)

@@ -12,6 +12,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from fixtures.random_models import make
 from parity import resources
 from parity.capture.engine import Engine
 from parity.recipe import Recipe
@@ -76,3 +77,13 @@ def experts(tmp_path_factory):
         if file.exists():
             shutil.copy(file, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def random_model(tmp_path_factory):
+    """Makes a folder with a random model of an architecture, which a function may change."""
+
+    def made(kind, change=None, top_level=None, **config):
+        return make(tmp_path_factory.mktemp(kind), kind, config, top_level, change)
+
+    return made

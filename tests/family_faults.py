@@ -19,6 +19,36 @@ class FrozenExperts(MlxPath):
             layer.mlp.switch_mlp.freeze()
 
 
+class WithoutExperts(MlxPath):
+    """Experts are targets by name and get no adapter."""
+
+    name = "without-experts"
+
+    def wire(self, model, recipe):
+        super().wire(model, recipe)
+        for layer in model.layers:
+            layer.mlp.switch_mlp.down_proj = layer.mlp.switch_mlp.down_proj.linear
+            layer.mlp.switch_mlp.freeze()
+
+
+class LeftOutAsWell(WithoutExperts):
+    """The same under another name, so that the two can be compared."""
+
+    name = "left-out-as-well"
+
+
+class LoudExperts(MlxPath):
+    """The experts of the first layer give a thousandth more."""
+
+    name = "loud-experts"
+
+    def load(self, recipe):
+        model, tokenizer = super().load(recipe)
+        down = model.layers[0].mlp.switch_mlp.down_proj
+        down.weight = down.weight * 1.001
+        return model, tokenizer
+
+
 class UntrainedExpert(MlxPath):
     """Of one layer's experts one gets no gradient."""
 
@@ -110,6 +140,65 @@ class TransposedProduct(MlxPath):
             return own(mx.stop_gradient(x)) + (wrong - mx.stop_gradient(wrong))
 
         call(model.layers[9].self_attn.o_proj.linear, run)
+
+
+class IgnoredDora(MlxPath):
+    """DoRA is asked for and LoRA is what comes."""
+
+    name = "ignored-dora"
+
+    def wire(self, model, recipe):
+        super().wire(model, recipe.override({"lora.kind": "lora"}))
+
+
+class FloatEmbedding(MlxPath):
+    """The embedding is not packed, as where a loader leaves it out."""
+
+    name = "float-embedding"
+
+    def load(self, recipe):
+        model, tokenizer = super().load(recipe)
+        whole = super().load(recipe.override({"model.quantization": "stored"}))[0]
+        model.model.embed_tokens = whole.model.embed_tokens
+        return model, tokenizer
+
+
+class HalfNormAndFloatEmbedding(FloatEmbedding):
+    """A final norm that is half too large as well."""
+
+    name = "half-norm"
+
+    def load(self, recipe):
+        model, tokenizer = super().load(recipe)
+        model.model.norm.weight = model.model.norm.weight * 1.5
+        return model, tokenizer
+
+
+class WideProjection(MlxPath):
+    """One projection is packed with eight bits, the others with four."""
+
+    name = "wide-projection"
+
+    def load(self, recipe):
+        model, tokenizer = super().load(recipe)
+        whole = super().load(recipe.override({"model.quantization": "stored"}))[0]
+        mlp = model.model.layers[LAYER].mlp
+        mlp.down_proj = whole.model.layers[LAYER].mlp.down_proj.to_quantized(64, 8)
+        return model, tokenizer
+
+
+class TwoKindsOfLayers(MlxPath):
+    """Every second layer is of another class, as in some hybrids, and `grad_checkpoint` changes one class."""
+
+    name = "two-kinds-of-layers"
+
+    def load(self, recipe):
+        model, tokenizer = super().load(recipe)
+        kind = type(model.layers[0])
+        other = type("OtherLayer", (kind,), {"__call__": kind.__call__})
+        for layer in model.layers[1::2]:
+            layer.__class__ = other
+        return model, tokenizer
 
 
 class DeltaWithoutDecay(MlxPath):

@@ -67,6 +67,34 @@ class BadBackward(MlxPath):
         return super().base(recipe)
 
 
+class BadAmongRounding(MlxPath):
+    """The gradient through layer 4 is cut off at its MLP; what all others pass on is rounded otherwise."""
+
+    name = "bad-among-rounding"
+
+    def wire(self, model, recipe):
+        import mlx.core as mx
+
+        super().wire(model, recipe)
+
+        @mx.custom_function
+        def rounded(x):
+            return x
+
+        @rounded.vjp
+        def rounded_vjp(primals, cotangents, outputs):
+            return (cotangents * 3.0) / 3.0
+
+        def watch(module, change):
+            kind = type(module)
+            call = lambda self, x: kind.__call__(self, change(x))  # noqa: E731
+            module.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+
+        for layer in model.layers:
+            watch(layer.mlp.down_proj, rounded)
+        watch(model.layers[4].mlp, mx.stop_gradient)
+
+
 class BadThirdStep(MlxPath):
     """The optimizer's third step is 1 % too long."""
 

@@ -75,3 +75,47 @@ def plain_loop(model, optimizer, loss, batches, steps):
         _, gradient = value_and_grad(model, *batch)
         optimizer.update(model, gradient)
         mx.eval(model.parameters(), optimizer.state)
+
+
+def save_adapter(model, folder, rank, scale, num_layers):
+    """The files of mlx-lm, written by hand."""
+    import json
+    from pathlib import Path
+
+    from mlx.utils import tree_flatten
+
+    tensors = dict(tree_flatten(model.trainable_parameters()))
+    mx.save_safetensors(str(Path(folder) / "adapters.safetensors"), tensors)
+    lora = {"rank": rank, "scale": scale, "dropout": 0.0}
+    settings = {"fine_tune_type": "lora", "num_layers": num_layers, "lora_parameters": lora}
+    (Path(folder) / "adapter_config.json").write_text(json.dumps(settings))
+
+
+def save_without_scale(model, folder, rank, num_layers):
+    save_adapter(model, folder, rank, 20.0, num_layers)
+
+
+def read_adapter(model, folder):
+    """In the place of mlx-lm's, which it calls."""
+    from mlx_lm.tuner.utils import load_adapters
+
+    return load_adapters(model, folder)
+
+
+def read_nothing(model):
+    """The base is what it gives."""
+
+
+def fuse_layers(model, dequantize):
+    from mlx.utils import tree_unflatten
+
+    layers = [
+        (n, m.fuse(dequantize=dequantize)) for n, m in model.named_modules() if hasattr(m, "fuse")
+    ]
+    model.update_modules(tree_unflatten(layers))
+
+
+def fuse_nothing(model):
+    from mlx_lm.tuner.utils import remove_lora_layers
+
+    return remove_lora_layers(model)

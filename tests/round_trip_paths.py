@@ -13,12 +13,10 @@ from parity.paths.mlx.path import MlxPath
 class Damaged(MlxPath):
     """What mlx-lm's trainer saved is changed before it is loaded."""
 
-    @contextlib.contextmanager
-    def saved(self, recipe, adapter, see):
-        with super().saved(recipe, adapter, see) as folder:
-            self.settings(folder / "adapter_config.json", recipe)
-            self.tensors(folder / "adapters.safetensors")
-            yield folder
+    def save(self, recipe, setup, folder):
+        super().save(recipe, setup, folder)
+        self.settings(folder / "adapter_config.json", recipe)
+        self.tensors(folder / "adapters.safetensors")
 
     def settings(self, file, recipe):
         found = json.loads(file.read_text())
@@ -117,15 +115,15 @@ class StrangeName(Damaged):
         return {name.replace("layers.3.self_attn.q_proj", "layers.3.self_attn.query"): value}
 
 
-class FirstLayers(Damaged):
+class FirstLayers(MlxPath):
     """Layers are counted from the wrong end as they are loaded; tensors without a place are dropped."""
 
     name = "first-layers"
 
-    def reloaded(self, recipe, folder):
+    def read(self, recipe, folder, loader):
         import mlx.core as mx
 
-        model, _ = self.part("loader").load(recipe)
+        model, _ = loader.load(recipe)
         layers = model.layers
         model.model.layers = layers[::-1]
         self.wire(model, recipe)
@@ -136,13 +134,35 @@ class FirstLayers(Damaged):
         return model
 
 
-class NotLoaded(Damaged):
+class NotLoaded(MlxPath):
     """The loader gives the base model."""
 
     name = "not-loaded"
 
-    def reloaded(self, recipe, folder):
-        return self.part("loader").load(recipe)[0]
+    def read(self, recipe, folder, loader):
+        return loader.load(recipe)[0]
+
+
+class MagnitudesLost(MlxPath):
+    """DoRA's magnitudes are left at those of the base's weights."""
+
+    def read(self, recipe, folder, loader):
+        model = super().read(recipe, folder, loader)
+        for module in model.modules():
+            if "m" in module:
+                module.m = module.m * 1.5
+        return model
+
+
+class DefaultScale(MlxPath):
+    """The reader takes mlx-lm's default in the place of the scale in the files."""
+
+    def read(self, recipe, folder, loader):
+        model = super().read(recipe, folder, loader)
+        for module in model.modules():
+            if hasattr(module, "lora_a"):
+                module.scale = 20.0
+        return model
 
 
 class OtherForward(MlxPath):

@@ -58,6 +58,16 @@ class AttentionProduct(Reloaded):
         model.layers[5].self_attn.scale *= 1.02
 
 
+class TwoProducts(Reloaded):
+    """Layer 5 scales its attention by half too much, layer 12 by a little."""
+
+    name = "two-products"
+
+    def plant(self, model):
+        model.layers[5].self_attn.scale *= 1.5
+        model.layers[12].self_attn.scale *= 1.002
+
+
 class OtherActivation(Reloaded):
     """Every MLP uses silu where the configuration says gelu with tanh."""
 
@@ -162,6 +172,46 @@ class LoopDecay(MlxPath):
             return super().loop(with_compile, setup, batches)
         finally:
             mx.enable_compile()
+
+
+class LoopTouchesOne(MlxPath):
+    """After its second step the loop moves the first element of each tensor; all others are right."""
+
+    name = "loop-touches-one"
+
+    def loop(self, recipe, setup, batches):
+        inner, calls = setup.optimizer.apply_gradients, itertools.count(1)
+
+        def apply_gradients(gradient, parameters):
+            import mlx.core as mx
+            from mlx.utils import tree_map
+
+            def touched(w):
+                first = mx.arange(w.size).reshape(w.shape) == 0
+                return mx.where(first, w + 0.1, w)
+
+            moved = inner(gradient, parameters)
+            return tree_map(touched, moved) if next(calls) == 2 else moved
+
+        setup.optimizer.apply_gradients = apply_gradients
+        import mlx.core as mx
+
+        mx.disable_compile()  # a compiled step would be traced once, and counted once
+        try:
+            return super().loop(recipe.override({"train.compile": False}), setup, batches)
+        finally:
+            mx.enable_compile()
+
+
+class NormReport(MlxPath):
+    """The gradient norm that is reported is 5e-6 too large."""
+
+    name = "norm-report"
+
+    def loop(self, recipe, setup, batches):
+        result = super().loop(recipe, setup, batches)
+        result["gradient_norm"] = [norm * (1 + 5e-6) for norm in result["gradient_norm"]]
+        return result
 
 
 class NoSeed(MlxPath):

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.faults import claims, markdown, run, table
 from benchmarks.planted.registry import everything
+from parity.bisect.locate_backward import FORWARD
 from parity.bisect.result import FOUND, Cause, SearchReport
 from parity.cells.cell import Cell
 from parity.cells.run import run_cell
@@ -45,6 +46,15 @@ def test_each_claim_of_a_sentence_is_held_against_what_was_planted(sentence, hin
         text for text, true in claims(fault, report, {"is it the clip?": "clip"}, 20.0) if not true
     ]
     assert [text.split()[0] for text in found] == wrong
+
+
+def test_there_or_before_it_is_true_of_what_is_planted_no_further_on():
+    words = "at module layers.{}.self_attn: its own gradients differ" + FORWARD
+    for number, true in ((4, True), (9, True), (3, False)):
+        cause = Cause("gradient", {}, words.format(number), ("loader",))
+        report = SearchReport("planted", "hf", FOUND, causes=[cause])
+        found = dict(claims(FAULTS["norm_offset_1"], report, {}, 4.0))
+        assert found[f"module layers.{number}.self_attn"] is true
 
 
 def test_a_setting_that_the_fault_does_not_change_is_a_false_claim():

@@ -112,6 +112,15 @@ def test_a_fault_in_one_backward_pass_is_placed(planted, says, reference, engine
         assert "1 of 252 tensors, only lora_b, only layer 9, only v_proj differ" in cause.sentence
 
 
+def test_a_place_stands_out_from_what_is_rounded_otherwise_where_bits_decide(engine, small):
+    """As on a GPU, where other operations beside a fault move the last bits of what is right."""
+    report = search(engine, "tests.planted_paths:BadAmongRounding", "mlx-lm", small)
+    [cause] = report.causes
+    assert "first bad module layers.4.mlp" in cause.sentence
+    assert "others differ by no more than rounding" in cause.sentence
+    assert [mark.name for mark in placed(report).walk if mark.off] == ["layers.4.mlp"]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("model", ["tiny-llama", "tiny-qwen3"])
 @pytest.mark.parametrize(
@@ -168,9 +177,9 @@ def test_only_the_innermost_module_is_off():
     assert seen.off() == ["layers.0.mlp.down"]
     # Nothing inside is off, but a gradient differs between the modules.
     between = trace(activation_0=2.0)
-    assert BackwardComparison(a_pair(between, trace()), between).alone() == ["layers.0.mlp"]
+    assert BackwardComparison(a_pair(between, trace()), between).alone() == (["layers.0.mlp"], 0)
     loss = trace(activation_4=2.0)
-    assert BackwardComparison(a_pair(loss, trace()), loss).alone() == ["the loss"]
+    assert BackwardComparison(a_pair(loss, trace()), loss).alone() == (["the loss"], 0)
 
 
 @pytest.fixture

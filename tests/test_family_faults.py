@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from parity.bisect.locate import locate
 from parity.bisect.locate_backward import backward
 from parity.bisect.locate_forward import forward
 from parity.cells.cell import Cell
@@ -42,7 +43,12 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("reference", ["mlx-lm", pytest.param("hf", marks=pytest.mark.long)])
+REFERENCES = pytest.mark.parametrize(
+    "reference", ["mlx-lm", pytest.param("hf", marks=pytest.mark.long)]
+)
+
+
+@REFERENCES
 @pytest.mark.parametrize(("fault", "family", "green", "stage", "named"), FAULTS)
 def test_a_fault_of_a_family_shows_first_at_its_stage(
     fault, family, green, stage, named, reference, cell
@@ -56,21 +62,73 @@ def test_a_fault_of_a_family_shows_first_at_its_stage(
     assert any(named in where for where in [record.reason, *off]), describe(record)
 
 
+@REFERENCES
 @pytest.mark.parametrize(
     ("fault", "family", "module"),
     [
-        ("HalfRouter", EXPERTS, "layers.5.mlp.gate"),
+        ("HalfRouter", EXPERTS, "layers.5.mlp"),
         long("WrongGroups", PACKED, "embed_tokens"),
         ("DeltaWithoutDecay", HYBRID, "layers.5.linear_attn"),
     ],
 )
-def test_the_module_that_computes_otherwise_is_named(fault, family, module, engine, cell):
-    made, _ = cell(fault, "02", family, "mlx-lm")
+def test_the_module_that_computes_otherwise_is_named(
+    fault, family, module, reference, engine, cell
+):
+    made, _ = cell(fault, "02", family, reference)
     place = forward(context_of(engine, made))
     assert place.name.startswith(module), place
 
 
-def test_the_module_that_passes_a_wrong_gradient_on_is_named(engine, cell):
-    made, _ = cell("TransposedProduct", "05", PACKED, "mlx-lm")
+@REFERENCES
+def test_the_module_that_passes_a_wrong_gradient_on_is_named(reference, engine, cell):
+    made, _ = cell("TransposedProduct", "05", PACKED, reference)
     place = backward(context_of(engine, made))
     assert place.name.startswith("layers.9.self_attn.o_proj"), place
+    assert "layers.9.self_attn.o_proj" in place.sentence
+
+
+@REFERENCES
+def test_dora_that_is_asked_for_and_left_out_is_told(reference, cell):
+    """A trainer that drops `use_dora` trains LoRA, whose loss is as healthy."""
+    _, record = cell("IgnoredDora", "00", DORA, reference)
+    assert record.verdict == "diverge", describe(record)
+    assert "subject: the recipe has lora.kind=dora, lora is in effect" in record.findings
+    _, record = cell("IgnoredDora", "04", DORA, reference)
+    assert record.verdict == "diverge", describe(record)
+    assert any(metric.note.endswith(".m in the reference only") for metric in record.metrics)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reference", "named"),
+    [
+        ("FloatEmbedding", "hf", "packed in the reference alone: embed_tokens"),
+        pytest.param(
+            "WideProjection", "mlx-lm",
+            "packed otherwise: layers.5.mlp.down_proj (affine, 8 bits, groups of 64 in the subject, "
+            "affine, 4 bits, groups of 64 in the reference)",
+            marks=pytest.mark.long,
+        ),
+    ],
+)  # fmt: skip
+def test_a_module_that_is_packed_otherwise_is_named_and_proven(
+    fault, reference, named, engine, cell
+):
+    """Packed as in the subject, the reference gives the subject's logits."""
+    _, settings = cell(fault, "00", PACKED, reference)
+    assert settings.verdict == "diverge", describe(settings)
+    assert named in settings.reason, describe(settings)
+    made, record = cell(fault, "02", PACKED, reference)
+    place = locate(engine, made, record)
+    assert named in place.sentence
+    assert "confirmed: with its modules packed as the subject's are, the reference agrees" in (
+        place.sentence
+    )
+    assert place.name in named
+
+
+@pytest.mark.long
+def test_another_fault_beside_another_packing_is_not_laid_on_it(engine, cell):
+    made, record = cell("HalfNormAndFloatEmbedding", "02", PACKED, "mlx-lm")
+    place = locate(engine, made, record)
+    assert "packed in the reference alone: embed_tokens" in place.sentence
+    assert "not the only cause" in place.sentence

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,9 +47,18 @@ def quantized(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("subject", "reference"), [("mlx", "mlx-lm"), long("hf", "mlx-lm"), long("trl", "hf")]
+    ("subject", "reference"),
+    [
+        ("mlx", "mlx-lm"),
+        long("hf", "mlx-lm"),
+        long("trl", "hf"),
+        long("unsloth", "mlx-lm"),
+        long("mlx+fuse=unsloth", "mlx-lm"),
+        long("mlx-lm+fuse=mlx", "mlx"),
+    ],
 )
 def test_a_clean_fuse_is_green(subject, reference, engine, small):
+    needs(subject)
     record = run(engine, small, subject, reference)
     assert record.verdict is Verdict.AGREE, describe(record)
     metrics = {metric.name: metric for metric in record.metrics}
@@ -57,12 +69,32 @@ def test_a_clean_fuse_is_green(subject, reference, engine, small):
         assert metrics[f"the adapter is in the weights, {side}"].verdict is Verdict.IDENTICAL
 
 
-def test_a_path_without_a_fuse_is_no_pass(engine, small):
-    if importlib.util.find_spec("unsloth_zoo") is None:
+def needs(path):
+    if "unsloth" in path and importlib.util.find_spec("unsloth_zoo") is None:
         pytest.skip("needs unsloth-zoo")
-    record = run(engine, small, "unsloth")
-    assert record.verdict is Verdict.SKIP
-    assert "has no fuse that mlx-parity runs" in record.reason
+
+
+def as_two_frameworks_read(engine, folder):
+    recipe = Recipe().override({"model.source": str(folder)})
+    return run_cell(engine, Cell(find("logits"), "mlx", "hf", recipe))
+
+
+def test_a_fused_model_of_mlx_lm_is_the_same_model_to_transformers(engine):
+    record = as_two_frameworks_read(engine, written() / "fused")
+    assert record.verdict is Verdict.AGREE, describe(record)
+
+
+@pytest.mark.long
+def test_a_model_that_peft_merged_needs_its_rope_settings_where_mlx_lm_reads_them(engine, tmp_path):
+    """transformers 5 writes `rope_parameters` alone (mlx-lm#953)."""
+    folder = shutil.copytree(written() / "merged", tmp_path / "merged")
+    assert as_two_frameworks_read(engine, folder).verdict is Verdict.DIVERGE
+    file, base = folder / "config.json", Path(resources.model_dir(MODEL)) / "config.json"
+    theirs = json.loads(base.read_text())
+    added = {key: theirs[key] for key in ("rope_theta", "rope_local_base_freq")}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **added}))
+    record = as_two_frameworks_read(engine, folder)
+    assert record.verdict is Verdict.AGREE, describe(record)
 
 
 def test_a_fuse_that_changes_nothing_is_found(engine, small):
@@ -79,8 +111,10 @@ def test_a_fuse_with_another_scale_is_found(engine, small):
     assert not any(m.name.endswith(", reference") for m in record.metrics if not m.verdict.green)
 
 
-def test_what_quantizing_again_costs_is_measured_and_named(engine, quantized):
-    record = run(engine, quantized, "mlx")
+@pytest.mark.parametrize("subject", ["mlx", long("unsloth")])
+def test_what_quantizing_again_costs_is_measured_and_named(subject, engine, quantized):
+    needs(subject)
+    record = run(engine, quantized, subject)
     assert record.verdict is Verdict.IDENTICAL, describe(record)
     for side in ("subject", "reference"):
         [text] = [t for t in record.findings if t.startswith(f"requantization loss of the {side}")]

@@ -39,6 +39,13 @@ def test_rows_are_those_of_the_part_that_makes_them(base, engine, small):
     assert mixed.tolist() == theirs.tolist()
 
 
+def test_equal_parts_of_another_path_leave_the_settings_equal(engine, small):
+    """The model that a loader gives draws weights, which are not those of the adapter."""
+    hybrid = "mlx-lm+loader=mlx+wiring=mlx+batching=mlx"
+    record = run_cell(engine, Cell(find("config"), hybrid, "mlx-lm", small))
+    assert record.verdict.green, record.reason
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [

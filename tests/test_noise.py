@@ -11,6 +11,7 @@ from parity.cells.cell import Cell
 from parity.cells.run import run_cell
 from parity.judge.compare import compare, compare_exact, compare_group, compare_series
 from parity.judge.noise import (
+    COMPILED,
     HEADROOM,
     PERTURBED,
     POOLED,
@@ -24,6 +25,8 @@ from parity.judge.noise import (
 from parity.record import Verdict
 from parity.report.text import describe
 from parity.stages import find
+from parity.stages.context import Measured, Pair
+from parity.trace import Trace
 from tests.cost import long
 
 RNG = np.random.default_rng(1)
@@ -90,12 +93,12 @@ def test_without_the_float64_run_a_difference_is_inconclusive_and_agreement_stay
 
 
 def test_a_subject_that_does_not_repeat_itself_widens_nothing():
-    repeats = {"subject": {"x": np.full(X.shape, 11.0)}}
+    repeats = {REPEATS["subject"]: {"x": np.full(X.shape, 11.0)}}
     noise = Noise(False, referee={"x": X + np.float32(1e-6)}, repeats=repeats)
     bare = replace(noise, repeats={})
     assert noise.floor("x", X) == bare.floor("x", X)
     assert compare("x", X + 1, X, noise).sources[REPEATS["subject"]] <= bare.floor("x", X)
-    reference = replace(noise, repeats={"reference": {"x": np.full(X.shape, 11.0)}})
+    reference = replace(noise, repeats={REPEATS["reference"]: {"x": np.full(X.shape, 11.0)}})
     assert reference.floor("x", X) == 11
 
 
@@ -275,6 +278,32 @@ def test_sides_that_repeat_themselves_are_held_to_bits(engine, small):
     assert record.verdict is Verdict.DIVERGE
     metric = metric_of(record, "gradient, B = 0")
     assert (metric.tolerance, metric.why_floor) == (0, "")
+
+
+@pytest.mark.parametrize(("apart", "moves"), [(True, True), (True, False), (False, True)])
+def test_a_compiler_that_moves_bits_leaves_the_floor_to_decide(apart, moves):
+    """A GPU's may, and then only where one side alone compiles its step."""
+    other = X + np.float32(1e-6) if moves else X
+    runs = {COMPILED: other, REFEREE: X + 1e-7} | dict.fromkeys(REPEATS.values())
+
+    def measure(source):
+        if source == REPEATS["subject"]:
+            return Measured(Trace({"x": X + np.float32(5e-7)}))
+        made = runs.get(source, X)
+        return Measured(Trace({"x": X if made is None else made}))
+
+    pair = Pair(
+        Trace({"x": X + np.float32(5e-7)}), Trace({"x": X}), exact=True, rounded_is_reference=False,
+        model_dtype="float32", half=False, main=REFEREE, measure=measure, reduction=lambda: 0.0,
+        compiled_apart=lambda: apart,
+    )  # fmt: skip
+    metric = compare("x", pair.subject.arrays["x"], X, pair.noise)
+    if apart and moves:
+        assert metric.verdict is Verdict.AGREE
+        assert "one side alone compiles its step" in metric.why_floor
+        assert metric.sources[COMPILED] == pytest.approx(1e-6, rel=0.2)
+    else:
+        assert (metric.verdict, metric.why_floor, metric.tolerance) == (Verdict.DIVERGE, "", 0)
 
 
 # What no two frameworks share

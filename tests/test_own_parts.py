@@ -24,15 +24,18 @@ def test_the_parts_of_the_built_in_paths_are_their_own(name):
 
 
 def test_a_part_is_own_where_its_method_is():
-    assert resolve(SETUP).own_parts == ("loss", "loop")
+    assert resolve(SETUP).own_parts == ("loss", *parts.FILES, "loop")
     assert resolve("tests.planted_paths:LouderLoss").own_parts == parts.ALL
-    assert set(resolve(TRAIN).own_parts) == {"loader", "wiring", "batching"}
+    assert set(resolve(TRAIN).own_parts) == {"loader", "wiring", "batching", *parts.FILES}
 
 
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        (f"mlx-lm+optimizer={SETUP}", "has no optimizer of its own.*own parts are loss, loop"),
+        (
+            f"mlx-lm+optimizer={SETUP}",
+            "has no optimizer of its own.*own parts are loss, saver, reader, fuse, loop",
+        ),
         (f"mlx-lm+optimizer={TRAIN}", "has no optimizer of its own"),
         (f"{SETUP}+optimizer=mlx-lm", "another optimizer would be left out"),
         (f"mlx-lm+clip={SETUP}", "has no clip of its own"),
@@ -50,7 +53,7 @@ def test_an_own_part_still_can():
 
 def test_a_search_leaves_such_parts_with_their_loop(engine, small):
     search = CauseSearch(engine, SETUP, "mlx-lm", small, {})
-    assert search.parts == {"loss", "loop"}
+    assert search.parts == {"loss", "loop", *parts.FILES}
     stage = search.stages[0]
     assert search.cell(stage, ()).subject == SETUP
     assert search.cell(stage, (), {"loop"}).subject == f"{SETUP}+loss=mlx-lm"

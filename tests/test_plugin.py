@@ -42,6 +42,15 @@ def test_a_function_needs_no_file():
     assert "mask.end_shift" in kind.own_factors
 
 
+def test_batches_are_drawn_with_the_tokenizer(engine, small):
+    """Padded with its end-of-sequence id, where the reference pads with 0."""
+    path = "benchmarks.planted.plugins:padded_with_the_end_path"
+    drawn = engine.capture(path, "train", small.override({"train.steps": 1}), Trace()).arrays
+    ids, lengths = drawn["batches/ids.0"], drawn["batches/lengths.0"]
+    end = ids[0, lengths[0, 1] - 1]
+    assert end and (ids[0, lengths[0, 1] :] == end).all()
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -54,6 +63,10 @@ def test_a_function_needs_no_file():
         (
             lambda: plugin.from_parts(optimizer=functions.needs_a_thing),
             "takes 'gadget', which is neither a factor nor one of",
+        ),
+        (
+            lambda: plugin.from_parts(optimizer=lambda model: None),
+            "takes 'model', which is neither",
         ),
         (lambda: plugin.from_parts(loss=functions.adam, framework="jax"), "framework='jax'"),
     ],

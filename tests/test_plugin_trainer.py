@@ -101,7 +101,7 @@ def test_the_script_of_sixty_lines_is_a_path_of_twelve():
     assert len(path) <= 12
     assert not [line for line in path if "import" in line and "parity." in line]
     kind = resolve("finetune_path:Finetune")
-    assert kind.own_parts == parts.ALL
+    assert kind.own_parts == parts.TRAINING
 
 
 @pytest.mark.parametrize(

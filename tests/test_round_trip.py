@@ -12,12 +12,15 @@ import pytest
 from parity.capture.worker import environment
 from parity.cells.cell import Cell
 from parity.cells.run import context_of, run_cell
+from parity.errors import UsageError
 from parity.judge.noise import EPS
 from parity.judge.updates import Updates
 from parity.paths.registry import resolve
 from parity.recipe import Recipe
+from parity.recipe import load as load_recipe
 from parity.record import Verdict
 from parity.report.text import describe
+from parity.resources import model_dir
 from parity.stages import find
 from tests.cost import long
 
@@ -141,6 +144,30 @@ def test_a_clean_round_trip_is_green(subject, reference, verdict, engine, small)
         assert "adapter_config.json" in found.note
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("model", ["tiny-llama", "tiny-qwen3"])
+@pytest.mark.parametrize(
+    ("subject", "reference"), [("mlx", "mlx-lm"), ("unsloth", "mlx-lm"), ("trl", "hf")]
+)
+def test_a_clean_round_trip_is_green_on_other_models(subject, reference, model, engine, small):
+    needs(subject)
+    record = run(engine, small.override({"model.source": model}), subject, reference)
+    assert record.verdict is Verdict.IDENTICAL, describe(record)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", ["round_trip", "fuse"])
+def test_an_adapter_of_real_weights_is_what_was_trained(stage, engine):
+    """SmolLM2 between the command line of mlx-lm and PEFT."""
+    recipe = load_recipe("smollm2")
+    try:
+        model_dir(recipe.model.source)
+    except UsageError as error:
+        pytest.skip(f"SmolLM2-135M is not here (make smollm2): {error}")
+    record = run_cell(engine, Cell(find(stage), "mlx-lm", "hf", recipe))
+    assert record.verdict is Verdict.AGREE, describe(record)
+
+
 TRAINED = "trained for 2 steps"
 
 
@@ -185,7 +212,9 @@ import sys
 from pathlib import Path
 import numpy as np
 from parity.paths.registry import resolve
+from parity.errors import UsageError
 from parity.recipe import Recipe
+from parity.recipe import load as load_recipe
 from parity.trace import Trace
 
 action, name, cache, inputs, folder, output = sys.argv[1:]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from parity.bisect.activation import formula
-from parity.bisect.locate_forward import forward
+from parity.bisect.locate_earlier import made_earlier
+from parity.bisect.locate_forward import ForwardComparison, forward
 from parity.bisect.pattern import shape_of, tensors
 from parity.cells.cell import Cell
 from parity.cells.run import context_of
@@ -69,6 +70,30 @@ def test_what_is_between_two_modules_has_a_name(planted, name, says, reference, 
     for words in [*says, "confirmed, with the reference's"]:
         assert words in found.sentence
     assert "first bad module" not in found.sentence
+
+
+@pytest.mark.parametrize("reference", [long("mlx-lm"), "hf"])
+def test_the_greater_of_two_places_is_not_all(reference, engine, small):
+    found = place(engine, "search_faults:TwoProducts", reference, small)
+    assert found.name == "layers.5.self_attn"
+    assert "most of it, with the reference's" in found.sentence
+    assert "in 2 of 18 layers (5, 12)" in found.sentence
+
+
+def test_a_module_that_passes_on_what_it_got_is_not_the_first_bad_one(engine, small):
+    """Asked of a place further on than the attention of layer 5, which alone is wrong."""
+    cell = Cell(find("02"), "tests.search_faults:AttentionProduct", "hf", small)
+    context = context_of(engine, cell)
+    scalars = {"modules": True, "inputs": True}
+    rows = Trace({"ids.0": Logits().inputs(context).arrays["ids.0"]}, scalars)
+    pair = context.pair("logits", rows)
+    seen = ForwardComparison(pair, pair.subject)
+    assert made_earlier(context, rows, seen, ("in", "layers.5.self_attn.o_proj")) is None
+    for event in (("out", "layers.9.mlp"), ("out", "layers.5.mlp.up_proj")):
+        words, name = made_earlier(context, rows, seen, event)
+        assert name == "layers.5"
+        assert "with the reference's values before it in its place it agrees" in words
+        assert "it stays with the reference's input of layers.5" in words
 
 
 @pytest.mark.parametrize("reference", [long("mlx-lm"), "hf"])

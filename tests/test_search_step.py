@@ -49,6 +49,11 @@ def equal(found):
             [f"{UPDATE} differs on equal gradients"],
             [BATCHES, REPORTED, GRADIENT, LOOP, CLIP],
         ),
+        long(
+            "search_faults:LoopTouchesOne", 2,
+            ["the adapter after it is not what the subject's own clip and optimizer make", "252 of 252"],
+            [BATCHES, REPORTED, GRADIENT, LOOP, CLIP, UPDATE],
+        ),
         long("planted_paths:LouderLoss", 1, ["the loss differs at equal weights"], [BATCHES, REPORTED]),
     ],
 )  # fmt: skip
@@ -60,6 +65,14 @@ def test_the_first_part_that_differs_is_named(planted, at, says, before, referen
         assert words in found.sentence
     assert equal(found) == before
     assert "not compared" not in found.sentence
+
+
+@pytest.mark.long
+def test_a_norm_that_is_off_by_more_than_its_sum_rounds(engine, small):
+    found = place(engine, small, "search_faults:NormReport", "mlx-lm", **{"train.steps": 2})
+    assert found.sentence.startswith(
+        "first divergent step 1 of 2: the gradient norm that is reported"
+    )
 
 
 @pytest.mark.long
@@ -86,6 +99,31 @@ def test_a_loop_that_draws_no_batch(engine, small):
 def test_every_micro_batch_is_compared(planted, says, engine, small):
     changes = {"train.accumulation": 2, "train.batch_size": 2, "data.source": "mixed"}
     assert says in place(engine, small, planted, "hf", **changes).sentence
+
+
+@pytest.mark.long
+def test_a_micro_batch_that_is_left_out_is_named(engine, small):
+    changes = {"train.accumulation": 3, "train.batch_size": 2, "data.source": "mixed"}
+    name = "benchmarks.planted.training:last_micro_batch_forgotten_path"
+    recipe = small.override({**FEW, **changes})
+    found = step(context_of(engine, Cell(find("07"), name, "mlx-lm", recipe)))
+    assert (
+        "it is that of micro-batches 1, 2 of 3 alone, and so is the gradient norm" in found.sentence
+    )
+    assert "the loop trains on no other of this step" in found.sentence
+    assert "another batch" not in found.sentence
+
+
+@pytest.mark.long
+def test_a_clip_of_each_micro_batch_is_no_matter_of_the_report(engine, small):
+    """The norm that a watched loop shows is that of what was clipped: that alone proves nothing."""
+    changes = {"train.accumulation": 2, "train.batch_size": 2, "data.source": "mixed"}
+    clip = {"optim.clip": "norm", "optim.clip_value": 0.3}
+    name = "benchmarks.planted.plugins:clipped_before_averaging_path"
+    recipe = small.override({**FEW, **changes, **clip, "train.steps": 2})
+    found = step(context_of(engine, Cell(find("07"), name, "hf", recipe)))
+    assert "the clip inside the loop differs at equal weights" in found.sentence, found.sentence
+    assert "only the report differs" not in found.sentence
 
 
 def test_what_could_not_be_compared_is_said(engine, small):

@@ -12,7 +12,8 @@ from parity.paths.registry import knobs
 from parity.record import Verdict
 from parity.report.text import describe
 from parity.stages import find
-from parity.stages.settings import TITLES
+from parity.stages.config import REQUESTED
+from parity.stages.settings import TITLES, same
 from parity.trace import Trace
 from tests.cost import long
 
@@ -84,6 +85,22 @@ def test_a_path_without_training_has_unknown_settings(engine, small):
     assert record.verdict is Verdict.INCONCLUSIVE, describe(record)
 
 
+@pytest.mark.parametrize(
+    ("path", "key", "note"),
+    [
+        # It counts positions from one, which rotary embeddings do not know.
+        ("ports:positions_from_one_path", "rope.frequencies", ""),
+        # A and B together give no gradient from which micro-batches could be counted.
+        ("starts:b_is_drawn_and_a_is_zero_path", "accumulation.steps", "unknown (the gradient at"),
+    ],
+)
+def test_what_is_no_setting_is_none(path, key, note, engine, small):
+    record = run_cell(engine, Cell(PROBE, f"benchmarks.planted.{path}", "hf", small))
+    metric = next(metric for metric in record.metrics if metric.name == key)
+    assert note in metric.note
+    assert metric.verdict is not Verdict.DIVERGE
+
+
 CLEAN = [
     ("mlx", "mlx-lm", {}),
     long("mlx", "mlx-lm", {"train.accumulation": 3, "train.gradient_checkpointing": True}),
@@ -94,6 +111,7 @@ CLEAN = [
     long("mlx", "hf", {"train.accumulation": 3, "train.accumulation_weighting": "token"}),
     long("mlx", "hf", {"optim.name": "sgd", "mask.end_shift": 0, "optim.clip": "value"}),
     long("mlx", "hf", {"model.dtype": "bfloat16", "train.gradient_checkpointing": True}),
+    long("mlx", "hf", {"optim.schedule": "cosine", "train.steps": 30}),
     long("trl", "hf", {}),
     long("trl", "hf", {"optim.clip": "norm", "train.autocast": "bfloat16"}),
     long("mlx", "hf", {"model.dtype": "float16"}),
@@ -197,6 +215,25 @@ def test_the_seed_in_effect_is_the_last_before_the_draw():
     assert (late["seed.value"], late["seed.placement"]) == (7, "before_load")
     assert measured.seed_facts([load, draw], "nowhere")["seed.placement"] == "nowhere"
     assert not measured.known(measured.seed_facts([load, draw])["seed.value"])
+
+
+def test_rates_of_a_schedule_that_ends_near_zero_are_compared_by_its_size():
+    """MLX computes the cosine in float32, where the last of 30 rates is 3.7e-6 of itself off."""
+    import math
+
+    rates = [3e-3 * 0.5 * (1 + math.cos(math.pi * step / 30)) for step in range(30)]
+    single = [float(np.float32(3e-3) * np.float32(r / 3e-3 + 7e-8)) for r in rates]
+    assert abs(single[-1] / rates[-1] - 1) > 1e-6
+    assert same("optim.lr", single, rates)
+    assert not same("optim.lr", [*rates[:-1], rates[-1] + 3e-7], rates)
+    assert not same("optim.lr", rates[:-1], rates)
+    assert not same("rope.frequencies", [1.0, 1e-7], [1.0, 2e-7])
+
+
+def test_what_a_recipe_asks_for_is_known_by_its_name():
+    assert set(REQUESTED.values()) <= TITLES.keys()
+    asked = {"optim.betas", "optim.eps", "lora.rank", "train.accumulation_weighting", "optim.clip"}
+    assert asked <= REQUESTED.keys()
 
 
 def test_unknown_is_a_value():

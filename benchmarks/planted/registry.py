@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -110,18 +111,15 @@ def planted(
     return register
 
 
-def everything() -> list[Planted]:
-    """All faults and harmless variants, in the order of the data flow."""
-    from benchmarks.planted import (  # noqa: F401  (importing registers)
-        backward,
-        batching,
-        cache,
-        forward,
-        harmless,
-        loop,
-        loss,
-        optimizer,
-        wiring,
-    )
+HOMES = (
+    "backward", "batching", "cache", "forward", "harmless", "loop", "loss", "optimizer", "wiring",
+    "updates", "training", "ports", "starts", "plugins",
+)  # fmt: skip
+"""Modules of this package in the order in which their faults take turns at models and references."""
 
+
+def everything() -> list[Planted]:
+    """All faults and harmless variants."""
+    for home in HOMES:  # importing registers
+        importlib.import_module(f"benchmarks.planted.{home}")
     return list(ALL)

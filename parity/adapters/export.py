@@ -1,8 +1,9 @@
 """A GGUF export against the model that it was made from: names, settings, values, and what a reader makes of it.
 
 Which values a file has to hold is a convention of its architecture, in llama.cpp's
-convert_hf_to_gguf.py: rows of q and k are permuted within each head for `llama`. Of other architectures
-no convention is claimed here. What a file really holds is found by trying.
+convert_hf_to_gguf.py. It is claimed here of architectures for which a test holds it against a real reader,
+whose logits are then those of the model bit for bit; of others no layout is claimed. What a file really
+holds is found by trying.
 """
 
 from __future__ import annotations
@@ -41,18 +42,36 @@ _SETTINGS = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps", "rope.freq_base": "rope_theta",
     "context_length": "max_position_embeddings",
 }  # fmt: skip
-AS_IT_IS, PERMUTED = "as it is", "with the rows of each head permuted"
-KNOWN = "llama"
-"""The architecture whose convention is checked against a real reader."""
+AS_IT_IS, PERMUTED, RAISED = "as it is", "with the rows of each head permuted", "with 1 added"
+_BACK = {PERMUTED: "with the rows of each head permuted back", RAISED: "with 1 subtracted"}
 _LAYOUTS: dict[str, Callable[[Array, int], Array]] = {
     AS_IT_IS: lambda value, _: value,
     PERMUTED: lambda value, heads: _permuted(value, heads, 2),
-    "with the rows of each head permuted back": lambda value, heads: _permuted(value, heads, 0),
-    "with 1 added": lambda value, _: value + 1,
-    "with 2 added": lambda value, _: value + 2,
-    "with 1 subtracted": lambda value, _: value - 1,
+    _BACK[PERMUTED]: lambda value, heads: _permuted(value, heads, 0),
+    RAISED: lambda value, _: value + 1,
+    # By two tools after each other, each of which rounds.
+    "with 1 added twice": lambda value, _: (value + 1) + 1,
+    _BACK[RAISED]: lambda value, _: value - 1,
     "transposed": lambda value, _: value.T,
 }
+CONVENTIONS: Mapping[str, Mapping[str, str]] = {
+    "llama": {"q_proj.weight": PERMUTED, "k_proj.weight": PERMUTED},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {"norm.weight": RAISED},
+    "gemma3": {"norm.weight": RAISED},
+}
+"""Architecture → ends of the names of tensors that it has in another layout than the model."""
+_NOT_HELD: Mapping[str, tuple[str, ...]] = {
+    "gemma2": (
+        "query_pre_attn_scalar", "layer_types", "attn_logit_softcapping", "final_logit_softcapping",
+    ),
+    "gemma3": (
+        "query_pre_attn_scalar", "layer_types", "sliding_window_pattern", "rope_local_base_freq",
+        "rope_parameters",
+    ),
+}  # fmt: skip
+"""Architecture → what its reader takes from no setting of the file but fills in by itself."""
 
 
 def check_export(
@@ -165,10 +184,10 @@ def _values(found: Exported, model: Base, names: Mapping[str, str]) -> Outcome:
             except NotImplementedError:
                 unknown.append(name)
                 continue
-            wanted = _wanted(theirs)
+            wanted = _wanted(found.architecture, theirs)
             if not held:
                 kinds["not the model's values, in no layout that was tried"].append(name)
-            elif found.architecture != KNOWN:
+            elif wanted is None:
                 layouts[held[0]] += 1
             elif wanted not in held:
                 text = f"the model's values {held[0]}; {found.architecture} wants them {wanted}"
@@ -206,9 +225,12 @@ def _layouts(found: Exported, name: str, value: Array, heads: int) -> list[str]:
     return held
 
 
-def _wanted(name: str) -> str:
-    """The layout that readers of the known architecture expect of a tensor."""
-    return PERMUTED if name.endswith(("q_proj.weight", "k_proj.weight")) else AS_IT_IS
+def _wanted(architecture: str, name: str) -> str | None:
+    """The layout that readers of an architecture expect of a tensor; None where that is not known."""
+    if architecture not in CONVENTIONS:
+        return None
+    ends = CONVENTIONS[architecture].items()
+    return next((layout for end, layout in ends if name.endswith(end)), AS_IT_IS)
 
 
 def _heads(model: Base, name: str) -> int:
@@ -227,7 +249,7 @@ def _permuted(value: Array, heads: int, halves: int) -> Array:
 
 def _logits(engine: Engine, found: Exported, model: Base, names: Mapping[str, str]) -> Outcome:
     """What a reader computes from the file, against its own values under the model's config.json."""
-    if found.architecture != KNOWN:
+    if found.architecture not in CONVENTIONS:
         return Outcome(
             "logits", LOGITS, [], f"the layout of {found.architecture} is not known here"
         )
@@ -250,7 +272,10 @@ def _logits(engine: Engine, found: Exported, model: Base, names: Mapping[str, st
         return Outcome("logits", LOGITS, [Finding("logits", found.file.name, text)])
     gap = float(np.abs(ours.astype(np.float64) - theirs).max())
     if gap == 0:
-        return Outcome("logits", LOGITS, note=f"equal bit for bit (read by {READER})")
+        if left := ", ".join(_not_held(found, model)):
+            left = f"{READER} reads no setting for {left}: its defaults stand on both sides"
+        note = f"equal bit for bit (read by {READER})"
+        return Outcome("logits", LOGITS, [], left, note)
     text = (
         f"read by {READER} they are {gap:.3g} off, of up to {np.abs(theirs).max():.3g}: its settings are "
         "not the model's, or its layout is none that the reader expects"
@@ -262,12 +287,18 @@ def _write_model(folder: Path, found: Exported, model: Base, names: Mapping[str,
     """The model with the values that the file holds, laid out as its architecture has them."""
     from safetensors.numpy import save_file
 
-    back = {PERMUTED: "with the rows of each head permuted back"}
     folder.mkdir()
     tensors = {}
     for name, theirs in names.items():
-        undo = _LAYOUTS[back.get(_wanted(theirs), AS_IT_IS)]
+        undo = _LAYOUTS[_BACK.get(_wanted(found.architecture, theirs) or "", AS_IT_IS)]
         tensors[theirs] = np.ascontiguousarray(undo(found.values(name), _heads(model, theirs)))
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config: dict[str, Any] = {**model.config, "dtype": "float32", "torch_dtype": "float32"}
+    for key in _not_held(found, model):
+        del config[key]
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def _not_held(found: Exported, model: Base) -> list[str]:
+    """Keys of the model's config.json that a reader of the file fills in by itself."""
+    return [key for key in _NOT_HELD.get(found.architecture, ()) if key in model.config]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from parity.adapters.outcome import NO_BASE, Outcome
 from parity.adapters.tensor_checks import values_of
 from parity.adapters.tensors import Tensor, shown
 from parity.judge.noise import EPS
+from parity.judge.updates import ROUND
 from parity.names import canonical
 from parity.trace import Array
 
@@ -22,8 +25,14 @@ QUESTIONS = {
     "keys": "Has it the tensors of the base, and no others?",
     "shapes": "Have the tensors the shapes of the base's?",
     "dtype": "Have the tensors the dtypes of the base's?",
+    "settings": "Has its config.json the settings of the base's?",
     "effect": "Did fusing change any weight?",
 }
+_FREE = (
+    "_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id",
+    "quantization", "quantization_config", "torch_dtype", "transformers_version", "use_cache",
+)  # fmt: skip
+"""Keys that say nothing of what the model computes, or are checked elsewhere."""
 _LEFT = ("lora_a", "lora_b", "lora_A", "lora_B", "lora_magnitude_vector")
 
 
@@ -70,15 +79,16 @@ def check_model(model: Model, base: Base | None) -> tuple[Model, list[Outcome]]:
     if base is None:
         return model, list(found.values())
     theirs = _by_name(base.tensors)
+    wrong, absent = _settings(model.files.config, base.config)
+    found["settings"] = replace(found["settings"], findings=wrong, unchecked=absent)
     packed = [is_packed(files.tensors) for files in (model.files, base)]
     lone = sorted(ours.keys() ^ theirs.keys())
     if packed[0] != packed[1]:
         reason = "one of model and base is quantized: the weights cannot be compared, logits can"
-        found |= {
-            check: replace(o, unchecked=reason) for check, o in found.items() if check != "values"
-        }
+        known = ("values", "settings")
+        found |= {c: replace(o, unchecked=reason) for c, o in found.items() if c not in known}
         return model, list(found.values())
-    found |= {check: replace(o, unchecked="") for check, o in found.items()}
+    found |= {c: replace(o, unchecked="") for c, o in found.items() if c != "settings"}
     if lone and not left:
         side = "the base" if lone[0] in theirs else "it"
         text = f"stands in {side} alone, as {len(lone) - 1} others do in one of the two"
@@ -112,6 +122,24 @@ def check_model(model: Model, base: Base | None) -> tuple[Model, list[Outcome]]:
     return replace(model, changed=changed), list(found.values())
 
 
+def _settings(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[list[Finding], str]:
+    """Settings of the base that a model has with another value; those that it has not."""
+    kept = {k: v for k, v in theirs.items() if k not in _FREE and v is not None}
+    wrong = [
+        Finding("settings", shown(key), f"{_short(ours[key])}, the base has {_short(value)}")
+        for key, value in kept.items()
+        if key in ours and ours[key] != value
+    ]
+    lost = [shown(f"{key} = {_short(value)}") for key, value in kept.items() if key not in ours]
+    text = f"config.json lacks {', '.join(lost)} of the base: a loader that reads it there takes a default"
+    return wrong, text if lost else ""
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
 def _by_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {canonical(name): tensor for name, tensor in tensors.items()}
 
@@ -125,10 +153,14 @@ def _differs(ours: Tensor, theirs: Tensor) -> bool:
     a, b = ours.read(), theirs.read()
     if ours.dtype == theirs.dtype or not (ours.is_float and theirs.is_float):
         return not np.array_equal(a, b, equal_nan=ours.is_float and theirs.is_float)
+    # The coarser of the two dtypes; a value that it cannot hold is rounded, however small it is.
+    coarser = max(ours.dtype_name, theirs.dtype_name, key=lambda name: EPS[name])
     with np.errstate(over="ignore"):
-        unit = max(EPS[ours.dtype_name], EPS[theirs.dtype_name])
-        x, y = a.astype(np.float64), b.astype(np.float64)
-        return not bool((np.abs(x - y) <= unit * np.abs(y)).all())
+        return not np.array_equal(_rounded(a, coarser), _rounded(b, coarser), equal_nan=True)
+
+
+def _rounded(values: Array, dtype: str) -> Array:
+    return ROUND[dtype](values) if dtype in ROUND else values.astype(np.float32)
 
 
 class Differences(Mapping[str, Array]):

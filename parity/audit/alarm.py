@@ -14,6 +14,10 @@ METHODS = {part: names for part, names in WRITTEN_AS.items() if part in parts.PA
 """Part to the methods of an MLX path that are it."""
 
 
+USED_IN = {"saver": "round_trip", "reader": "round_trip", "fuse": "fuse"}
+"""Part to the method of the contract that uses it; the others are used in `train`."""
+
+
 def called(part: str) -> str:
     """What is raised where a part is called."""
     return f"the {part} was taken from elsewhere"
@@ -55,3 +59,15 @@ class Alarm(MlxPath):
     def optimizer(self, recipe: Recipe) -> Any:
         """Raises."""
         _alarm("optimizer")
+
+    def save(self, recipe: Recipe, setup: Any, folder: Any) -> Any:
+        """Raises."""
+        _alarm("saver")
+
+    def read(self, recipe: Recipe, folder: Any, loader: Any) -> Any:
+        """Raises."""
+        _alarm("reader")
+
+    def merge(self, recipe: Recipe, folder: Any, read: Any, dequantize: bool) -> Any:
+        """Raises."""
+        _alarm("fuse")

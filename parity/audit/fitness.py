@@ -224,17 +224,22 @@ class Examiner:
         if part == "clip":
             changes |= {"optim.clip": "norm"}
         spec = f"{self.path}+{part}={alarm.SPEC}"
+        method = alarm.USED_IN.get(part, "train")
+        where = "training" if method == "train" else method
         try:
             recipe = known_moves.base(resolve(spec), changes)
-            self.engine.capture(spec, "train", recipe, Trace())
+            handed = Trace()
+            if part in alarm.USED_IN:
+                handed = given(method, shapes(self.engine, [self.path], recipe))
+            self.engine.capture(spec, method, recipe, handed)
         except Unsupported as error:
             if alarm.called(part) in str(error):
-                return State.GOOD, "and used in training"
+                return State.GOOD, f"and used in {where}"
             return State.UNKNOWN, f"whether it is used could not be seen: {error}"
         except (CaptureError, UnmatchedNames, UsageError) as error:
             return State.UNKNOWN, f"whether it is used could not be seen: {error}"
         return State.WRONG, (
-            f"and not used in training: `setup` does not take it from self.part({part!r}), "
+            f"and not used in {where}, which does not take it from self.part({part!r}), "
             "so that a hybrid would keep the path's and be named after another"
         )
 

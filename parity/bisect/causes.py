@@ -102,8 +102,10 @@ class CauseSearch:
             if name in refused and name not in names
         }
         mixed = {p: (self._own if p in kept else self._theirs)[p] for p in self._own}
-        if names_of_parts.LOOP in kept:  # what cannot be swapped goes with the loop
-            mixed |= {p: self._own[p] for p in self._own if p not in self._can}
+        # What cannot be swapped goes with the loop, and so does what nothing is compared of.
+        idle = names_of_parts.idle(stage.name)
+        side = self._own if names_of_parts.LOOP in kept else self._theirs
+        mixed |= {p: side[p] for p in self._own if p in idle or p not in self._can}
         subject = names_of_parts.spec(mixed) if self._mixed else self.subject
         sides = {"subject": subset, "reference": self.held}
         changes = {side: changed for side, changed in sides.items() if changed}
@@ -151,8 +153,10 @@ class CauseSearch:
         """Visits the stages in their order, and explains each that diverges."""
         for stage in self.stages[1:]:
             if self._same(self.cell(stage, self.rest)):
-                report.reason = "no factor and no part is left that differs"
-                return
+                if all(self._same(self.cell(other, self.rest)) for other in self.stages[1:]):
+                    report.reason = "no factor and no part is left that differs"
+                    return
+                continue  # only what an adapter goes through afterwards differs
             record = self._visit(stage, report)
             if record.verdict is Verdict.DIVERGE and self.steady:
                 record = self._again(stage, report, record)
@@ -290,9 +294,10 @@ class CauseSearch:
         Returns:
             None where parts were found; else why no part is named, in words.
         """
-        if not self.parts:
+        idle = names_of_parts.idle(stage.name)
+        suspects = [part for part in self._own if part in self.parts - idle]
+        if not suspects:
             return []
-        suspects = [part for part in self._own if part in self.parts]
         found = self._minimal(
             report,
             [PART + part for part in suspects],
@@ -338,7 +343,9 @@ class CauseSearch:
             mine = self._differing(self.rest, self.parts).items()
             if settings := [text for key, text in mine if key not in gone]:
                 words.append(f"with it these settings come and go: {'; '.join(settings)}")
-        elif settings := list(self._differing((), self.parts).values()):
+        elif settings := [
+            text for text in self._differing((), self.parts).values() if text not in place
+        ]:
             listed = "; ".join(settings)
             words.append(
                 f"settings differ as well, whether they belong to it was not tested: {listed}"
@@ -350,14 +357,16 @@ class CauseSearch:
 
     def _whose(self, part: str, stage: Stage) -> str:
         """A part of the subject in words; beside the loss curve the loop stands for all but the parts."""
-        own, swapped = self._own[part], [p for p in names_of_parts.PARTS if p in self._can]
+        idle = names_of_parts.idle(stage.name)
+        used = [p for p in names_of_parts.PARTS if p not in idle]
+        own, swapped = self._own[part], [p for p in used if p in self._can]
         if part != names_of_parts.LOOP:
-            return f"the {part} of {own}"
-        if stage.name == "loss_curve" and len(swapped) == len(names_of_parts.PARTS):
+            return f"the {names_of_parts.in_words(part)} of {own}"
+        if stage.name == "loss_curve" and len(swapped) == len(used):
             return f"the {part} of {own}"
         if not swapped:
             return f"the code of {own}"
-        *some, last = swapped
+        *some, last = map(names_of_parts.in_words, swapped)
         listed = f"{', '.join(some)} and {last}" if some else last
         return f"the code of {own} beside its {listed}"
 

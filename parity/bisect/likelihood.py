@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from parity.paths.contract import METHODS
-from parity.paths.parts import part_of
+from parity.paths.parts import FILES, part_of
 from parity.recipe import factor_names
 from parity.stages import STAGES
 from parity.trace import Trace
@@ -34,9 +34,15 @@ def likelihood(stage: str, factors: Iterable[str]) -> dict[str, float]:
 
 
 def of_parts(stage: str, parts: Iterable[str]) -> dict[str, float]:
-    """Weight of each part at a stage: that of the likeliest factor that it honours."""
+    """Weight of each part at a stage: that of the likeliest factor that it honours.
+
+    One that honours none is used first where the adapter goes through it.
+    """
     weights = likelihood(stage, factor_names())
     return {
-        part: max((w for name, w in weights.items() if part_of(name) == part), default=OTHER)
+        part: max(
+            (w for name, w in weights.items() if part_of(name) == part),
+            default=FIRST_READ if part in FILES else OTHER,
+        )
         for part in parts
     }

@@ -6,6 +6,7 @@ from parity.bisect.locate_backward import backward
 from parity.bisect.locate_cache import first_position
 from parity.bisect.locate_forward import forward
 from parity.bisect.locate_step import step
+from parity.bisect.packing import packed_otherwise
 from parity.bisect.place import Place
 from parity.capture.engine import Engine
 from parity.cells.cell import Cell
@@ -19,7 +20,7 @@ def locate(engine: Engine, cell: Cell, record: Record) -> Place:
     context = context_of(engine, cell)
     try:
         if cell.stage.name == "logits":
-            return forward(context)
+            return packed_otherwise(context, forward(context))
         if cell.stage.name == "gradient":
             place = backward(context)
             # Modules are looked at outside of the loop.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from parity.bisect.pattern import tensors
-from parity.bisect.place import Mark, Place, counted, differs, how_much
+from parity.bisect.place import Mark, Place, counted, differs, how_much, stands_out
 from parity.judge.compare import compare_group
+from parity.judge.noise import HEADROOM
 from parity.names import LOGITS, layer_of
 from parity.record import Metric
 from parity.stages.context import Context, Pair
@@ -17,7 +18,10 @@ from parity.stages.logits import Logits
 from parity.trace import Trace
 
 Metrics = Mapping[str, Metric]
+Judge = Callable[[Metric | None], bool]
 LOSS = "the loss"
+FORWARD = "; it is made there, or before it in the forward pass by less than rounding explains"
+"""Said of a place whose own difference is near its floor: forward values are not replaced."""
 
 
 def backward(context: Context) -> Place:
@@ -81,16 +85,26 @@ class BackwardComparison:
 
     def off(self) -> list[str]:
         """Modules that make another gradient of an equal one, loss first; the innermost only."""
-        return self._inner([n for n in self._passing() if not differs(self.outputs[n])])
+        return self._inner([n for n in self._passing(differs) if not differs(self.outputs[n])])
 
-    def alone(self) -> list[str]:
+    def alone(self) -> tuple[list[str], int]:
         """Modules that are off when each is given the reference's gradient, loss first.
+
+        Where bits decide, other operations beside the place may round otherwise (on a GPU a compiler
+        fuses them anew): modules that are off by rounding alone are no place where another is off by
+        more. Their number is the second value.
+        """
+        bad, far = self._bad(differs), self._bad(stands_out)
+        return (far, len(set(bad) - set(far))) if far else (bad, 0)
+
+    def _bad(self, differs: Judge) -> list[str]:
+        """All that are off, as a judge has it.
 
         Where a gradient differs at an output and no module after it is off, it is what is between
         the modules: then the one around them is named.
         """
         order = [*self.outputs, LOSS]
-        bad = {name: order.index(name) for name in self._inner(self._passing())}
+        bad = {name: order.index(name) for name in self._inner(self._passing(differs))}
         for at, (name, metric) in enumerate(self.outputs.items()):
             around = self.around(name)
             takers = [n for n in order[at + 1 : -1] if self.around(n) == around]
@@ -106,10 +120,10 @@ class BackwardComparison:
         prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
         return next((prefix for prefix in prefixes if prefix in self.outputs), "")
 
-    def _passing(self) -> list[str]:
+    def _passing(self, judge: Judge) -> list[str]:
         """Modules that pass on another gradient, or make one of their own tensors."""
-        bad = [n for n in self.outputs if differs(self.inputs.get(n)) or self.own(n)]
-        return bad[::-1]
+        own = {n.rpartition(".")[0] for n, metric in self.parameters.items() if judge(metric)}
+        return [n for n in self.outputs if judge(self.inputs.get(n)) or n in own][::-1]
 
     def _inner(self, names: list[str]) -> list[str]:
         return [n for n in names if not any(m.startswith(f"{n}.") for m in names)]
@@ -130,18 +144,32 @@ def _place(context: Context, rows: Trace, seen: BackwardComparison, what: str) -
     given.scalars["modules"] = True
     recipe = context.recipes["subject"]
     replaced = BackwardComparison(seen.pair, context.capture("subject", "gradient", recipe, given))
-    alone = replaced.alone()
-    name, words = _first(seen, replaced, alone)
+    alone, rounded = replaced.alone()
+    name, words = _first(seen, replaced, alone, stands_out if rounded else differs)
     walk = [
         Mark(n, m.value, m.floor, differs(m), n in alone)
         for n, m in reversed(list(seen.outputs.items()))
     ]
-    sentence = f"backwards from the loss ({what}) {words}; {_extent(seen)}; {_confirmed(replaced, name, alone)}"
+    confirmed = _confirmed(replaced, name, alone, rounded)
+    if near_rounding(replaced, name):
+        words = words.replace("first bad module ", "at module ") + FORWARD
+        confirmed = confirmed.removeprefix("confirmed: ")
+    sentence = f"backwards from the loss ({what}) {words}; {_extent(seen)}; {confirmed}"
     return Place(sentence, name, "backward", walk)
 
 
+def near_rounding(replaced: BackwardComparison, name: str) -> bool:
+    """Whether a module's own difference is so near its floor that other forward values could make it."""
+    if not name or replaced.pair.exact:
+        return False
+    groups = (replaced.outputs, replaced.inputs, replaced.parameters)
+    own = [m for g in groups for n, m in g.items() if n == name or n.startswith(f"{name}.")]
+    off = [m for m in own if differs(m)]
+    return bool(off) and all(m.value <= HEADROOM**2 * m.floor for m in off)
+
+
 def _first(
-    seen: BackwardComparison, replaced: BackwardComparison, alone: list[str]
+    seen: BackwardComparison, replaced: BackwardComparison, alone: list[str], judge: Judge
 ) -> tuple[str, str]:
     """The place, and in words what is wrong there."""
     loss, off = seen.outputs.get(LOGITS), seen.off()
@@ -153,12 +181,10 @@ def _first(
     # Handed the reference's gradient a module has no errors of others, and its own stands out.
     if off and off[0] in alone:
         name = off[0]
-        words = f"the gradient at its output agrees, {_wrong(seen, name)}{_between(seen, name)}"
+        words = f"the gradient at its output agrees, {_wrong(seen, name)}{_between(seen, name, differs)}"
     else:
         name = alone[0]
-        words = (
-            f"handed the reference's gradient, {_wrong(replaced, name)}{_between(replaced, name)}"
-        )
+        words = f"handed the reference's gradient, {_wrong(replaced, name)}{_between(replaced, name, judge)}"
     return name, f"first bad module {name}: {words}"
 
 
@@ -175,13 +201,11 @@ def _wrong(seen: BackwardComparison, name: str) -> str:
     return f"those inside it differ: {how_much(max(inner, key=lambda m: m.value))}" if inner else ""
 
 
-def _between(seen: BackwardComparison, name: str) -> str:
+def _between(seen: BackwardComparison, name: str, judge: Judge) -> str:
     """Where inside a module that has others inside, none of which is off."""
     inner = [n for n in seen.outputs if seen.around(n) == name]
     sides = {
-        word: ", ".join(
-            n.removeprefix(f"{name}.") for n in inner if differs(seen.outputs[n]) is bad
-        )
+        word: ", ".join(n.removeprefix(f"{name}.") for n in inner if judge(seen.outputs[n]) is bad)
         for word, bad in (("agree", False), ("differ", True))
     }
     if inner and not sides["differ"]:
@@ -199,17 +223,21 @@ def _extent(seen: BackwardComparison) -> str:
     return f"of the adapter's gradients {tensors(off, seen.parameters)} differ, most {worst.name}: {how_much(worst)}"
 
 
-def _confirmed(replaced: BackwardComparison, name: str, alone: list[str]) -> str:
+def _confirmed(replaced: BackwardComparison, name: str, alone: list[str], rounded: int) -> str:
     layers = len({n for name in replaced.outputs if (n := layer_of(name)) is not None})
     left = [n for n in replaced.off_parameters if n.rpartition(".")[0] not in alone]
+    also = ""
+    if rounded:
+        left = [n for n in left if stands_out(replaced.parameters[n])]
+        also = f"; {rounded} others differ by no more than rounding"
     words = "handed the reference's gradient at every module, "
     if not alone:
         return words + (
             f"{len(left)} gradients of the adapter still differ" if left else "none does"
         )
     if alone == [name] and not left:
-        return f"confirmed: {words}only {counted(alone, layers)} is off by itself"
-    words += f"off by itself: {counted(alone, layers)}"
+        return f"confirmed: {words}only {counted(alone, layers)} is off by itself{also}"
+    words += f"off by itself: {counted(alone, layers)}{also}"
     return words + (f"; {len(left)} other gradients of the adapter still differ" if left else "")
 
 

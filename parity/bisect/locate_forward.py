@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from parity.bisect.activation import formula
+from parity.bisect.locate_earlier import made_earlier
 from parity.bisect.pattern import AXES, shape_of
 from parity.bisect.place import Mark, Place, counted, differs, how_much
 from parity.bisect.settings import suspected_setting
@@ -28,8 +29,11 @@ AFTER = (
     "at all modules of both sides inputs and outputs agree: the difference is between the last of them "
     "and the logits"
 )
-NOTHING = 0.01
-"""Share of the error of the logits that a substitution must move for its place to be named."""
+SHOWN = 0.01
+"""Least share of the error of the logits that is a place of its own: less would not show in the two errors
+that the sentence gives with three digits."""
+MOST = ("confirmed", "most of it")
+"""How a sentence begins of a place without which the rest is rounding, or a tenth of the error at most."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +137,11 @@ def _place(context: Context, rows: Trace, seen: ForwardComparison) -> Place:
         silent.append(event)
     else:
         return Place(f"{_silent(silent)}: no place is named", "", "forward", _walk(seen, set()))
+    if earlier := made_earlier(context, rows, found, event):
+        return Place(*earlier, "forward", _walk(seen, {earlier[1]}))
     words = [_words(found, event), confirmed]
     # A setting is read by all layers: where one place alone is wrong it is none.
-    if not confirmed.startswith("confirmed") and (
+    if not confirmed.startswith(MOST) and (
         setting := suspected_setting(context, rows, seen.pair, _first_position(found, event))
     ):
         words.append(setting)
@@ -210,9 +216,11 @@ def _confirmed(context: Context, rows: Trace, seen: ForwardComparison, event: Ev
             f"{error:.3g} to {left:.3g}"
         )
         floor = HEADROOM * seen.pair.noise.floor("logits.0", theirs)
-        if left <= max(error / 10, floor):
-            return f"confirmed, {effect}"
-        if distance(after, before) > NOTHING * error:
+        if left <= floor:
+            return f"{MOST[0]}, {effect}"
+        if left <= error / 10:
+            return f"{MOST[1]}, {effect}, where rounding explains {floor:.2g}"
+        if distance(after, before) > max(floor, SHOWN * error):
             words = words or f"not the only one, {effect}"
     return words
 

@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from parity.bisect.micro_batches import of_some
 from parity.bisect.pattern import tensors
 from parity.bisect.place import Place, differs, how_much
+from parity.bisect.step_rounding import summed_error, unsettled
 from parity.bisect.training_steps import SIDES, NotCompared, TrainingSteps
 from parity.errors import CaptureError, UnmatchedNames, Unsupported
 from parity.judge.compare import compare_group, compare_series
-from parity.judge.noise import EPS, HEADROOM
+from parity.judge.noise import EPS, HEADROOM, largest
 from parity.record import Metric
 from parity.stages.context import Context, Pair
 from parity.stages.loss_curve import aligned_changes, aligned_inputs
@@ -28,10 +30,6 @@ PLAIN = {
     "optim.warmup_steps": 0,
 }  # fmt: skip
 """One step of it moves weights by exactly their gradient, once it is clipped."""
-FEW = 0.01
-"""Share of a tensor's elements that may be off by the sign of a vanishing gradient."""
-NORM = 1e-5
-"""Relative rounding of a norm that is summed in float32."""
 
 
 @dataclass(frozen=True)
@@ -151,11 +149,10 @@ def _reported(run: TrainingSteps, at: int) -> StepDifference | None:
             key=lambda value, reported=reported: abs(value - reported),  # type: ignore[misc]
         )
         gaps[side], values[side] = abs(reported - computed), (reported, computed)
-    scale = abs(values["reference"][0])
-    if gaps["reference"] > 1e-3 * scale:
+    floor = max(_loss_floor(run, at), EPS["float32"] * abs(values["reference"][0]))
+    if not gaps["reference"] <= HEADROOM * floor:
         raise NotCompared("the reference's own is not that of its weights")
-    floor = _loss_floor(run, at)
-    allowed = HEADROOM * max(gaps["reference"], EPS["float32"] * scale, floor)
+    allowed = HEADROOM * max(gaps["reference"], floor)
     if gaps["subject"] <= allowed:
         return None
     reported, computed = values["subject"]
@@ -168,12 +165,13 @@ def _reported(run: TrainingSteps, at: int) -> StepDifference | None:
 
 def _loss_floor(run: TrainingSteps, at: int) -> float:
     rows = run.rows("reference", at)[0].with_group("adapter", run.adapter("reference", at - 1))
-    pair = run.context.pair("gradient", rows)
-    return 0.0 if pair.exact else pair.noise.floor("loss", pair.reference.arrays["loss"])
+    return largest(run.context.pair("gradient", rows).rounding("loss"))
 
 
 def _instead(run: TrainingSteps, at: int, reported: float, allowed: float) -> str:
     """Which other loss it is that the subject reports, and whether only the report is wrong."""
+    if found := of_some(run, at, reported, allowed):
+        return found
     before, parts = run.adapter("subject", at - 1), run.parts("subject")
 
     def loss(rows: list[Trace], adapter: dict[str, Array]) -> float:
@@ -226,19 +224,21 @@ def _gradient(run: TrainingSteps, at: int) -> StepDifference | None:
 
 def _norm(run: TrainingSteps, at: int) -> float | None:
     """The norm that the subject reports over that of its gradient at its own weights; None: alike."""
-    ratios = {}
+    ratios, floor = {}, 0.0
     for side in SIDES:
         parts = run.gradients(side, run.rows(side, at), run.adapter(side, at - 1))
         whole = run.whole(side, parts)
+        if side == "reference":
+            floor = summed_error(whole)
         squares = sum(float((v.astype(np.float64) ** 2).sum()) for v in whole.values())
         reported = float(getattr(run.pair, side).arrays["gradient_norm"][at - 1])
         if not squares or not np.isfinite(reported):
             raise NotCompared(f"the {side} reports no gradient norm")
         ratios[side] = reported / float(np.sqrt(squares))
     gaps = {side: abs(ratio - 1) for side, ratio in ratios.items()}
-    if gaps["reference"] > 1e-3:
+    if not gaps["reference"] <= HEADROOM * floor:
         raise NotCompared("the reference's own norm is not that of its weights")
-    if gaps["subject"] <= max(HEADROOM * gaps["reference"], NORM):
+    if gaps["subject"] <= HEADROOM * max(gaps["reference"], floor):
         return None
     return ratios["subject"]
 
@@ -250,8 +250,9 @@ def _loop_gradient(run: TrainingSteps, at: int) -> StepDifference | None:
     """
     why = ""
     try:
-        if found := _descent(run, at):
-            return found
+        for kept in (False, True) if _clips(run) else (False,):
+            if found := _descent(run, at, kept):
+                return found
     except (NotCompared, Unsupported, CaptureError, UnmatchedNames, KeyError) as error:
         why = f"the gradient itself was not compared: {error}"
     off = _norm(run, at)
@@ -261,7 +262,8 @@ def _loop_gradient(run: TrainingSteps, at: int) -> StepDifference | None:
         return None
     how = f"differs: the norm is {off:.6g} times that of the same weights and batch by itself"
     if at == 1 and not why:
-        how += "; one step of plain descent at rate 1 agrees: only the report differs"
+        with_and = ", with the clip and without it," if _clips(run) else ""
+        how += f"; one step of plain descent at rate 1{with_and} agrees: only the report differs"
         return StepDifference("the gradient norm that is reported", how)
     # What a loop does in a later step alone, a first step from the same weights does not show.
     why = why or "a first step of plain descent from these weights agrees"
@@ -269,33 +271,30 @@ def _loop_gradient(run: TrainingSteps, at: int) -> StepDifference | None:
     return StepDifference(what, f"{how}; {why}")
 
 
-def _descent(run: TrainingSteps, at: int) -> StepDifference | None:
-    """The gradient inside the loop, by one step of plain descent at rate 1."""
+def _clips(run: TrainingSteps) -> bool:
+    return any(run.context.recipes[side].optim.clip != "none" for side in SIDES)
+
+
+def _descent(run: TrainingSteps, at: int, clipped: bool) -> StepDifference | None:
+    """The gradient inside the loop, by one step of plain descent at rate 1, before or after its clip."""
     rows = run.rows("reference", at)
     batches = {f"{key}.{i}": row.arrays[key] for i, row in enumerate(rows) for key in row.arrays}
     inputs = Trace().with_group("adapter", run.adapter("reference", at - 1))
-    changes = {**PLAIN, "optim.clip": "none", "train.steps": 1}
+    changes = {**PLAIN, "train.steps": 1} | ({} if clipped else {"optim.clip": "none"})
     pair = run.context.pair("train", inputs.with_group("batches", batches), changes)
     groups = pair.subject.group("adapter"), pair.reference.group("adapter")
-    if detail := _tensors(pair, groups, "adapter"):
-        how = f"differs at equal weights, by one step of plain descent at rate 1: {detail}"
-        return StepDifference("the gradient that the loop makes", how)
-    return None
-
-
-def _fed(run: TrainingSteps, at: int, side: str = "reference") -> Trace:
-    """The adapter at the start and a side's gradients of all steps up to one, at its own weights."""
-    inputs = Trace().with_group("weight", run.adapter(side, 0))
-    for index in range(1, at + 1):
-        before = run.adapter(side, index - 1)
-        parts = run.gradients(side, run.rows(side, index), before)
-        inputs = inputs.with_group(f"gradient.{index - 1}", run.whole(side, parts))
-    return inputs
+    if not (detail := _tensors(pair, groups, "adapter")):
+        return None
+    how = f"differs at equal weights, by one step of plain descent at rate 1: {detail}"
+    if clipped:
+        how += "; without a clip that step agrees"
+        return StepDifference("the clip inside the loop", how)
+    return StepDifference("the gradient that the loop makes", how)
 
 
 def _clip(run: TrainingSteps, at: int) -> StepDifference | None:
     """The gradient of the step once it is clipped: plain descent moves weights by it."""
-    fed = _fed(run, at)
+    fed = run.fed(at)
     last = Trace().with_group("weight", fed.group("weight"))
     last = last.with_group("gradient.0", fed.group(f"gradient.{at - 1}"))
     pair = run.context.pair("optimizer_step", last, PLAIN)
@@ -306,7 +305,7 @@ def _clip(run: TrainingSteps, at: int) -> StepDifference | None:
 
 def _update(run: TrainingSteps, at: int) -> StepDifference | None:
     """What clip and optimizer make of equal gradients of all steps up to this one."""
-    pair = run.context.pair("optimizer_step", _fed(run, at))
+    pair = run.context.pair("optimizer_step", run.fed(at))
     group = f"weight.{at - 1}"
     detail = _tensors(pair, (pair.subject.group(group), pair.reference.group(group)), group)
     return StepDifference("the update", f"differs on equal gradients: {detail}") if detail else None
@@ -317,15 +316,17 @@ def _after(run: TrainingSteps, at: int) -> StepDifference | None:
     gaps = {}
     for side in SIDES:
         recipe = run.context.recipes[side]
-        trace = run.context.capture(side, "optimizer_step", recipe, _fed(run, at, side))
+        trace = run.context.capture(side, "optimizer_step", recipe, run.fed(at, side))
         made, left = trace.group(f"weight.{at - 1}"), run.adapter(side, at)
         gaps[side] = {n: np.abs(left[n].astype(np.float64) - made[n]) for n in made}
     scale = max(float(np.abs(v).max(initial=0.0)) for v in run.adapter("reference", at).values())
-    floor = max(
-        EPS["float32"] * scale, *(float(v.max(initial=0.0)) for v in gaps["reference"].values())
-    )
-    # Adam makes a whole step of the rounding of a vanishing gradient: single elements say nothing.
-    off = [n for n, v in gaps["subject"].items() if (v > HEADROOM * floor).mean() > FEW]
+    open_ = unsettled(run, at)
+    beyond = [
+        float((v - HEADROOM * open_[n]).max(initial=0.0)) for n, v in gaps["reference"].items()
+    ]
+    floor = max(EPS["float32"] * scale, *beyond)
+    # What is not a number is off.
+    off = [n for n, v in gaps["subject"].items() if not (v <= HEADROOM * (floor + open_[n])).all()]
     if not off:
         return None
     worst = max(off, key=lambda n: float(gaps["subject"][n].max()))

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from parity.judge.noise import HEADROOM
 from parity.record import Metric, Verdict
 
 
@@ -43,6 +44,11 @@ class Place:
 def differs(metric: Metric | None) -> bool:
     """Whether a metric is there and diverges."""
     return metric is not None and metric.verdict is Verdict.DIVERGE
+
+
+def stands_out(metric: Metric | None) -> bool:
+    """Whether a metric diverges by more than rounding explains, also where bits decide."""
+    return metric is not None and differs(metric) and not metric.value <= HEADROOM * metric.floor
 
 
 def how_much(metric: Metric) -> str:

@@ -88,3 +88,11 @@ class TrainingSteps:
             name: np.average([g[name] for g in groups], axis=0, weights=weights).astype(np.float32)
             for name in groups[0]
         }
+
+    def fed(self, steps: int, side: str = "reference") -> Trace:
+        """The adapter at the start and a side's gradients of so many steps, at its own weights."""
+        inputs = Trace().with_group("weight", self.adapter(side, 0))
+        for index in range(1, steps + 1):
+            parts = self.gradients(side, self.rows(side, index), self.adapter(side, index - 1))
+            inputs = inputs.with_group(f"gradient.{index - 1}", self.whole(side, parts))
+        return inputs

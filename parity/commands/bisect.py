@@ -75,7 +75,9 @@ EXIT_CODES = {"agree": EXIT_GREEN, "agree in part": EXIT_MISSING, "not compared"
 @click.option("--good", metavar="REVISION", help="A commit of --repo that is known to be good.")
 @click.option("--bad", metavar="REVISION", help="A commit of --repo that is known to be bad.")
 @click.option(
-    "--probe", default="02", show_default=True, help="The probe that --package and --repo run."
+    "--probe",
+    help="Search at this probe alone, also at one that is run where it is named, such as fuse. With "
+    "--package and --repo the probe that they run.  [default there: 02]",
 )
 @click.option(
     "--side",
@@ -118,6 +120,7 @@ def bisect(
       parity bisect --reference hf --shipped
       parity bisect --set-subject lora.num_layers=16 --set-subject optim.weight_decay=0.01
       parity bisect --reference hf --recipe smollm2 --set model.source=smollm2-135m-as-saved
+      parity bisect --subject my_trainer:Path --probe fuse
       parity bisect --reference hf --package mlx-lm==0.28.0..0.29.1 --probe 02
       parity bisect --subject my_trainer:Path --repo ../my-trainer --good v1 --bad main --probe 07
       parity bisect --set-subject lora.rank=4 --check './my-check.sh "$PARITY_RECIPE"'
@@ -157,7 +160,10 @@ def _search(
     from parity.capture.engine import check as find_wrong_use
     from parity.report.search_files import save
     from parity.report.search_progress import Lines, shown
+    from parity.stages import STAGES, find
 
+    probe = versions.pop("probe")
+    stages = (STAGES[0], find(probe)) if probe else STAGES
     if command:
         # The command writes to the same terminal: no display that is redrawn in place.
         report = check.report(command, shared, changes, max(2, repeats), Lines().watch, timeout)
@@ -169,7 +175,7 @@ def _search(
         room = capacity.of_recipe(shared, jobs)
         with Engine(timeout=timeout, log_dir=out / "logs", jobs=room) as engine, shown() as display:
             if spans or versions["repo"]:
-                cell = _cell(subject, reference, shared, changes, origin, versions.pop("probe"))
+                cell = _cell(subject, reference, shared, changes, origin, probe or "02")
                 return _versions(engine, cell, out, display, spans=spans, **versions)
             if as_shipped:
                 shared, own = shipped(engine, subject, reference, shared)
@@ -177,7 +183,7 @@ def _search(
             display.notice(f"{len(changes)} factors differ: {', '.join(changes) or 'none'}")
             report = CauseSearch(
                 engine, subject, reference, shared, changes, display.watch, repeats, origin,
-                notice=display.notice, held=held,
+                stages=stages, notice=display.notice, held=held,
             ).search()  # fmt: skip
     click.echo(answer(report))
     click.echo("wrote " + ", ".join(map(str, save(out, report))), err=True)

@@ -39,7 +39,9 @@ def recipe_options(command: Any) -> Any:
     return command
 
 
-PARTS = ("loader", "wiring", "batching", "loss", "clip", "optimizer")
+PARTS = (
+    "loader", "wiring", "batching", "loss", "clip", "optimizer", "saver", "reader", "fuse",
+)  # fmt: skip
 
 
 def part_options(command: Command) -> Command:

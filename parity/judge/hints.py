@@ -13,8 +13,6 @@ from math import isclose, sqrt
 
 from parity.record import Metric, Record, Side, Verdict
 
-GONE = 0.02
-"""Share of a difference that may be left where a formula explains it."""
 Rule = Callable[[Record], str | None]
 
 NEAR = 0.01  # how exactly a ratio must be met; medians in float32 are good to 1e-4
@@ -172,14 +170,14 @@ def lora_scale(record: Record) -> str | None:
     facts, link = record.facts, _link("mlx-examples#1186")
     more = "PEFT multiplies by alpha / rank, mlx-lm by `scale`, 20 by default"
     if (ratio := facts.get("LoRA scale ratio", 1.0)) != 1:
-        return f"the subject's LoRA scale is {ratio:.4g}× the reference's: {more} ({link})"
+        return f"the subject's LoRA scale is {ratio:.6g}× the reference's: {more} ({link})"
     ratio = facts.get("gradient ratio, B = 0", 1.0)
     # At B = 0 the loss does not depend on the scale.
     same_loss = isclose(facts.get("loss ratio, B = 0", 1.0), 1, rel_tol=NEAR / 10)
     if ratio == 1 or "gradient ratio, B ≠ 0" in facts or not same_loss:
         return None
     return (
-        f"at B = 0 the gradient is {ratio:.4g}× the reference's: is its LoRA scale? {more} ({link})"
+        f"at B = 0 the gradient is {ratio:.6g}× the reference's: is its LoRA scale? {more} ({link})"
     )
 
 
@@ -259,9 +257,9 @@ def clip(record: Record) -> str | None:
 
 
 def _in_effect(record: Record, what: str) -> tuple[float, float] | None:
-    """What Adam's formula has on both sides, where it gives the weights of both."""
+    """What Adam's formula has on both sides, where it gives the weights of both (`in_effect`)."""
     facts = record.facts
-    if any(facts.get(f"left, {side}", 1.0) > GONE for side in ("subject", "reference")):
+    if any(f"left, {side}" not in facts for side in ("subject", "reference")):
         return None
     return facts[f"subject {what}"], facts[f"reference {what}"]
 
@@ -269,7 +267,12 @@ def _in_effect(record: Record, what: str) -> tuple[float, float] | None:
 def _computed(record: Record, what: str, values: tuple[float, float]) -> str:
     side, limit = ("subject", values[0]) if values[0] else ("reference", values[1])
     left = max(record.facts[f"left, {name}"] for name in ("subject", "reference"))
-    return f"a {what} at {limit:g} in the {side}: computed again with it, {left:.1g} of the difference is left"
+    at = f"at {limit:g} in the {side}"
+    if record.facts.get(f"{side} clip at any limit"):
+        at = f"in the {side}, whose limit these weights do not tell"
+    return (
+        f"a {what} {at}: computed again with one at {limit:g}, {left:.1g} of the difference is left"
+    )
 
 
 def bias_correction(record: Record) -> str | None:

@@ -35,6 +35,7 @@ PERTURBED = "inputs moved by one ulp"
 SUMMATION = "sum over the vocabulary"
 ULP = "one ulp of the size"
 REPEATS = {"reference": "repeat of the reference", "subject": "repeat of the subject"}
+COMPILED = "reference, compiled otherwise"
 
 Sources = dict[str, Array | str]
 """Name of a source → what it explains, elementwise, or why there is no value."""
@@ -54,8 +55,8 @@ class Noise:
             logarithm of it (losses), relative for what is divided by it (gradients).
         dtype: What the capture declares that its values were computed in; empty: the arrays' own.
         half: Whether the model computes in 16 bits.
-        repeats: Side → how far it is from itself when it is run again, by name. The subject's counts
-            as far as the reference's sources go.
+        repeats: One of `REPEATS` or `COMPILED` → how far that side is from itself when it is run again so,
+            by name. The subject's counts as far as the reference's sources go.
         absent: Source → why it is not there.
         main: The source without which nothing diverges, empty where there is none to be expected.
         given: Name → sources that were measured elsewhere, in the place of all of these.
@@ -91,13 +92,13 @@ class Noise:
         if self.reduction:
             size = np.abs(reference.astype(np.float64))
             found[SUMMATION] = self.reduction * (np.ones_like(size) if name in LOGARITHMS else size)
-        for side in REPEATS:
-            moved = self.repeats.get(side, {}).get(name)
+        for source in (COMPILED, *REPEATS.values()):
+            moved = self.repeats.get(source, {}).get(name)
             if moved is not None and moved.shape == reference.shape:
-                bound = largest(found) if side == "subject" else np.inf
-                found[REPEATS[side]] = np.minimum(moved, bound)
-            elif REPEATS[side] in self.absent:
-                found[REPEATS[side]] = self.absent[REPEATS[side]]
+                bound = largest(found) if source == REPEATS["subject"] else np.inf
+                found[source] = np.minimum(moved, bound)
+            elif source in self.absent:
+                found[source] = self.absent[source]
         return found
 
     def floor(self, name: str, reference: Array) -> float:

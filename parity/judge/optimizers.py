@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from parity.judge.noise import HEADROOM
 from parity.trace import Array
 
 Tensors = Mapping[str, Array]
 CLIPS = (1.0, 0.5, 5.0)
 """Limits that clips have by default, tried besides the recipe's own."""
-FITS = 0.02
-"""Share of the difference between two sides that may be left once one of them is computed."""
+FITS = 1 / HEADROOM**2
+"""Share of the difference between two sides that may be left once one of them is computed, so that what
+is left is small beside the least difference that diverges; nor may it be more than rounding explains."""
 
 
 def adam(
@@ -61,6 +63,7 @@ def in_effect(
     gradients: Sequence[Tensors],
     sides: Mapping[str, tuple[Tensors, Mapping[str, Any]]],
     decay: float,
+    rounding: float,
 ) -> dict[str, float]:
     """What Adam does on either side, for sides whose weights the formula gives.
 
@@ -69,12 +72,14 @@ def in_effect(
         gradients: What both were fed, one for each step.
         sides: Weights after the last step, and the factors of the recipe, of subject and reference.
         decay: The weight decay that the first updates suggest.
+        rounding: What rounding explains of a weight after the last step, absolute.
 
     Returns:
         `left, <side>`, the share of the difference between the sides that is left once the side is
         computed, with `<side> corrects bias`, `<side> weight decay`, `<side> clip by norm` and
-        `<side> clip by value` (0: none) as that formula has them; nothing for a side that no formula
-        fits, or where it is not Adam at a constant rate.
+        `<side> clip by value` (0: none) as that formula has them, and `<side> clip at any limit`, 1 where
+        other limits give the same weights; nothing for a side that no formula fits, or where it is not
+        Adam at a constant rate.
     """
     for _, factors in sides.values():
         plain = factors["optim.name"] in ("adam", "adamw")
@@ -83,18 +88,30 @@ def in_effect(
     gap = _size(sides["subject"][0], sides["reference"][0])
     facts: dict[str, float] = {}
     for side, (captured, factors) in sides.items() if gap else ():
+
+        def left(formula: Mapping[str, Any], captured: Tensors = captured) -> float | None:
+            """The share that is left with a formula; None where it does not fit."""
+            apart = _size(adam(weights, gradients, formula), captured)
+            fits = apart <= FITS * gap and apart <= HEADROOM * rounding
+            return apart / gap if fits else None
+
         for changes in _formulas(factors, decay):  # the recipe itself first
             formula = {**factors, **changes}
-            left = _size(adam(weights, gradients, formula), captured) / gap
-            if left <= FITS:
+            if (share := left(formula)) is not None:
                 clip, limit = formula["optim.clip"], float(formula["optim.clip_value"])
                 decoupled = formula["optim.name"] == "adamw"
+                # Adam undoes any factor of its gradients, so that a clip's limit may be without effect.
+                others = [
+                    {**formula, "optim.clip_value": limit * times} for times in (0.5, 0.97, 2)
+                ]
+                open_ = clip != "none" and any(left(other) is not None for other in others)
                 facts |= {
-                    f"left, {side}": left,
+                    f"left, {side}": share,
                     f"{side} corrects bias": float(formula["optim.bias_correction"]),
                     f"{side} weight decay": formula["optim.weight_decay"] if decoupled else 0.0,
                     f"{side} clip by norm": limit if clip == "norm" else 0.0,
                     f"{side} clip by value": limit if clip == "value" else 0.0,
+                    f"{side} clip at any limit": float(open_),
                 }
                 break
     return facts

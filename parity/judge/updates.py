@@ -150,7 +150,7 @@ def _difference(module: str, given: Updates, loaded: Updates) -> str:
     ours, wanted = loaded.factors(module), given.factors(module)
     ranks = ours[0].shape[1], wanted[0].shape[1]
     zero = [name for name, factor in zip("AB", ours, strict=True) if not factor.any()]
-    rounded = [k for k, to in _ROUND.items() if _same(ours, (to(wanted[0]), to(wanted[1])))]
+    rounded = [k for k, to in ROUND.items() if _same(ours, (to(wanted[0]), to(wanted[1])))]
     others = [name for name in _siblings(module, given) if _same(ours, given.factors(name))]
     words = []
     if ranks[0] != ranks[1]:
@@ -205,4 +205,5 @@ def _float16(values: Array) -> Array:
     return values.astype(np.float16).astype(np.float32)
 
 
-_ROUND = {"bfloat16": _bfloat16, "float16": _float16}
+ROUND = {"bfloat16": _bfloat16, "float16": _float16}
+"""Half dtypes to what rounds float32 to them, held as float32."""

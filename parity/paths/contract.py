@@ -152,6 +152,10 @@ _ALL = (
             scalar("layers", list[int], "layers that are trained"),
             scalar("modules", _NAMES, "last parts of the names of the modules", "modules"),
             scalar("dtype", str | _NAMES, f"dtype of the adapter: {_ONE_OR_MANY}"),
+            scalar(
+                "offsets", dict[str, float],
+                "weight to what MLX's has more than the path's own, which was added", "offsets",
+            ),
         ),
         reads=(*_ADAPTED, "seed.value", "seed.placement"),
     ),

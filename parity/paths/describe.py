@@ -116,3 +116,27 @@ def trained(names: Iterable[str]) -> dict[str, Any]:
         "layers": sorted({n for name in tensors if (n := layer_of(name)) is not None}),
         "modules": sorted({module.rpartition(".")[2] for module, _, _ in tensors.values()}),
     }
+
+
+def without_adapter(parameters: Iterable[str], recipe: Recipe) -> list[str]:
+    """Modules that a recipe names, in layers with an adapter, and that have none.
+
+    A name such as `down_proj` stands for modules of several kinds, experts among them.
+
+    Args:
+        parameters: Canonical names of all parameters of the live model.
+        recipe: Whose targets are looked for.
+    """
+    if recipe.lora.kind == "full":
+        return []
+    names = set(parameters)
+    adapted = {name.rpartition(".")[0] for name in names if is_factor(name)}
+    first = min((n for name in adapted if (n := layer_of(f"{name}.")) is not None), default=0)
+    return sorted(
+        module
+        for module, _, last in (name.rpartition(".") for name in names)
+        if last == "weight"
+        and module.rpartition(".")[2] in recipe.lora.target_modules
+        and module not in adapted
+        and (layer_of(f"{module}.") or 0) >= first
+    )

@@ -55,11 +55,14 @@ class Calls:
     """Of each forward pass, whether a compiler traced it."""
     autocast: set[str] = field(default_factory=set)
     """Dtypes that forward passes were cast to, where the framework has such a thing."""
+    layer_of: dict[int, int] = field(default_factory=dict)
+    """The layer that each module is in, of those that are known to be in one."""
 
     def facts(self) -> dict[str, Any]:
         """Compilation, gradient checkpointing and autocast.
 
-        With checkpointing a layer is called again in the backward pass.
+        With checkpointing a layer is called again in the backward pass. Layers in which nothing is
+        trained are not told of: where none below is trained either, they need no backward pass.
         """
         counts = [count for calls in self.passes for count in calls.values()]
         names = ["train.compile", "train.gradient_checkpointing"]
@@ -67,8 +70,21 @@ class Calls:
             names.append("train.autocast")
         if not counts:
             return dict.fromkeys(names, unknown("no forward pass was seen in training"))
-        values = any(self.compiled), max(counts) > 1, ", ".join(sorted(self.autocast))
+        again = max(counts) > 1 and self._again()
+        values = any(self.compiled), again, ", ".join(sorted(self.autocast))
         return dict(zip(names, values, strict=False))
+
+    def _again(self) -> bool | str:
+        """Whether all layers are called again, or in words which of them."""
+        layers: dict[int, bool] = {}
+        for calls in self.passes:
+            for module, count in calls.items():
+                if (layer := self.layer_of.get(module)) is not None:
+                    layers[layer] = layers.get(layer, False) or count > 1
+        if all(layers.values()):
+            return True
+        some = [str(layer) for layer, again in sorted(layers.items()) if again]
+        return f"of {len(layers)} layers in {', '.join(some) or 'none'} alone"
 
 
 def micro_batches(count: int) -> Trace:
@@ -149,6 +165,8 @@ def _loop_facts(
     one = micro_batches(1).with_group("adapter", start)
     clipped, _ = _update(path, loud, one, start)
     full = {name: value * longer for name, value in gradients[0].items()}
+    if not any(value.any() for gradient in gradients for value in gradient.values()):
+        raise Unsupported("the gradient at the start of the adapter is zero")
     shares, residual = combination(update, gradients)
     # What a short gradient is multiplied by as well is no clip.
     usual = 1.0 if residual > slack else float(shares.sum())

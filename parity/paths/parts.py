@@ -19,9 +19,15 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "loss": ("mask.",),
     "clip": ("optim.clip",),
     "optimizer": ("optim.",),
+    "saver": (),
+    "reader": (),
+    "fuse": (),
 }
 """What one path can take from another, and the factors that a part honours."""
 ALL = (*PARTS, LOOP)
+FILES = ("saver", "reader", "fuse")
+"""The parts that a trained adapter goes through: saved, read into a model, fused into its weights."""
+TRAINING = tuple(part for part in ALL if part not in FILES)
 COMPARED: Mapping[str, tuple[str, ...]] = {
     "tokenization": ("loader", "batching"),
     "supervised_positions": ("batching", "loss"),
@@ -30,10 +36,26 @@ COMPARED: Mapping[str, tuple[str, ...]] = {
     "lora_init": ("loader", "wiring", LOOP),
     "gradient": ("loader", "wiring", "loss", LOOP),
     "optimizer_step": ("clip", "optimizer"),
-    "round_trip": ("loader", "wiring"),
+    "round_trip": ("loader", "wiring", "saver", "reader"),
     "kv_cache": ("loader", "wiring"),
+    "exchange": ("loader", "wiring", "saver", "reader"),
+    "fuse": ("loader", "wiring", *FILES),
 }
-"""Stage → the parts that what it compares comes from; all of them at the other stages."""
+"""Stage → the parts that what it compares comes from; those of the training at the other stages."""
+_THROUGH_FILES = ("kv_cache", "greedy_decode")
+"""Stages at which some paths save the adapter and read it again, as `mlx_lm.generate` does."""
+_WORDS = {"saver": "adapter saver", "reader": "adapter reader"}
+
+
+def in_words(part: str) -> str:
+    """What a sentence calls a part: a loader loads the base, a reader the adapter."""
+    return _WORDS.get(part, part)
+
+
+def idle(stage: str) -> set[str]:
+    """Parts that no path uses at a stage."""
+    used = ("saver", "reader") if stage in _THROUGH_FILES else COMPARED.get(stage, ())
+    return set(FILES) - set(used)
 
 
 def part_of(factor: str) -> str:
@@ -60,11 +82,12 @@ def spec(parts: Mapping[str, str]) -> str:
 
 
 AFTERWARDS = {
-    "greedy_decode": "decoding",
-    "kv_cache": "KV cache",
-    "round_trip": "loading of a saved adapter",
+    "greedy_decode": ("decoding", ""),
+    "kv_cache": ("KV cache", ""),
+    "round_trip": ("loading of a saved adapter", "reader"),
+    "fuse": ("fuse", "fuse"),
 }
-"""Stage → what it uses beside the parts."""
+"""Stage → what it uses beside the parts of the training, and the part that this is."""
 
 
 def origin(side: str, stage: str, environment: Mapping[str, Any], other: str) -> list[str]:
@@ -79,12 +102,13 @@ def origin(side: str, stage: str, environment: Mapping[str, Any], other: str) ->
     if not (made_of := environment.get("parts")):
         return []
     own, others = made_of["own"], made_of["others"]
-    if set(own) == set(ALL):
-        used = AFTERWARDS.get(stage)
-        return [f"the {side}'s {used} is that of path {others}"] if used else []
+    if set(own) >= set(TRAINING):
+        used, part = AFTERWARDS.get(stage, ("", ""))
+        lent = used and part not in own
+        return [f"the {side}'s {used} is that of path {others}"] if lent else []
     words = f"of the {side} only {', '.join(own)} {'is' if len(own) == 1 else 'are'} its own"
     words += f", all else is taken from path {others}"
-    if not set(own) & set(COMPARED.get(stage, ALL)):
+    if not set(own) & set(COMPARED.get(stage, TRAINING)):
         words += f"; none of its own takes part here: this compares {others} with {other}"
     return [words]
 

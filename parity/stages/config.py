@@ -4,18 +4,21 @@ The settings are scalars that `config` emits, named in `parity.stages.settings.T
 `rope.frequencies` [[radians a position]], `rope.width`, `rope.attention_scaling`, `rope.kind`.
 `dtype.parameters` and `dtype.adapter` are {dtype: elements}, `dtype.activations` {dtype: modules},
 `optim.lr` is [per step], `mask.supervised` [per row], `batch.shapes` and `batch.rows` [per micro-batch].
-What is not compared but shown: `rope.configuration`, `lora.parameters`, `lora.names`. Array
+What is not compared but shown: `rope.configuration`, `lora.parameters`, `lora.names`; `lora.without`, modules
+that the recipe names and that have no adapter where others have. Array
 `supervised` (K, 3) holds (row, position, target id) in the first batch. `unknown (reason)` is the value
 of a setting that a path cannot tell.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar
 
 from parity.errors import CaptureError, Unsupported
 from parity.judge.compare import nothing
 from parity.paths.measured import known
+from parity.recipe import factor_names
 from parity.record import Metric, Verdict
 from parity.stages.context import Comparison, Context
 from parity.stages.settings import BATCHES, INTERNAL, TITLES, Settings, same, sentence, short
@@ -70,6 +73,7 @@ class Config:
                         f"{side}: the recipe has {factor}={short(wanted)}, "
                         f"{short(real)} is in effect"
                     )
+            found += _without_adapter(side, settings)
         return found
 
     def _shipped(self, context: Context) -> list[str]:
@@ -84,6 +88,18 @@ class Config:
             for key in TITLES
             if key not in aside and not absent(key, a, b) and not same(key, a[key], b[key])
         ]
+
+
+def _without_adapter(side: str, settings: Settings) -> list[str]:
+    """Modules with the name of a target that are left as they are, by name and kind."""
+    kinds: dict[str, list[str]] = {}
+    for name in settings.get("lora.without", []):
+        kinds.setdefault(re.sub(r"^layers\.\d+\.", "", name), []).append(name)
+    return [
+        f"{side}: lora.target_modules has {kind.rpartition('.')[2]}, and {kind} has no adapter in "
+        f"{len(names)} layers that have one elsewhere, such as {names[0]}"
+        for kind, names in kinds.items()
+    ]
 
 
 def absent(key: str, a: Settings, b: Settings) -> str:
@@ -105,22 +121,18 @@ def _one(value: Any) -> Any:
     return value
 
 
-REQUESTED = {
-    "lora.kind": "lora.kind",
-    "lora.rank": "lora.rank",
-    "lora.scale": "lora.scale",
-    "lora.dropout": "lora.dropout",
-    "optim.eps": "optim.eps",
-    "optim.weight_decay": "optim.weight_decay",
-    "optim.bias_correction": "optim.bias_correction",
+OTHER_FORM = ("optim.lr", "model.quantization")
+"""Settings that say more than the factor of their name: the rate of each step, each module's packing."""
+OTHER_NAME = {
     "optim.clip": "clip.mode",
-    "seed.value": "seed.value",
-    "seed.placement": "seed.placement",
-    "train.compile": "train.compile",
     "train.accumulation": "accumulation.steps",
-    "train.gradient_checkpointing": "train.gradient_checkpointing",
-    "train.autocast": "train.autocast",
+    "train.accumulation_weighting": "accumulation.weighting",
 }
+REQUESTED = {
+    **{name: name for name in factor_names() if name in TITLES and name not in OTHER_FORM},
+    **OTHER_NAME,
+}
+"""A factor → the setting that has its value where the recipe is in effect."""
 
 
 def _compared(count: int, lacking: list[str], a: Settings, b: Settings) -> Metric:

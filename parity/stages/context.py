@@ -65,6 +65,8 @@ class Pair:
     main: str
     measure: Callable[[str], Measured]
     reduction: Callable[[], float]
+    compiled_apart: Callable[[], bool] = lambda: False
+    """Whether only one side compiles its step."""
     _measured: dict[str, Measured] = field(default_factory=dict)
     _noises: dict[str, Noise] = field(default_factory=dict)
 
@@ -84,7 +86,8 @@ class Pair:
 
         Within one framework nothing is measured unless bits differ. Then each side is run once more:
         if both repeat themselves bits decide, and the float64 run tells which side is off; if one
-        does not, the floor does.
+        does not, the floor does. It does as well where one side alone compiles its step and the
+        compiler moves bits of the reference on this device, as it may on a GPU.
         """
         if group not in self._noises:
             self._noises[group] = self._noise(group)
@@ -164,22 +167,28 @@ class Pair:
         return trace
 
     def _repeats(self, group: str) -> tuple[dict[str, Mapping[str, Array]], str, dict[str, str]]:
-        """How far each side is from itself, why the floor decides, and repeats that failed."""
+        """By source how far a side is from itself, why the floor decides, and runs that failed."""
         moved: dict[str, Mapping[str, Array]] = {}
         why: list[str] = []
         absent: dict[str, str] = {}
-        for side, trace in (("reference", self.reference), ("subject", self.subject)):
-            source = REPEATS[side]
+        runs = [
+            (REPEATS[side], trace, f"the {side} does not repeat itself bit for bit on this device")
+            for side, trace in (("reference", self.reference), ("subject", self.subject))
+        ]
+        if self.compiled_apart():
+            reason = "one side alone compiles its step, and that moves bits on this device"
+            runs.append((sources.COMPILED, self.reference, reason))
+        for source, trace, reason in runs:
             again = self._trace(source, absent)
             ours, theirs = _arrays(trace, group), _arrays(again, group)
             if again is None or _equal(ours, theirs):
                 continue
-            moved[side] = {
+            moved[source] = {
                 name: np.abs(value.astype(np.float64) - theirs[name])
                 for name, value in ours.items()
                 if name in theirs and theirs[name].shape == value.shape and value.dtype.kind == "f"
             }
-            why.append(f"the {side} does not repeat itself bit for bit on this device")
+            why.append(reason)
         return moved, " and ".join(why), absent
 
 
@@ -286,6 +295,10 @@ class Context:
                 return self.moved("reference", method, recipes["reference"], inputs)
             if source == sources.REFEREE and not self.has_referee:
                 return Measured(None, "the reference runs in float64 itself")
+            if source == sources.COMPILED:
+                other = recipes["reference"]
+                flipped = other.override({"train.compile": not other.train.compile})
+                return measured(self.capture, "reference", method, flipped, inputs)
             if source in REPEATS.values():
                 try:
                     side = next(side for side, name in REPEATS.items() if name == source)
@@ -317,7 +330,19 @@ class Context:
             main=main,
             measure=measure,
             reduction=reduction,
+            compiled_apart=lambda: self.compiled_apart,
         )
+
+    @cached_property
+    def compiled_apart(self) -> bool:
+        """Whether only one side compiles its step, read from live objects."""
+        empty = Trace()
+        traces = (
+            measured(self.capture, side, "config", self.recipes[side], empty).trace
+            for side in ("subject", "reference")
+        )
+        found = {t.scalars.get("train.compile") if t is not None else None for t in traces}
+        return found == {True, False}
 
     def loss_inputs(self) -> Trace:
         """Logits and targets of stage 03, seeded by the cell."""

@@ -8,7 +8,9 @@ from typing import ClassVar
 import numpy as np
 
 from parity.judge.compare import compare, compare_exact, compare_group
+from parity.judge.noise import HEADROOM, distance
 from parity.names import is_factor
+from parity.stages import experts
 from parity.stages.context import Comparison, Context, Pair
 from parity.stages.inputs import common_rows
 from parity.trace import Array, Trace
@@ -39,7 +41,10 @@ class Gradient:
             tensors = a.group("gradient"), b.group("gradient")
             noise = pair.noise_of("gradient")
             result.metrics.append(compare_group(f"gradient, {what}", *tensors, noise))
-            facts = scale_facts(*tensors, what)
+            result.metrics += experts.metrics(*tensors, what)
+            result.findings += experts.findings(*tensors, what)
+            floors = {name: noise.floor(name, value) for name, value in tensors[1].items()}
+            facts = scale_facts(*tensors, floors, what)
             result.findings += proportional(facts, what)
             result.facts |= facts
             result.facts |= reduction_facts(a, b, what)
@@ -96,30 +101,47 @@ def proportional(facts: dict[str, float], what: str) -> list[str]:
     return [f"{what}: the subject's gradient is the reference's times {ratio:.4g}"]
 
 
-EXPLAINED = 0.02
-"""Share of a difference that may be left when it is explained."""
-
-
 def scale_facts(
-    subject: dict[str, Array], reference: dict[str, Array], what: str
+    subject: dict[str, Array], reference: dict[str, Array], floors: dict[str, float], what: str
 ) -> dict[str, float]:
-    """Relative distance, the factor between parallel gradients, the bound of a clipped one (< 0: the reference's)."""
+    """Relative distance, the factor between parallel gradients, the bound of a clipped one (< 0: the reference's).
+
+    Args:
+        subject: Gradients by name.
+        reference: Those of the other side.
+        floors: What rounding explains of each.
+        what: Of which adapter, for the names of the facts.
+    """
     if subject.keys() != reference.keys() or not subject:
         return {}
-    a = np.concatenate([subject[k].ravel() for k in reference]).astype(np.float64)
-    b = np.concatenate([v.ravel() for v in reference.values()]).astype(np.float64)
-    if a.shape != b.shape or not a.any() or not b.any():
+    if any(subject[k].shape != v.shape for k, v in reference.items()):
         return {}
-    length, apart = float(np.linalg.norm(b)), float(np.linalg.norm(a - b))
-    facts = {f"distance of gradient, {what}": apart / length}
+    ours, theirs = (
+        {k: v.astype(np.float64) for k, v in side.items()} for side in (subject, reference)
+    )
+    a, b = (np.concatenate([side[k].ravel() for k in theirs]) for side in (ours, theirs))
+    if not a.any() or not b.any():
+        return {}
+    length = float(np.linalg.norm(b))
+    facts = {f"distance of gradient, {what}": float(np.linalg.norm(a - b)) / length}
     ratio = float(a @ b) / length**2
-    # A factor explains the difference where dividing by it takes the difference away.
-    if apart and np.linalg.norm(a - ratio * b) <= EXPLAINED * apart:
+
+    def explained(factor: float) -> bool:
+        """Whether a factor leaves no tensor beyond its rounding."""
+        return all(
+            distance(ours[k], factor * v) <= HEADROOM * max(1.0, abs(factor)) * floors[k]
+            for k, v in theirs.items()
+        )
+
+    if explained(1.0):
+        return facts  # nothing is to be explained
+    if explained(ratio):
         return facts | {f"gradient ratio, {what}": ratio}
     bounds = float(np.abs(a).max()), float(np.abs(b).max())
-    low = min(bounds)
-    if max(bounds) > 1.01 * low and np.abs(np.clip(a, -low, low) - np.clip(b, -low, low)).max() < (
-        1e-4 * low
+    low, least = min(bounds), HEADROOM * max(floors.values())
+    if max(bounds) > low + least and all(
+        distance(ours[k].clip(-low, low), v.clip(-low, low)) <= HEADROOM * floors[k]
+        for k, v in theirs.items()
     ):
         facts[f"gradient bound, {what}"] = low if low == bounds[0] else -low
     return facts

@@ -7,8 +7,8 @@ from typing import ClassVar
 import numpy as np
 
 from parity.errors import Unsupported
-from parity.judge.compare import compare, compare_exact
-from parity.judge.noise import Noise
+from parity.judge.compare import compare, compare_exact, side_off
+from parity.judge.noise import Noise, distance
 from parity.record import Metric, Verdict
 from parity.stages.context import Comparison, Context, Pair
 from parity.stages.gradient import filled
@@ -129,7 +129,7 @@ def _across(pair: Pair, result: Comparison) -> None:
         metric = compare(mode, *values, pair.noise)
         name = f"{MODES[mode]}, both through their caches"
         metric, first = _placed(metric, name, *values, at)
-        result.metrics.append(metric)
+        result.metrics.append(_held_to_uncached(metric, pair, *values, at))
         off |= first is not None
     if off:
         values = pair.subject.arrays["uncached"], pair.reference.arrays["uncached"]
@@ -137,6 +137,23 @@ def _across(pair: Pair, result: Comparison) -> None:
             result.findings.append(
                 "the logits without a cache differ as well: not the caches alone"
             )
+
+
+def _held_to_uncached(
+    metric: Metric, pair: Pair, subject: Array, reference: Array, at: Array
+) -> Metric:
+    """Which side is off by the float64 run without a cache: with one it shares the reference's faults."""
+    truth = pair.noise.referee.get("uncached")
+    if metric.verdict is not Verdict.DIVERGE or truth is None or truth[at].shape != subject.shape:
+        return metric
+    errors = distance(subject, truth[at]), distance(reference, truth[at])
+    return metric.model_copy(
+        update={
+            "error_subject": errors[0],
+            "error_reference": errors[1],
+            "off": side_off(*errors, metric.floor),
+        }
+    )
 
 
 def _placed(

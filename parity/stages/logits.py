@@ -12,6 +12,7 @@ from parity.judge.noise import HEADROOM, distance
 from parity.names import each
 from parity.record import MODULE, Verdict
 from parity.stages.context import Comparison, Context, Pair
+from parity.stages.routing import without_ties
 from parity.trace import Trace
 
 LONG = 160
@@ -39,7 +40,11 @@ class Logits:
             )
             result.metrics.append(metric.model_copy(update={"name": f"logits, {what}"}))
         if any(m.verdict is Verdict.DIVERGE for m in result.metrics[1:]):
-            result.findings += first_bad_module(context, inputs, result)
+            if (ties := without_ties(context, inputs, result.metrics[1:])) is not None:
+                result.metrics[1:], words = ties
+                result.findings += words
+            else:
+                result.findings += first_bad_module(context, inputs, result)
         result.findings += top_tokens(pair)
         return result
 

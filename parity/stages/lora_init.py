@@ -55,7 +55,21 @@ class LoraInit:
         else:
             result.metrics += distributions(a, b) if low_rank else []
             result.metrics += _not_drawn(ours, theirs, pair.noise_of("adapter"))
+        result.findings += _offsets(a, b)
         return result
+
+
+def _offsets(subject: Trace, reference: Trace) -> list[str]:
+    """Weights that the two sides store with a constant between them, and are compared without it."""
+    found = []
+    for side, trace in (("subject", subject), ("reference", reference)):
+        if added := trace.scalars.get("offsets"):
+            values = " or ".join(f"{value:g}" for value in sorted(set(added.values())))
+            found.append(
+                f"mlx-lm stores {len(added)} of these weights as the {side}'s + {values}, such as "
+                f"{next(iter(added))}: compared and handed over as mlx-lm stores them"
+            )
+    return found
 
 
 def _not_drawn(

@@ -59,6 +59,8 @@ class LossCurve:
             result.findings.append(
                 "trained without dropout: no two frameworks draw the same masks from a seed"
             )
+        if across(context):
+            result.findings += _decayed(context)
         result.metrics.append(self._completion(context, adapters))
         self._shipped(context, result)
         return result
@@ -105,6 +107,17 @@ class LossCurve:
                 f"as shipped: the loss differs by {abs(gap[0]):.3g} at step 1 and at most by "
                 f"{abs(gap[at]):.3g} (step {at + 1} of {steps})"
             )
+
+
+def _decayed(context: Context) -> list[str]:
+    """Says so where weight decay moves a weight otherwise because the two sides store it otherwise."""
+    added = context.given("lora_init").scalars.get("offsets")
+    if not added or not any(recipe.optim.weight_decay for recipe in context.recipes.values()):
+        return []
+    return [
+        f"{len(added)} weights are stored with a constant between them, such as {next(iter(added))} (probe 04): "
+        "weight decay pulls what each side stores to 0, so that it moves them otherwise"
+    ]
 
 
 def final_updates(

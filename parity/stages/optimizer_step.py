@@ -8,6 +8,7 @@ import numpy as np
 
 from parity.errors import Unsupported
 from parity.judge.compare import compare_group
+from parity.judge.noise import largest
 from parity.judge.optimizers import in_effect
 from parity.record import Verdict
 from parity.stages.context import Comparison, Context, Pair
@@ -92,7 +93,10 @@ def adam_facts(
     rate = recipes["reference"].optim.lr
     slope = abs(facts.get("first gap / weight", 0.0)) / rate if rate else 0.0
     least = min(recipe.optim.weight_decay for recipe in recipes.values())
-    return in_effect(inputs.group("weight"), gradients, sides, slope + least)
+    last = f"weight.{len(gradients) - 1}/"
+    names = [name for name in pair.reference.arrays if name.startswith(last)]
+    rounding = max((largest(pair.rounding(name)) for name in names), default=0.0)
+    return in_effect(inputs.group("weight"), gradients, sides, slope + least, rounding)
 
 
 def first_update(

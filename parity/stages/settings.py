@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
-RELATIVE = 1e-6
-"""Settings are stored as float32 on one side and as float64 on the other."""
+from parity.judge.noise import EPS, HEADROOM
+
+RELATIVE = HEADROOM * EPS["float32"]
+"""Settings are stored as float32 on one side and as float64 on the other, after an operation or two."""
 ANGLE = 1e-5
 """Inverse frequencies are measured from float32 sines and cosines: MLX's are up to 1.4e-6 off for a base
 of 1e7 over 128 dimensions, since it takes an exponential of a float32."""
@@ -57,7 +59,7 @@ TITLES: dict[str, str] = {
 }
 BATCHES = ("mask.supervised", "batch.shapes", "batch.rows", "batch.pad_id")
 """Depend on the order and width of the batches."""
-INTERNAL = ("model.quantization", "train.compile", "seed.rng", "dtype.activations")
+INTERNAL = ("train.compile", "seed.rng", "dtype.activations")
 """Mean something within one framework only."""
 
 
@@ -71,9 +73,7 @@ def sentence(key: str, a: Settings, b: Settings) -> str:
 def short(value: Any) -> str:
     """A value in a few words."""
     if isinstance(value, dict):
-        return ", ".join(
-            f"{k} ({v:,})" if isinstance(v, int) else f"{k} {short(v)}" for k, v in value.items()
-        )
+        return ", ".join(f"{k} {_counted(v)}" for k, v in value.items())
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, (list, tuple)):
@@ -82,8 +82,21 @@ def short(value: Any) -> str:
     return str(value)
 
 
+def _counted(value: Any) -> str:
+    """What stands behind a key: a number, how many modules, or the value."""
+    if isinstance(value, int):
+        return f"({value:,})"
+    if isinstance(value, list) and value and isinstance(value[0], str):
+        return f"({len(value)} modules)"
+    return short(value)
+
+
 def same(key: str, a: Any, b: Any) -> bool:
     """Whether two values of a setting are equal, floats up to their storage."""
+    if key == "optim.lr" and isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        # Where a schedule ends near zero a rate is what two numbers of the size of the first leave.
+        size = max((abs(float(rate)) for rate in (*a, *b)), default=0.0)
+        return len(a) == len(b) and bool(np.allclose(a, b, rtol=0, atol=RELATIVE * size))
     return _same(a, b, ANGLE if key.startswith("rope.") else RELATIVE)
 
 
@@ -136,6 +149,35 @@ def _frequencies(a: Settings, b: Settings) -> str:
     )
 
 
+def packed(settings: Settings) -> dict[str, str]:
+    """Module that holds packed weights → what it is quantized with."""
+    value = settings.get("model.quantization")
+    found = value.items() if isinstance(value, Mapping) else ()
+    return {name: words for words, names in found for name in names}
+
+
+def _quantization(ours: Settings, theirs: Settings) -> str:
+    """How many modules are packed on each side, and which otherwise than on the other."""
+    a, b = packed(ours), packed(theirs)
+    totals = (
+        f"{short(s['model.quantization'])} in the {side}"
+        for side, s in (("subject", ours), ("reference", theirs))
+    )
+    words = [f"{TITLES['model.quantization']}: {', '.join(totals)}"]
+    for side, more, other in (("subject", a, b), ("reference", b, a)):
+        if alone := [name for name in more if name not in other]:
+            words.append(f"packed in the {side} alone: {_few(alone)}")
+    if both := [name for name in a if name in b and a[name] != b[name]]:
+        words.append(
+            f"packed otherwise: {_few(both)} ({a[both[0]]} in the subject, {b[both[0]]} in the reference)"
+        )
+    return "; ".join(words)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
 def _correction(a: Settings, b: Settings) -> str:
     def describe(value: Any) -> str:
         known = {True: "corrects Adam's bias", False: "does not correct Adam's bias"}
@@ -183,6 +225,7 @@ def _rows(_: Settings, __: Settings) -> str:
 
 _SENTENCES: dict[str, Callable[[Settings, Settings], str]] = {
     "rope.frequencies": _frequencies,
+    "model.quantization": _quantization,
     "lora.layers": _layers,
     "mask.supervised": _supervised,
     "optim.bias_correction": _correction,

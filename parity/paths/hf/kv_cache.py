@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from parity.names import each
-from parity.paths.hf.live import ids_tensor, to_numpy
+from parity.paths.hf.live import ids_tensor, to_numpy, without_adapter
 from parity.paths.hf.readback import dtype_name
 from parity.trace import Array, Trace
 
@@ -59,16 +60,22 @@ def forward_dtype(model: Any, ids: Array) -> Any:
     return model(input_ids=ids_tensor(ids[None, :1]), use_cache=False).logits.dtype
 
 
+def _cache_name(model: Any) -> str:
+    """What the model calls its cache: models that are nothing but a state space call it by another name."""
+    forward = inspect.signature(without_adapter(model).forward)
+    return "cache_params" if "cache_params" in forward.parameters else "past_key_values"
+
+
 def _logits(values: Any) -> Array:
     return to_numpy(values[0].float())
 
 
 def fed(model: Any, turns: list[Array], cache: Any) -> tuple[Array, Any]:
     """Logits (T, V) of turns fed one after the other, and the cache they went through."""
-    logits = []
+    logits, name = [], _cache_name(model)
     for turn in turns:
-        output = model(input_ids=ids_tensor(turn[None]), past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(input_ids=ids_tensor(turn[None]), use_cache=True, **{name: cache})
+        cache = getattr(output, name)
         logits.append(_logits(output.logits))
     return np.concatenate(logits), cache
 
@@ -108,7 +115,7 @@ def generated(model: Any, cache: Any, turns: list[Array]) -> tuple[Array, Array]
             attention_mask=ids.new_ones(ids.shape),
             generation_config=config,
             logits_processor=[force],
-            **({} if cache is None else {"past_key_values": cache}),
+            **({} if cache is None else {_cache_name(model): cache}),
         )
         cache = output.past_key_values
         seen += [_logits(logits) for logits in output.logits]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,8 @@ from parity import resources
 from parity.errors import Unsupported
 from parity.names import canonical
 from parity.paths import quantized
+from parity.paths.hf import conventions, tensors
 from parity.paths.hf import live as _torch
-from parity.paths.hf import tensors
 from parity.recipe import Recipe
 from parity.trace import Array
 
@@ -48,9 +46,10 @@ def load(recipe: Recipe, cache: Path) -> Any:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(getattr(torch, recipe.model.weights)).to(dtype)
     if packed:
+        conventions.apply(model, source, conventions.live_shapes(model))
         _fill(model, _values(Path(source), recipe), every=True)
     elif recipe.model.quantization != "stored":
-        _fill(model, _values(_quantized(recipe, cache), recipe), every=False)
+        _fill(model, _values(quantized.made(recipe, cache), recipe), every=False)
     return model.to(device).eval()
 
 
@@ -81,22 +80,8 @@ def _empty(source: str, dtype: Any) -> Any:
     return model
 
 
-def _quantized(recipe: Recipe, cache: Path) -> Path:
-    """The checkpoint that mlx-lm quantizes, in a process of its own: torch and MLX share none."""
-    folder = quantized.folder(recipe, cache)
-    if folder.exists():
-        return folder
-    command = [sys.executable, "-m", "parity.paths.mlx.quantized"]
-    command += [*map(str, quantized.words(recipe)), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if not folder.exists():
-        reason = (done.stderr.strip() or done.stdout.strip()).rpartition("\n")[2]
-        raise Unsupported(f"no weights quantized by mlx-lm (model.quantization): {reason}")
-    return folder
-
-
-def _values(folder: Path, recipe: Recipe) -> dict[str, tuple[Array, bool]]:
-    """Canonical name → values in float64 if they were packed, and whether they were."""
+def _values(folder: Path, recipe: Recipe) -> dict[str, tuple[Array, str]]:
+    """Canonical name → values in float64 if they were packed, and how they were."""
     import torch
 
     dtype = getattr(torch, quantized.computed_in(recipe))
@@ -111,13 +96,11 @@ def _values(folder: Path, recipe: Recipe) -> dict[str, tuple[Array, bool]]:
     return {canonical(name): (value, packed) for name, value, packed in found}
 
 
-def _fill(model: Any, values: Mapping[str, tuple[Array, bool]], every: bool) -> None:
+def _fill(model: Any, values: Mapping[str, tuple[Array, str]], every: bool) -> None:
     """Writes values into a model: those that were packed, or every one.
 
-    Whether any was packed is kept with the model: they cannot be trained.
+    How each was packed is kept with the model: they cannot be trained.
     """
-    import torch
-
     live = tensors.tensors(model)
     wanted = {name: value for name, (value, packed) in values.items() if every or packed}
     if every:
@@ -125,5 +108,6 @@ def _fill(model: Any, values: Mapping[str, tuple[Array, bool]], every: bool) -> 
     elif lone := sorted(wanted.keys() - live.keys()):
         raise Unsupported(f"transformers has no weight {lone[0]!r} (model.quantization)")
     for name, value in wanted.items():
-        live[name].value.copy_(torch.from_numpy(value))
-    model.packed = any(packed for _, packed in values.values())
+        live[name].write(value)
+    packed = {name.removesuffix(".weight"): how for name, (_, how) in values.items() if how}
+    model.packed = packed

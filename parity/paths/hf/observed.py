@@ -20,7 +20,10 @@ def calls(seen: Calls) -> Iterator[None]:
     from torch.nn.modules.module import register_module_forward_pre_hook
 
     def before(module: Any, _: Any) -> None:
-        if isinstance(module, torch.nn.Embedding):
+        layers = getattr(module, "layers", None)
+        if isinstance(layers, torch.nn.ModuleList):  # the model, before any of its modules
+            seen.layer_of |= {id(m): at for at, layer in enumerate(layers) for m in layer.modules()}
+        elif isinstance(module, torch.nn.Embedding):
             kind = device().type
             cast = torch.is_autocast_enabled(kind)
             seen.passes.append(Counter())

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from parity.names import canonical
-from parity.paths.describe import row_digests, single, trained
+from parity.paths.describe import row_digests, single, trained, without_adapter
 from parity.paths.hf import tensors
 from parity.paths.hf.live import (
     Batch,
@@ -25,6 +25,7 @@ from parity.paths.hf.live import (
 )
 from parity.paths.hf.modules import module_outputs
 from parity.paths.measured import denominator, loss_batches, padding, unknown
+from parity.paths.quantized import by_setting
 from parity.recipe import Recipe
 from parity.trace import Array, Trace
 
@@ -162,22 +163,25 @@ def adapter_trace(model: Any) -> Trace:
         "trainable": sorted(values),
         "dtype": single(set(dtype_census(trainable(model)))),
     }
+    added = {n: t.offset for n, t in tensors.trainable(model).items() if t.offset}
+    scalars |= {"offsets": added} if added else {}
     return Trace(scalars=scalars).with_group("adapter", values)
 
 
-def model_facts(model: Any) -> dict[str, Any]:
+def model_facts(model: Any, recipe: Recipe) -> dict[str, Any]:
     """Dtypes, rope and LoRA of a live model, in the vocabulary of probe 00."""
     parameters, names = trainable(model), sorted(tensors.trainable(model))
     # Set by `parity.paths.hf.loading`, which computes with what packed weights are worth.
-    packed = getattr(model, "packed", False)
+    packed = getattr(model, "packed", {})
     return {
-        "model.quantization": "none: what packed weights are worth" if packed else "none",
+        "model.quantization": by_setting(packed),
         "dtype.parameters": dtype_census(p for p in model.parameters() if not p.requires_grad),
         "dtype.adapter": dtype_census(parameters),
         **forward_facts(model),
         "lora.trainable": len(names),
         "lora.parameters": sum(p.numel() for p in parameters),
         "lora.names": names,
+        "lora.without": without_adapter(tensors.tensors(model), recipe),
         **{f"lora.{key}": value for key, value in lora_facts(model).items()},
     }
 

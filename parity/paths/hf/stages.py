@@ -276,7 +276,7 @@ class TorchStages(RoundTrips):
         targets = _torch.labels(recipe, *drawn[0])
         measured = self.training_facts(recipe)
         with seeding() as events, self.adapted(recipe) as model:
-            facts = readback.model_facts(model)
+            facts = readback.model_facts(model, recipe)
             optimizer, schedule = _torch.make_optimizer(recipe, _torch.trainable(model))
             loss = _torch.without_adapter(model).loss_function
             supervised = supervised_positions(loss, targets)

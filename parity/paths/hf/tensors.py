@@ -6,7 +6,8 @@ is the one place that knows how PEFT and transformers store what MLX stores othe
 - LoRA's factors are (r, in) and (out, r), in MLX (in, r) and (r, out);
 - PEFT keeps A and B of all experts in one matrix each, (experts * r, in) and (out, r * experts);
 - transformers keeps gate and up projection of experts in one tensor (experts, 2 * out, in);
-- kernels of convolutions are (out, in, width), in MLX (out, width, in).
+- kernels of convolutions are (out, in, width), in MLX (out, width, in);
+- what mlx-lm adds to a weight while it loads it (`parity.paths.hf.conventions`) is added to the view.
 """
 
 from __future__ import annotations
@@ -23,21 +24,39 @@ from parity.names import canonical, is_factor
 from parity.trace import Array
 
 View = Callable[[Any], Any]
+OFFSETS = "parity_offsets"
+"""Attribute of a live model: canonical name → `Tensor.offset`, of those that have one."""
 EXPERTS = re.compile(r"\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj)$")
 """Weights of experts as transformers names them, all experts in one; in MLX they are modules."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A parameter and how it is seen in canonical orientation."""
+    """A parameter and how it is seen in canonical orientation.
+
+    Attributes:
+        parameter: The live one.
+        view: Its values as MLX orients them.
+        offset: What MLX's weight has more than torch's in each element. The gradient has no offset.
+    """
 
     parameter: Any
     view: View
+    offset: float = 0.0
 
     @property
     def value(self) -> Any:
-        """The parameter itself, oriented."""
-        return self.view(self.parameter.data)
+        """What the parameter holds, oriented; to be read."""
+        oriented = self.view(self.parameter.data)
+        return oriented + self.offset if self.offset else oriented
+
+    def write(self, array: Array) -> None:
+        """Copies a canonical array into the parameter."""
+        import torch
+
+        given = torch.from_numpy(np.ascontiguousarray(array))
+        # In float64 the difference of two float32 numbers is exact.
+        self.view(self.parameter.data).copy_(given.double() - self.offset if self.offset else given)
 
     @property
     def gradient(self) -> Any:
@@ -53,8 +72,9 @@ def trainable(model: Any) -> dict[str, Tensor]:
 def tensors(model: Any, wanted: Callable[[Any], bool] = lambda _: True) -> dict[str, Tensor]:
     """Canonical name → each tensor of a live model that is wanted."""
     modules = dict(model.named_modules())
+    offsets: Mapping[str, float] = getattr(model, OFFSETS, {})
     return {
-        canonical_name: Tensor(parameter, view)
+        canonical_name: Tensor(parameter, view, offsets.get(canonical_name, 0.0))
         for name, parameter in model.named_parameters()
         if wanted(parameter)
         for canonical_name, view in _views(name, parameter, modules)
@@ -122,13 +142,11 @@ def transplant(tensors: Mapping[str, Tensor], arrays: Mapping[str, Array]) -> No
         UnmatchedNames: Names that stand on one side only.
         ValueError: A shape that does not fit.
     """
-    import torch
-
     check_names(tensors, arrays)
     for name, tensor in tensors.items():
         if tuple(tensor.value.shape) != arrays[name].shape:
             raise ValueError(f"{name}: shape {arrays[name].shape} does not fit")
-        tensor.value.copy_(torch.from_numpy(np.ascontiguousarray(arrays[name])))
+        tensor.write(arrays[name])
 
 
 def check_names(ours: Mapping[str, Any], given: Mapping[str, Any]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from parity import resources
 from parity.errors import Unsupported
 from parity.names import canonical, layer_of
-from parity.paths.hf import tensors
+from parity.paths.hf import conventions, tensors
 from parity.paths.quantized import NOT_TRAINED
 from parity.paths.targets import targets
 from parity.recipe import Recipe
@@ -76,8 +78,10 @@ def unfrozen(base: Any, recipe: Recipe) -> Any:
     """
     first = _layers(base, recipe) - recipe.lora.num_layers if recipe.lora.num_layers != -1 else 0
     base.requires_grad_(False)
-    if getattr(base, "packed", False):
+    if getattr(base, "packed", {}):
         raise Unsupported(NOT_TRAINED)
+    source = resources.model_dir(recipe.model.source)
+    conventions.apply(base, source, conventions.stored_shapes(Path(source)) or None)
     for name, tensor in tensors.tensors(base).items():
         if (layer := layer_of(name)) is not None and layer >= first:
             tensor.parameter.requires_grad_(True)

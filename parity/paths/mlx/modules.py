@@ -151,17 +151,27 @@ def gradients(model: Any, loss: Loss, batch: Batch, replace: Mapping[str, Array]
         if name in replace and zero.shape == replace[name].shape
     }
 
+    answering: list[Any] = []
+
     def answered(name: str, array: Any) -> Any:
-        return _answering(array, arriving[name]) if name in arriving else array
+        if name not in arriving:
+            return array
+        answering.append(_answering(array, arriving[name]))
+        return answering[-1]
+
+    def differentiated() -> Any:
+        answering.clear()
+        value, tokens = loss(model, *batch)
+        return (_reached(value, answering) if answering else value), tokens
 
     def at_outputs(parameters: Any, zeros: Mapping[str, Any]) -> Any:
         model.update(parameters)
         with tapped(model, lambda name, array: answered(name, array) + zeros[name]):
-            return loss(model, *batch)
+            return differentiated()
 
     def at_arguments(zeros: Mapping[str, Any]) -> Any:
         with tapped(model, answered, lambda name, array: array + zeros[name]):
-            return loss(model, *batch)
+            return differentiated()
 
     try:
         (value, tokens), (found, outputs) = mx.value_and_grad(at_outputs, (0, 1))(
@@ -178,6 +188,24 @@ def gradients(model: Any, loss: Loss, batch: Batch, replace: Mapping[str, Array]
         {n: at[n] for n in zero} for at, zero in zip((outputs, inputs), zeros, strict=True)
     )
     return BackwardPass(value, tokens, found, outputs, inputs)
+
+
+def _reached(value: Any, arrays: list[Any]) -> Any:
+    """The same loss, from which a zero goes back to each array.
+
+    Where a model lets no gradient through to an output, nothing would ask for the one in its place.
+    """
+    import mlx.core as mx
+
+    @mx.custom_function
+    def same(value: Any, *arrays: Any) -> Any:
+        return value
+
+    @same.vjp
+    def same_vjp(primals: Any, cotangent: Any, output: Any) -> Any:
+        return cotangent, *map(mx.zeros_like, primals[1:])
+
+    return same(value, *arrays)
 
 
 def _answering(array: Any, gradient: Any) -> Any:

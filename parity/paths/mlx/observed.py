@@ -22,6 +22,7 @@ def calls(model: Any, seen: Calls) -> Iterator[None]:
     def counting(original: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             if args and isinstance(args[0], mx.array) and mx.issubdtype(args[0].dtype, mx.integer):
+                seen.layer_of |= _layers(self)
                 seen.passes.append(Counter())
                 seen.compiled.append(_traced(args[0]))
             elif seen.passes and _trained(self):
@@ -36,6 +37,16 @@ def calls(model: Any, seen: Calls) -> Iterator[None]:
                 put = mock.patch.object(kind, "__call__", counting(kind.__call__))
                 stack.enter_context(put)
         yield
+
+
+def _layers(model: Any) -> dict[int, int]:
+    """The layer that each module of a model is in; empty of what has no layers."""
+    layers = getattr(model, "layers", None)
+    return {
+        id(module): index
+        for index, layer in enumerate(layers if isinstance(layers, list) else [])
+        for _, module in layer.named_modules()
+    }
 
 
 def _trained(module: Any) -> bool:

@@ -1,14 +1,13 @@
 """Path `mlx`: an in-process loop on mlx-lm's loader, adapter wiring, batching and loss.
 
-Every factor is honoured but `train.autocast`, which names torch's. The parts (load, wire, dataset, iterate, loss, optimizer, clip, loop) are
-methods, so that a subclass can put in a part of another stack.
+Every factor is honoured but `train.autocast`, which names torch's. The parts (load, wire, dataset,
+iterate, loss, optimizer, clip, save, read, merge, loop) are methods, so that a subclass can put in a
+part of another stack.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import tempfile
 import types
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -24,16 +23,14 @@ from parity.paths.describe import defaults as defaults_of
 from parity.paths.describe import describe_process, model_key
 from parity.paths.mlx import live as _mlx
 from parity.paths.mlx import loading, settings
+from parity.paths.mlx.artefacts import MlxArtefacts
 from parity.paths.mlx.live import Batch, Loss, Setup
 from parity.paths.mlx.pristine import Pristine
 from parity.paths.mlx.quantized import quantize
-from parity.paths.mlx.round_trip import save_by_train
 from parity.paths.mlx.settings import lr_schedule, optimizer_config, pad
-from parity.paths.mlx.stages import MlxStages
-from parity.paths.mlx.traces import given
 from parity.recipe import Recipe
 from parity.timing import LOAD, timed
-from parity.trace import Array, Trace
+from parity.trace import Array
 
 WRITTEN_AS = {
     "loader": ("load",),
@@ -42,10 +39,14 @@ WRITTEN_AS = {
     "loss": ("loss",),
     "clip": ("clip",),
     "optimizer": ("optimizer",),
+    "saver": ("save", "export"),
+    "reader": ("read",),
+    "fuse": ("merge",),
     parts.LOOP: ("loop",),
 }
 """The methods of a part."""
 _TRAINS = ("setup", "train")
+_FILES = ("round_trip", "train_and_load")
 _USED_BY = {
     "loader": ("setup",),
     "wiring": ("setup", "lora_init"),
@@ -53,12 +54,15 @@ _USED_BY = {
     "loss": (*_TRAINS, "gradient", "cross_entropy", "supervised_positions"),
     "clip": (*_TRAINS, "optimizer_step"),
     "optimizer": (*_TRAINS, "optimizer_step"),
+    "saver": (*_FILES, "saved", "trained", "exported", "save_adapter"),
+    "reader": (*_FILES, "reloaded", "load_adapter"),
+    "fuse": ("merged", "fuse"),
     parts.LOOP: ("train",),
 }
 """The methods that use a part: where one of them is replaced, nobody knows whether it still does."""
 
 
-class MlxPath(MlxStages):
+class MlxPath(MlxArtefacts):
     """In-process fine-tuning on mlx-lm's parts."""
 
     name: ClassVar[str] = "mlx"
@@ -283,55 +287,6 @@ class MlxPath(MlxStages):
             self._loaded = {key: self.part("loader").load(recipe)}
             self._pristine = {key: Pristine(self._loaded[key][0])}
         return self._pristine[key].restore().eval(), self._loaded[key][1]
-
-    @contextlib.contextmanager
-    def saved(
-        self, recipe: Recipe, adapter: Mapping[str, Array], see: Callable[[Any], None]
-    ) -> Iterator[Path]:
-        """By mlx-lm's `train`, with the settings that its command line writes beside it."""
-        setup = self.setup(recipe, adapter)
-        see(setup.model)
-        with self._left(recipe, setup) as folder:
-            yield folder
-
-    @contextlib.contextmanager
-    def trained(self, recipe: Recipe, inputs: Trace, see: Callable[[Any], None]) -> Iterator[Path]:
-        """As `saved`, after the path's loop."""
-        setup = self.setup(recipe, inputs.group("adapter"))
-        with _mlx.compiled(recipe.train.compile), _mlx.restored_layer_class(setup.model):
-            self.loop(recipe, setup, given(inputs, recipe) or setup.iterate())
-        see(setup.model)
-        with self._left(recipe, setup) as folder:
-            yield folder
-
-    @contextlib.contextmanager
-    def _left(self, recipe: Recipe, setup: Setup) -> Iterator[Path]:
-        written = settings.fine_tuning(recipe, setup.model)
-        with tempfile.TemporaryDirectory() as folder:
-            save_by_train(setup, written, Path(folder))
-            yield Path(folder)
-
-    def reloaded(self, recipe: Recipe, folder: Path) -> Any:
-        """By mlx-lm's `load_adapters`, into what the path's loader gives."""
-        from mlx_lm.tuner.utils import load_adapters
-
-        return settings.as_trained(
-            load_adapters(self.part("loader").load(recipe)[0], str(folder)), recipe
-        )
-
-    def merged(self, recipe: Recipe, folder: Path, dequantize: bool) -> Any:
-        """By the `fuse` of mlx-lm's layers, in place, as a script calls it."""
-        from mlx.utils import tree_unflatten
-        from mlx_lm.utils import dequantize_model
-
-        model = self.reloaded(recipe, folder)
-        layers = [
-            (name, module.fuse(dequantize=dequantize))
-            for name, module in model.named_modules()
-            if hasattr(module, "fuse")
-        ]
-        model.update_modules(tree_unflatten(layers))
-        return dequantize_model(model) if dequantize else model
 
     def quantized(self, recipe: Recipe) -> bool:
         """Whether a module of the base holds packed weights."""

@@ -41,19 +41,22 @@ def _of(rope: Any) -> tuple[list[float] | str, int | str, float | str, str]:
         return [], 0, 1.0, "none"
     width = next((int(w) for n in ("dims", "dim") if (w := getattr(rope, n, None))), 64)
     try:
-        # Each basis vector as a head of its own, at position 1.
-        turned = to_numpy(rope(mx.eye(width).reshape(1, width, 1, width), offset=1))
+        # Each basis vector as a head of its own, at two positions: where counting starts is no setting.
+        basis = mx.eye(width).reshape(1, width, 1, width)
+        start, turned = (
+            to_numpy(rope(basis, offset=at))[0, :, 0, :].astype(np.float64) for at in (0, 1)
+        )
     except TypeError as error:
         reason = f"unknown ({type(rope).__name__}: {error})"
         return reason, reason, reason, reason
-    matrix = turned[0, :, 0, :].astype(np.float64)
+    matrix = start.T @ turned
     frequencies, scales = [], []
     for at in range(width):
         others = np.where(np.arange(width) == at, 0.0, matrix[at])
         partner = int(np.abs(others).argmax())
         if partner > at and others[partner]:  # the first of its pair
             frequencies.append(float(np.arctan2(others[partner], matrix[at, at])))
-            scales.append(float(np.hypot(others[partner], matrix[at, at])))
+            scales.append(float(np.linalg.norm(turned[at])))
     if not frequencies:
         return [], 0, 1.0, "none"
     kind = "by length" if "dynamic" in type(rope).__name__.lower() else "fixed"

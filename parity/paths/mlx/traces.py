@@ -10,7 +10,7 @@ import numpy as np
 
 from parity.names import canonical
 from parity.paths.batches import input_batches
-from parity.paths.describe import row_digests, single
+from parity.paths.describe import row_digests, single, without_adapter
 from parity.paths.measured import denominator, loss_batches, padding
 from parity.paths.mlx import live as _mlx
 from parity.paths.mlx import modules as _mlx_modules
@@ -201,6 +201,7 @@ def config_trace(recipe: Recipe, setup: Setup, measured: Mapping[str, Any]) -> T
         "lora.trainable": len(trainable),
         "lora.parameters": sum(int(v.size) for v in trainable.values()),
         "lora.names": sorted(canonical(name) for name in trainable),
+        "lora.without": without_adapter(map(canonical, [*frozen, *trainable]), recipe),
         **{f"lora.{key}": value for key, value in facts.items()},
         **optimizer,
         "batch.shapes": [list(batch.shape) for batch, _ in batches],

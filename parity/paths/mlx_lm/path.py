@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ from parity.names import canonical
 from parity.paths import parts
 from parity.paths.describe import defaults
 from parity.paths.mlx import live as _mlx
+from parity.paths.mlx.artefacts import MlxArtefacts, Read
 from parity.paths.mlx.kv_cache import kv_cache_trace
 from parity.paths.mlx.live import Batch, Setup, to_numpy
 from parity.paths.mlx.loading import explained
@@ -33,6 +35,15 @@ from parity.paths.mlx_lm.settings import arguments, checkpoint
 from parity.recipe import Recipe
 from parity.timing import LOAD, timed
 from parity.trace import Array, Trace
+
+
+def _save(handed: dict[str, Any]) -> None:
+    """The CLI's `train` without iterations: it ends with saving the adapter."""
+    from mlx_lm.tuner.trainer import train
+
+    handed["args"].iters = 0
+    with _mlx.restored_layer_class(handed["model"]):
+        train(**handed)
 
 
 class MlxLmPath(MlxPath):
@@ -73,6 +84,10 @@ class MlxLmPath(MlxPath):
 
         with self._main(recipe, adapter, at_train):
             pass
+        return self._live(recipe, seen)
+
+    def _live(self, recipe: Recipe, seen: Mapping[str, Any]) -> Setup:
+        """The objects that the CLI handed to `train`."""
         args, dataset = seen["args"], seen["train_dataset"]
 
         def iterate() -> Iterator[Batch]:
@@ -81,10 +96,9 @@ class MlxLmPath(MlxPath):
             )
 
         facts = {"seed.rng": seen["rng"]}
-        _, tokenizer = self.base(recipe)
         return Setup(
             seen["model"],
-            tokenizer,
+            self.tokenizer(recipe),  # a model loaded now would draw weights behind the adapter's
             seen["optimizer"],
             dataset,
             seen["loss"],
@@ -142,21 +156,30 @@ class MlxLmPath(MlxPath):
         self, recipe: Recipe, adapter: Mapping[str, Array], see: Callable[[Any], None]
     ) -> Iterator[Path]:
         """By a run of the CLI that resumes from the adapter and has no iterations left."""
-        from mlx_lm.tuner.trainer import train
+        if "saver" in self.donors:
+            with super().saved(recipe, adapter, see) as folder:
+                yield folder
+            return
 
         def at_train(**handed: Any) -> None:
             see(handed["model"])
-            handed["args"].iters = 0
-            with _mlx.restored_layer_class(handed["model"]):
-                train(**handed)
+            _save(handed)
 
         with self._main(recipe, adapter, at_train) as folder:
             yield folder
+
+    def save(self, recipe: Recipe, setup: Setup, folder: Path) -> None:
+        """By a run of the CLI without iterations, whose `train` is handed this live model."""
+        with self._main(
+            recipe, None, lambda **handed: _save({**handed, "model": setup.model})
+        ) as left:
+            shutil.copytree(left, folder, dirs_exist_ok=True)
 
     @contextlib.contextmanager
     def trained(self, recipe: Recipe, inputs: Trace, see: Callable[[Any], None]) -> Iterator[Path]:
         """By the CLI, from `main()` to the files that it leaves."""
         count = recipe.train.steps * recipe.train.accumulation
+        seen: dict[str, Any] = {}
 
         def at_train(**handed: Any) -> None:
             from mlx_lm.tuner.trainer import train
@@ -168,29 +191,39 @@ class MlxLmPath(MlxPath):
             with _mlx.restored_layer_class(handed["model"]):
                 train(**handed)
             see(handed["model"])
+            seen.update(handed, rng=None)
 
         with self._main(recipe, inputs.group("adapter"), at_train) as folder:
+            if "saver" not in self.donors:
+                yield folder
+                return
+        with self.left(recipe, self._live(recipe, seen)) as folder:
             yield folder
 
-    def reloaded(self, recipe: Recipe, folder: Path) -> Any:
+    def read(self, recipe: Recipe, folder: Path, loader: MlxArtefacts) -> Any:
         """By `mlx_lm.load`; with the loader of another path, by the second half of it."""
         import mlx_lm
 
-        if "loader" in self.donors:
-            return super().reloaded(recipe, folder)
+        if loader is not self:
+            return super().read(recipe, folder, loader)
         model = mlx_lm.load(checkpoint(recipe, self.cache), adapter_path=str(folder))[0]
         return as_trained(model, recipe)
 
-    def merged(self, recipe: Recipe, folder: Path, dequantize: bool) -> Any:
+    def merge(self, recipe: Recipe, folder: Path, read: Read | None, dequantize: bool) -> Any:
         """By `mlx_lm.fuse`, and `mlx_lm.load` of what it saves."""
         import mlx_lm.fuse
+        from mlx_lm.utils import load_config
 
-        with tempfile.TemporaryDirectory() as saved:
-            words = ["mlx_lm.fuse", "--model", checkpoint(recipe, self.cache)]
+        source = checkpoint(recipe, self.cache)
+        with tempfile.TemporaryDirectory() as saved, contextlib.ExitStack() as stack:
+            words = ["mlx_lm.fuse", "--model", source]
             words += ["--adapter-path", str(folder), "--save-path", saved]
             words += ["--dequantize"] * dequantize
-            with mock.patch.object(sys, "argv", words):
-                mlx_lm.fuse.main()
+            stack.enter_context(mock.patch.object(sys, "argv", words))
+            if read is not None:
+                loaded = read(), self.tokenizer(recipe), load_config(Path(source))
+                stack.enter_context(mock.patch.object(mlx_lm.fuse, "load", lambda *_, **__: loaded))
+            mlx_lm.fuse.main()
             return mlx_lm.load(saved)[0]
 
     def kv_cache(self, recipe: Recipe, inputs: Trace) -> Trace:
@@ -207,6 +240,8 @@ class MlxLmPath(MlxPath):
             setup = self.setup(recipe, adapter)
             return setup.model.eval(), setup.tokenizer
         with self.saved(recipe, adapter, lambda _: None) as folder:
+            if "reader" in self.donors:
+                return self.reloaded(recipe, folder).eval(), self.base(recipe)[1]
             return mlx_lm.load(checkpoint(recipe, self.cache), adapter_path=str(folder))[:2]  # type: ignore[no-any-return]
 
     def decode(self, recipe: Recipe, inputs: Trace) -> Trace:
@@ -252,7 +287,7 @@ class MlxLmPath(MlxPath):
         if "optimizer" in self.donors:
             called["optimizer"] = self.donors["optimizer"].optimizer(recipe)
         if batching := self.donors.get("batching"):
-            dataset = batching.dataset(recipe, self.base(recipe)[1])
+            dataset = batching.dataset(recipe, self.tokenizer(recipe))
             draw = batching.iterate(recipe, dataset)
             called |= {"train_dataset": dataset, "iterate_batches": lambda *_, **__: draw()}
         return called

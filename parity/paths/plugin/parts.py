@@ -13,6 +13,7 @@ import numpy as np
 from parity import resources
 from parity.errors import Unsupported, UsageError
 from parity.paths import parts
+from parity.paths.mlx.artefacts import MlxArtefacts, Read
 from parity.paths.mlx.live import Batch, Loss, Setup, to_numpy
 from parity.paths.mlx.path import MlxPath
 from parity.paths.plugin.arrays import Layout, layout
@@ -33,6 +34,9 @@ PART = {
     "loss": "loss",
     "clip": "clip",
     "optimizer": "optimizer",
+    "save": "saver",
+    "read": "reader",
+    "fuse": "fuse",
     "loop": parts.LOOP,
 }
 """What a user gives → the part that it stands for."""
@@ -43,8 +47,11 @@ _OBJECTS = {
     "wire": ("model",),
     "dataset": ("tokenizer", "rows", "folder"),
     "batches": ("dataset", "tokenizer"),
-    "optimizer": ("model",),
+    "optimizer": (),
     "clip": (),
+    "save": ("model", "tokenizer", "folder"),
+    "read": ("model", "folder"),
+    "fuse": ("model", "dequantize"),
     "loop": ("model", "tokenizer", "optimizer", "loss", "batches", "clip"),
 }
 """What each may take beside factors."""
@@ -56,6 +63,9 @@ _DECIDES = {
     "loss": ("mask.start_shift", "mask.end_shift"),
     "clip": ("optim.clip",),
     "optimizer": tuple(n for n in factor_names() if n.startswith("optim.") and "clip" not in n),
+    "save": (),
+    "read": (),
+    "fuse": (),
     "loop": (
         "train.accumulation", "train.compile", "train.gradient_checkpointing",
     ),
@@ -120,7 +130,8 @@ class PluginPath(MlxPath):
 
         def draw() -> Iterator[Batch]:
             while True:
-                epoch = iter(self._call("batches", recipe, dataset=rows))
+                objects = {"dataset": rows, "tokenizer": self.tokenizer(recipe)}
+                epoch = iter(self._call("batches", recipe, **objects))
                 if (first := next(epoch, None)) is None:
                     raise Unsupported("batches gives none")
                 for raw in itertools.chain([first], epoch):
@@ -145,6 +156,30 @@ class PluginPath(MlxPath):
         if "optimizer" not in self.functions:
             return super().optimizer(recipe)
         return self._call("optimizer", recipe)
+
+    def save(self, recipe: Recipe, setup: Setup, folder: Path) -> None:
+        """See `from_parts`."""
+        if "save" not in self.functions:
+            super().save(recipe, setup, folder)
+        else:
+            objects = {"model": setup.model, "tokenizer": setup.tokenizer}
+            self._call("save", recipe, **objects, folder=str(folder))
+
+    def read(self, recipe: Recipe, folder: Path, loader: MlxArtefacts) -> Any:
+        """See `from_parts`."""
+        if "read" not in self.functions:
+            return super().read(recipe, folder, loader)
+        model = loader.load(recipe)[0]
+        found = self._call("read", recipe, model=model, folder=str(folder))
+        return model if found is None else found
+
+    def merge(self, recipe: Recipe, folder: Path, read: Read | None, dequantize: bool) -> Any:
+        """See `from_parts`."""
+        if "fuse" not in self.functions:
+            return super().merge(recipe, folder, read, dequantize)
+        model = read() if read else self.reloaded(recipe, folder)
+        found = self._call("fuse", recipe, model=model, dequantize=dequantize)
+        return model if found is None else found
 
     def loop(
         self, recipe: Recipe, setup: Setup, batches: Iterator[Batch]

@@ -432,7 +432,7 @@ def make(
     factors = factor_names()
     honoured = set(taken(run, OBJECTS, f"trainer {title(run)}"))
     takes = frozenset(inspect.signature(run).parameters) & set(OBJECTS)
-    own = {*parts.ALL} - {"loader" if takes & {"model", "adapted"} else ""}
+    own = {*parts.TRAINING} - {"loader" if takes & {"model", "adapted"} else ""}
     own -= {"wiring" if "adapted" in takes else ""}
     honoured |= {"model.source", "train.compile", "decode.max_tokens"}
     if takes & {"folder", "rows"}:

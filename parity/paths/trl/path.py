@@ -275,7 +275,7 @@ class TrlPath(HfPath):
             seed = seed_facts(events)
             batches = list(itertools.islice(_trl.drawn(trainer), SHOWN))
             args = trainer.args
-            scalars = readback.model_facts(trainer.model)
+            scalars = readback.model_facts(trainer.model, recipe)
             trainer.create_optimizer_and_scheduler(num_training_steps=args.max_steps)
             rates = readback.optimizer_facts(
                 trainer.optimizer, trainer.lr_scheduler, args.max_steps

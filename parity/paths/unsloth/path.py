@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from parity.paths import parts
 from parity.paths.measured import seed_facts
 from parity.paths.mlx import live as _mlx
 from parity.paths.mlx import modules as _mlx_modules
+from parity.paths.mlx.artefacts import MlxArtefacts, Read
 from parity.paths.mlx.live import Batch, Loss, Setup
 from parity.paths.mlx.observed import seeding
 from parity.paths.mlx.path import MlxPath
@@ -189,19 +191,15 @@ class UnslothPath(MlxPath):
         library()
         return super().setup(recipe, adapter)
 
-    @contextlib.contextmanager
-    def saved(
-        self, recipe: Recipe, adapter: Mapping[str, Array], see: Callable[[Any], None]
-    ) -> Iterator[Path]:
+    def save(self, recipe: Recipe, setup: Setup, folder: Path) -> None:
         """By `MLXTrainer.save_model`."""
-        setup = self.setup(recipe, adapter)
-        see(setup.model)
-        with tempfile.TemporaryDirectory() as folder:
-            live = _unsloth_trainer.trainer(
-                library(), recipe, setup.model, setup.tokenizer, [], folder
-            )
-            live.save_model(folder)
-            yield Path(folder)
+        if getattr(setup.model, "_hf_repo", None) is None:
+            # Its loader notes where the base is from, and its saver writes that.
+            setup.model._hf_repo = resources.model_dir(recipe.model.source)
+        live = _unsloth_trainer.trainer(
+            library(), recipe, setup.model, setup.tokenizer, [], str(folder)
+        )
+        live.save_model(str(folder))
 
     @contextlib.contextmanager
     def trained(self, recipe: Recipe, inputs: Trace, see: Callable[[Any], None]) -> Iterator[Path]:
@@ -211,35 +209,46 @@ class UnslothPath(MlxPath):
         batches = given(inputs, recipe) or setup.iterate()
         with tempfile.TemporaryDirectory() as folder:
             drawn = list(itertools.islice(batches, count))
-            self._run(recipe, setup, drawn, keep=Path(folder))
+            saver = self.donors.get("saver")
+            self._run(recipe, setup, drawn, keep=None if saver else Path(folder))
             see(setup.model)
+            if saver:
+                saver.save(recipe, setup, Path(folder))
             yield Path(folder)
 
-    @contextlib.contextmanager
-    def exported(
-        self, recipe: Recipe, adapter: Mapping[str, Array], layout: str, see: Callable[[Any], None]
-    ) -> Iterator[Path]:
+    def export(self, recipe: Recipe, live: Callable[[], Setup], layout: str, folder: Path) -> None:
         """By its `save_lora_adapters`, which newer releases let write PEFT's files."""
         save = library().utils.save_lora_adapters
         if layout != "peft" or "adapter_format" not in inspect.signature(save).parameters:
             raise Unsupported(f"this {PACKAGE} ships nothing that writes files of {layout}")
-        model = self.setup(recipe, adapter).model
-        see(model)
-        with tempfile.TemporaryDirectory() as folder:
-            # It makes its folder itself.
-            save(model, str(Path(folder) / layout), adapter_format=layout)
-            yield Path(folder) / layout
+        save(live().model, str(folder), adapter_format=layout)
 
-    def reloaded(self, recipe: Recipe, folder: Path) -> Any:
-        """By `FastMLXModel.from_pretrained`, which reads from the adapter which base it needs."""
-        if "loader" in self.donors:
-            raise Unsupported(f"{PACKAGE} loads an adapter with its own loader of the base alone")
+    def read(self, recipe: Recipe, folder: Path, loader: MlxArtefacts) -> Any:
+        """By `FastMLXModel.from_pretrained`, which reads from the adapter which base it needs.
+
+        With the loader of another path, that is called where it loads this base.
+        """
+        kind = library().loader.FastMLXModel
         arguments = {**_unsloth_settings.loading(recipe), "model_name": str(folder)}
-        return library().loader.FastMLXModel.from_pretrained(**arguments)[0]
+        whole = kind.from_pretrained
+        with contextlib.ExitStack() as stack:
+            if loader is not self:
+                inner = staticmethod(lambda *_, **__: loader.load(recipe))
+                stack.enter_context(mock.patch.object(kind, "from_pretrained", inner))
+            return whole(**arguments)[0]
 
-    def merged(self, recipe: Recipe, folder: Path, dequantize: bool) -> Any:
-        """Its own way of merging is not run yet; mlx-lm's would not be its own."""
-        raise Unsupported(f"{self.name} has no fuse that mlx-parity runs")
+    def merge(self, recipe: Recipe, folder: Path, read: Read | None, dequantize: bool) -> Any:
+        """By its `save_pretrained_merged`, and its loader of what that saves."""
+        found = library()
+        if (save := getattr(found.utils, "save_pretrained_merged", None)) is None:
+            raise Unsupported(f"{PACKAGE} {found.version} has no save_pretrained_merged")
+        model = read() if read else self.reloaded(recipe, folder)
+        packed = any("scales" in module for module in model.modules())
+        method = "merged_4bit" if packed and not dequantize else "merged_16bit"
+        with tempfile.TemporaryDirectory() as saved:
+            save(model, self.base(recipe)[1], saved, save_method=method)
+            arguments = {**_unsloth_settings.loading(recipe), "model_name": saved}
+            return found.loader.FastMLXModel.from_pretrained(**arguments)[0]
 
     def loop(
         self, recipe: Recipe, setup: Setup, batches: Iterator[Batch]
