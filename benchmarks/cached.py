@@ -16,15 +16,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.checkouts import before_and_now
 
 
-def timed(checkout: Path, arguments: list[str], out: Path) -> float:
-    """Seconds of one `parity run` of a checkout as a whole process."""
-    env = {**os.environ, "PYTHONPATH": str(checkout)}
+def timed(
+    checkout: Path, arguments: list[str], out: Path, variables: Mapping[str, str] | None = None
+) -> float:
+    """Seconds of one `parity run` of a checkout as a whole process, with more variables."""
+    env = {**os.environ, **(variables or {}), "PYTHONPATH": str(checkout)}
     env.pop("PYTHONDONTWRITEBYTECODE", None)  # as for a user, nothing is compiled twice
     started = time.perf_counter()
     done = subprocess.run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.planted.tools import call
+from parity.errors import Unsupported
 from parity.paths.mlx.path import MlxPath
 
 LAYER = 5
@@ -161,6 +162,15 @@ class FloatEmbedding(MlxPath):
         whole = super().load(recipe.override({"model.quantization": "stored"}))[0]
         model.model.embed_tokens = whole.model.embed_tokens
         return model, tokenizer
+
+
+class SilentFloatEmbedding(FloatEmbedding):
+    """It tells no settings."""
+
+    name = "silent-float-embedding"
+
+    def config(self, recipe, inputs):
+        raise Unsupported("no settings")
 
 
 class HalfNormAndFloatEmbedding(FloatEmbedding):

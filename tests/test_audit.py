@@ -23,11 +23,11 @@ def audited(engine, path, *factors):
     ("path", "factor", "status", "words"),
     [
         ("SwallowsLayers", "lora.num_layers", Status.SWALLOWED, "no effect, where hf changes 231"),
-        ("LoopWithoutClip", "optim.clip", Status.SWALLOWED, "train: no effect, where hf"),
+        long("LoopWithoutClip", "optim.clip", Status.SWALLOWED, "train: no effect, where hf"),
         long("ClipsByValue", "optim.clip", Status.OTHER, "gradient clip: none → value"),
         ("DecayIsRate", "optim.weight_decay", Status.OTHER, "learning rate: [0.01,"),
         ("NeverCompiles", "train.compile", Status.SWALLOWED, "False is read back all the same"),
-        (
+        long(
             "EchoesDecay", "optim.weight_decay", Status.SWALLOWED,
             "weight decay follows the recipe all the same",
         ),
@@ -41,6 +41,7 @@ def test_a_knob_that_does_not_do_what_it_says_is_named(path, factor, status, wor
     assert f"{PATHS}:{path}" in worst[0].sentence() or status is Status.SWALLOWED
 
 
+@pytest.mark.long
 def test_what_a_clip_swallowed_by_the_loop_does_elsewhere_is_said(engine):
     [norm, *_] = audited(engine, "LoopWithoutClip", "optim.clip").findings
     assert norm.methods["optimizer_step"].endswith("like hf")
@@ -70,7 +71,8 @@ def test_of_what_does_not_repeat_itself_nothing_is_claimed(engine):
 @pytest.mark.parametrize(
     ("path", "factors"),
     [
-        ("mlx", ("optim.eps", "optim.clip_value", "lora.num_layers", "train.compile")),
+        ("mlx", ("lora.num_layers", "train.compile")),
+        long("mlx", ("optim.eps", "optim.clip_value")),
         long("mlx", ()), long("mlx-lm", ()), long("hf", ()), long("trl", ()),
     ],
 )  # fmt: skip
@@ -92,6 +94,10 @@ def test_the_command(engine):
     assert done.stdout.splitlines()[-1].startswith(
         f"PARITY audit · {PATHS}:SwallowsLayers · 1 swallowed"
     )
+
+
+@pytest.mark.long
+def test_exit_codes_of_the_command(engine):
     done = CliRunner().invoke(main, ["audit", "mlx", "--factors", "lora.rank", "--json"])
     assert done.exit_code == 0
     assert json.loads(done.stdout)["findings"][0]["status"] == "honoured"

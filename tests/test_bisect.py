@@ -51,13 +51,16 @@ def test_two_factors_that_matter_only_together(probes, engine, small):
     assert [set(c.factors) for c in report.causes] == [{"optim.clip", "optim.clip_value"}]
 
 
-def test_causes_at_two_stages_are_both_found(engine, small):
-    report = search(engine, small, {**HARMLESS, "lora.scale": 4.0, "optim.weight_decay": 0.01})
+@pytest.mark.parametrize("probes", [("04", "06"), long(())], ids=["two", "all"])
+def test_causes_at_two_stages_are_both_found(probes, engine, small):
+    changes = {**HARMLESS, "lora.scale": 4.0, "optim.weight_decay": 0.01}
+    report = search(engine, small, changes, probes=probes)
     assert [list(c.factors) for c in report.causes] == [["lora.scale"], ["optim.weight_decay"]]
 
 
-def test_harmless_changes_are_no_cause(engine, small):
-    report = search(engine, small, HARMLESS)
+@pytest.mark.parametrize("probes", [("04", "06"), long(())], ids=["two", "all"])
+def test_harmless_changes_are_no_cause(probes, engine, small):
+    report = search(engine, small, HARMLESS, probes=probes)
     assert report.verdict == "agree"
     assert not report.causes
 

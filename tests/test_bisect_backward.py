@@ -39,7 +39,7 @@ def gradients(engine, path, recipe, **scalars):
     return rows, engine.capture(path, "gradient", recipe, Trace(rows.arrays, scalars))
 
 
-@pytest.mark.parametrize("path", ["mlx", "mlx-lm", "hf"])
+@pytest.mark.parametrize("path", ["mlx", long("mlx-lm"), "hf"])
 def test_watching_modules_changes_no_bit(path, engine, small):
     _, bare = gradients(engine, path, small)
     _, watched = gradients(engine, path, small, modules=True)
@@ -64,7 +64,7 @@ def test_frameworks_name_the_same_gradients_alike(engine, small):
     assert [name for name, metric in outputs.items() if not metric.verdict.green] == []
 
 
-@pytest.mark.parametrize("path", ["mlx", "mlx-lm", "hf"])
+@pytest.mark.parametrize("path", ["mlx", long("mlx-lm"), "hf"])
 def test_a_replaced_gradient_is_passed_on(path, engine, small):
     rows, watched = gradients(engine, path, small, modules=True)
     at = "layers.9.mlp.down_proj"
@@ -94,7 +94,7 @@ def test_a_replaced_gradient_is_passed_on(path, engine, small):
         long("BadNormBackward", "first bad module layers.9.post_attention_layernorm:"),
         long("BadRopeBackward", "first bad module layers.9.self_attn"),
         ("BadLoraBackward", "first bad module layers.9.self_attn.v_proj: the gradient at its"),
-        ("BadLossBackward", "the gradient of the loss at the logits differs already"),
+        long("BadLossBackward", "the gradient of the loss at the logits differs already"),
     ],
 )
 def test_a_fault_in_one_backward_pass_is_placed(planted, says, reference, engine, small):
@@ -193,6 +193,7 @@ def smollm2(engine):
     return recipe
 
 
+@pytest.mark.long
 def test_bad_modules_of_a_real_model_are_named_both_ways(engine, smollm2):
     forward = search(engine, "tests.planted_paths:BadModule", "hf", smollm2, find("02"))
     assert "first bad module layers.7.mlp.up_proj" in answer(forward)
@@ -202,6 +203,7 @@ def test_bad_modules_of_a_real_model_are_named_both_ways(engine, smollm2):
     assert "only mlp.down_proj in 1 of 30 layers (9) is off by itself" in answer(back)
 
 
+@pytest.mark.long
 def test_rounding_of_a_real_model_is_no_bad_module(engine, smollm2):
     """MLX's sum over 49,152 entries may make the gradient diverge; then no module is blamed."""
     report = search(engine, "mlx", "hf", smollm2)

@@ -291,7 +291,7 @@ BOTH, ONE, FEW = [1] * 12, [0] * 4 + [1] * 8, [0] * 4 + [1] + [0] * 7
         long([ONE] * 2 + [FEW] * 5, 2, "rest"),
         long([FEW] * 5 + [ONE] * 2, 5, "rest"),
         # Colours alone: neither end is called good where the low one diverges.
-        ([BOTH] * 4 + [[0] * 12] * 3, 4, ""),
+        long([BOTH] * 4 + [[0] * 12] * 3, 4, ""),
     ],
 )
 def test_a_change_between_two_red_ends_is_found(here, tmp_path, values, at, quantity):

@@ -14,20 +14,24 @@ import pytest
 from parity import derived, resources
 from parity.results.statistics import mcnemar, wilson
 from parity.trace import Trace
+from tests.cost import long
 
 SCRIPT = """
 import sys
 from parity.cli import main
 try:
-    main(["run", "--reference", "hf", "--seeds", "1", "--probes", "01,04,07", "--out", sys.argv[1]])
+    main(["run", "--seeds", "1", "--set", "train.steps=3", "--out", *sys.argv[1:]])
 finally:
     print("LOADED", *(n for n in ("scipy.stats", "torch", "mlx.core") if n in sys.modules))
 """
 
 
-def run(folder: Path) -> str:
+def run(folder: Path, *words: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(folder)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", SCRIPT, str(folder), *words],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -38,14 +42,16 @@ def records(folder: Path) -> list:
     return [{k: v for k, v in record.items() if k not in ("seconds", "digest")} for record in found]
 
 
-def test_it_starts_no_worker_and_no_library_that_is_slow_to_start(tmp_path):
-    run(tmp_path / "first")
-    again = run(tmp_path / "again")
+@pytest.mark.parametrize(("reference", "probes"), [("mlx-lm", "01,07"), long("hf", "01,04,07")])
+def test_it_starts_no_worker_and_no_library_that_is_slow_to_start(reference, probes, tmp_path):
+    words = ["--reference", reference, "--probes", probes]
+    run(tmp_path / "first", *words)
+    again = run(tmp_path / "again", *words)
     assert not (tmp_path / "again" / "logs").exists()
     assert again.splitlines()[-1] == "LOADED"
     assert records(tmp_path / "again") == records(tmp_path / "first")
     pages = [(tmp_path / name / "report.html").read_text() for name in ("first", "again")]
-    assert pages[0].count("<svg") == pages[1].count("<svg") == 5
+    assert pages[0].count("<svg") == pages[1].count("<svg") > 0
 
 
 def test_what_is_derived_is_made_once_and_again_where_its_input_or_file_is_gone(
@@ -67,6 +73,29 @@ def test_what_is_derived_is_made_once_and_again_where_its_input_or_file_is_gone(
             file.write_bytes(b"\xff")
     assert derived.kept("kind", ("a", 1), make) == "é"
     assert len(made) == 3
+
+
+def test_a_compiled_template_is_used_again_and_a_damaged_one_is_not(tmp_path, monkeypatch):
+    from jinja2 import Environment
+
+    from parity.report.html import templates
+    from parity.report.profile import TEMPLATE
+
+    monkeypatch.setenv("PARITY_CACHE", str(tmp_path))
+    compiled = []
+    plain = Environment._compile
+    monkeypatch.setattr(Environment, "_compile", lambda *given: compiled.append(1) or plain(*given))
+    for expected in (1, 1):
+        templates().get_template(TEMPLATE)
+        assert len(compiled) == expected
+    [file] = (tmp_path / "derived" / "templates").iterdir()
+    for damaged in (b"", file.read_bytes()[:-9], b"x" * 200):
+        file.write_bytes(damaged)
+        compiled.clear()
+        templates().get_template(TEMPLATE)
+        assert compiled == [1]
+    monkeypatch.setenv("PARITY_CACHE", str(file))
+    templates().get_template(TEMPLATE)
 
 
 def test_a_cache_that_cannot_be_written_changes_nothing(tmp_path, monkeypatch):

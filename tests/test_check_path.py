@@ -30,15 +30,20 @@ def test_a_path_of_the_package_is_fit(path, engine):
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("tests.fitness_paths:SetsUpByItself", "parts: optimizer: that of MlxPath, and not used"),
+        long(
+            "tests.fitness_paths:SetsUpByItself", "parts: optimizer: that of MlxPath, and not used"
+        ),
         ("tests.fitness_paths:BreaksTheContract", "contract: path"),
-        ("tests.fitness_paths:WatchedOtherwise", "watched: watched and bare training end in other"),
-        ("tests.search_faults:NoSeed", "seed: seeds 3407 and 5 give one adapter"),
-        (
+        long(
+            "tests.fitness_paths:WatchedOtherwise",
+            "watched: watched and bare training end in other",
+        ),
+        long("tests.search_faults:NoSeed", "seed: seeds 3407 and 5 give one adapter"),
+        long(
             "tests.settings_paths:SeedsNowhere",
             "repeats: two runs of lora_init differ in 126 arrays",
         ),
-        ("tests.audit_paths:NeverTheSame", "repeats: two runs of train differ in"),
+        long("tests.audit_paths:NeverTheSame", "repeats: two runs of train differ in"),
     ],
 )
 def test_what_makes_a_path_unfit_is_named(path, words, engine):
@@ -46,6 +51,7 @@ def test_what_makes_a_path_unfit_is_named(path, words, engine):
     assert any(text.startswith(words) for text in wrong), [c.text for c in found.checks]
 
 
+@pytest.mark.long
 def test_whose_parts_they_are(engine):
     found, wrong = checks(engine, "tests.settings_paths:AveragesOverPadding")
     parts = [check.text for check in found.checks if check.title == "parts"]
@@ -63,6 +69,7 @@ def test_a_path_with_one_method_is_told_what_it_lacks(engine):
     assert any("no bare training" in text for text in unknown)
 
 
+@pytest.mark.long
 def test_settings_of_its_own_are_its_word_alone(engine):
     found, _ = checks(engine, "tests.settings_paths:SilentConfig")
     [counted, *_] = [check for check in found.checks if check.title == "settings"]

@@ -145,7 +145,7 @@ def test_inputs_are_checked_before_a_path_sees_them():
 
 def test_a_path_that_breaks_it_becomes_an_error_record(empty_cache):
     with Engine(cache=empty_cache, timeout=60) as engine:
-        cell = Cell(find("optimizer_step"), "tests.faulty_paths:Faulty", "hf", Recipe())
+        cell = Cell(find("optimizer_step"), "tests.faulty_paths:Faulty", "mlx-lm", Recipe())
         record = run_cell(engine, cell)
         assert record.verdict is Verdict.ERROR
         assert (
@@ -226,6 +226,7 @@ def test_the_command_ends_with_exit_code_2(tmp_path):
 # The skeleton ------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_skeleton_runs_and_is_skipped_until_it_is_written(tmp_path):
     command = [sys.executable, "-m", "parity.cli"]
 
@@ -241,13 +242,13 @@ def test_a_skeleton_runs_and_is_skipped_until_it_is_written(tmp_path):
     assert (again.returncode, "exists" in again.stderr) == (2, True)
     assert parity("new-path", "3 d").returncode == 2
     # What a section of factors is not honoured for, and what is not written, are both said.
-    words = ["run", "--subject", "my_trainer:MyTrainer", "--reference", "hf", "--seeds", "1"]
-    done = parity(*words, "--probes", "00,06", "--out", "a")
+    words = ["run", "--subject", "my_trainer:MyTrainer", "--reference", "mlx-lm", "--seeds", "1"]
+    done = parity(*words, "--probes", "01", "--out", "a")
     assert "does not honour" in done.stdout + (tmp_path / "a" / "report.md").read_text()
     file = tmp_path / "my_trainer.py"
     honours = '("model.", "data.", "seed.", "lora.", "mask.", "optim.", "train.", "decode.")'
     file.write_text(file.read_text().replace("honours = ()", f"honours = {honours}"))
-    done = parity(*words, "--probes", "06", "--out", "b")
+    done = parity(*words, "--probes", "01", "--out", "b")
     assert "is not written yet" in (tmp_path / "b" / "report.md").read_text(), done.stdout
     lint = [sys.executable, "-m", "ruff", "check", "--isolated", str(file)]
     assert subprocess.run(lint, check=False, capture_output=True).returncode == 0

@@ -59,6 +59,7 @@ def run(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_the_tour_goes_as_it_is_told(tmp_path):
     codes, texts = [], []
     for line in lines(ROOT / "docs" / "tour.md"):

@@ -154,6 +154,7 @@ def test_the_command_says_whose_conversion_it_is(saved, tmp_path):
     assert "exists" in done.stderr
 
 
+@pytest.mark.long
 def test_the_matrix_is_a_table_or_json():
     words = ["adapter", "matrix", "--path", "mlx-lm", "--path", "hf"]
     done = CliRunner().invoke(main, words)

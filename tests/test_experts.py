@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -136,3 +140,21 @@ def test_clean_paths_leave_no_expert_out(reference, sparse, cell):
     record = cell("00", sparse(), reference=reference, **targets)
     assert record.verdict.green, describe(record)
     assert not any("has no adapter in" in note for note in record.findings), record.findings
+
+
+@pytest.mark.long
+def test_a_bundle_without_modules_tells_no_ties_and_fails_at_nothing(tied, engine, tmp_path):
+    """Without the modules a tie cannot be told from a fault: a divergence, and what was not looked for."""
+    command = [sys.executable, "-m", "parity.cli"]
+    options = ["--probes", "02", "--seeds", "3407,", "--set", f"model.source={tied}"]
+    bundle, out = str(tmp_path / "hf.bundle"), str(tmp_path / "run")
+    for words in (
+        ["capture", "hf", *options, "--out", bundle],
+        ["run", "--subject", "mlx", "--reference", bundle, *options, "--out", out],
+    ):
+        done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    [file] = (tmp_path / "run" / "records").glob("*.json")
+    record = json.loads(file.read_text())
+    assert record["verdict"] == "diverge"
+    assert any("the first bad module was not looked for" in note for note in record["findings"])

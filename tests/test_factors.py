@@ -134,7 +134,7 @@ def test_a_knob_of_one_path_changes_no_capture_of_another(tmp_path, small):
         shared = small.with_knobs([UnslothKnobs])
         for value in (False, True):
             recipe = shared.override({"unsloth.use_cce": value})
-            engine.capture("hf", "tokenization", recipe, inputs)
+            engine.capture("mlx", "tokenization", recipe, inputs)
         assert engine.captured == 1
 
 

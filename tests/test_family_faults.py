@@ -12,6 +12,7 @@ from parity.cells.run import context_of, run_cell
 from parity.recipe import Recipe
 from parity.report.text import describe
 from parity.stages import find
+from tests.cost import long
 
 EXPERTS = {"model.source": "tiny-qwen2-moe", "lora.target_modules": ["q_proj", "down_proj"]}
 PACKED = {"model.source": "tiny-llama", "model.quantization": "affine"}
@@ -33,12 +34,12 @@ def cell(engine):
 FAULTS = [
     # path, family, stages that stay green, the first that does not, what its reason names
     ("FrozenExperts", EXPERTS, ["02"], "04", SWITCH),
-    ("UntrainedExpert", EXPERTS, ["04"], "05", "layers.5.mlp.switch_mlp.down_proj.lora_"),
+    long("UntrainedExpert", EXPERTS, ["04"], "05", "layers.5.mlp.switch_mlp.down_proj.lora_"),
     ("RandomMagnitude", DORA, ["02"], "04", "layers.17.self_attn.o_proj.m"),
-    ("WrongGroups", PACKED, [], "02", ""),
-    ("HalfRouter", EXPERTS, [], "02", ""),
-    ("TransposedProduct", PACKED, ["02", "04"], "05", ""),
-    ("DeltaWithoutDecay", HYBRID, [], "02", ""),
+    long("WrongGroups", PACKED, [], "02", ""),
+    long("HalfRouter", EXPERTS, [], "02", ""),
+    long("TransposedProduct", PACKED, ["02", "04"], "05", ""),
+    long("DeltaWithoutDecay", HYBRID, [], "02", ""),
 ]
 
 
@@ -66,7 +67,7 @@ def test_a_fault_of_a_family_shows_first_at_its_stage(
     ("fault", "family", "module"),
     [
         ("HalfRouter", EXPERTS, "layers.5.mlp"),
-        ("WrongGroups", PACKED, "embed_tokens"),
+        long("WrongGroups", PACKED, "embed_tokens"),
         ("DeltaWithoutDecay", HYBRID, "layers.5.linear_attn"),
     ],
 )
@@ -131,3 +132,9 @@ def test_another_fault_beside_another_packing_is_not_laid_on_it(engine, cell):
     place = locate(engine, made, record)
     assert "packed in the reference alone: embed_tokens" in place.sentence
     assert "not the only cause" in place.sentence
+
+
+def test_a_path_that_tells_no_settings_has_a_place_all_the_same(engine, cell):
+    made, record = cell("SilentFloatEmbedding", "02", PACKED, "mlx-lm")
+    place = locate(engine, made, record)
+    assert place.name == "embed_tokens", place

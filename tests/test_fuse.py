@@ -50,9 +50,9 @@ def quantized(tmp_path_factory):
     ("subject", "reference"),
     [
         ("mlx", "mlx-lm"),
-        ("hf", "mlx-lm"),
-        ("trl", "hf"),
-        ("unsloth", "mlx-lm"),
+        long("hf", "mlx-lm"),
+        long("trl", "hf"),
+        long("unsloth", "mlx-lm"),
         long("mlx+fuse=unsloth", "mlx-lm"),
         long("mlx-lm+fuse=mlx", "mlx"),
     ],
@@ -127,6 +127,7 @@ def test_what_quantizing_again_costs_is_measured_and_named(subject, engine, quan
     assert not any(m.name.startswith("logits") for m in record.metrics)
 
 
+@pytest.mark.long
 def test_quantizing_again_that_costs_more_than_the_adapter_gives_is_no_pass(engine, quantized):
     record = run(engine, quantized.override({"lora.num_layers": 18}), "mlx")
     assert record.verdict is Verdict.DIVERGE, describe(record)

@@ -59,7 +59,7 @@ PLANTED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
+@pytest.mark.parametrize("reference", ["mlx-lm", long("hf")])
 @pytest.mark.parametrize(
     ("probe", "changes", "link"),
     [
@@ -121,7 +121,7 @@ def test_rope_is_known_by_its_growth_with_the_position(tmp_path, engine, small):
     assert ["mlx-lm/issues/953" in said for said in found.hints] == [True], describe(found)
 
 
-@pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
+@pytest.mark.parametrize("reference", ["mlx-lm", long("hf")])
 def test_clean_cells_give_no_hint(reference, engine, small):
     for stage in STAGES[: STAGES.index(find("loss_curve"))]:
         found = run_cell(engine, Cell(stage, "mlx", reference, small))

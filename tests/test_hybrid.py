@@ -27,7 +27,7 @@ def test_a_name_says_where_each_part_comes_from():
     assert resolve("mlx+loss=mlx-lm").name == "mlx+loss=mlx-lm"
 
 
-@pytest.mark.parametrize("base", ["mlx", "mlx-lm"])
+@pytest.mark.parametrize("base", ["mlx", long("mlx-lm")])
 def test_rows_are_those_of_the_part_that_makes_them(base, engine, small):
     donor = "benchmarks.planted.batching:no_end_of_sequence_path"
     texts = Trace(scalars={"texts": [], "conversations": []})
@@ -88,7 +88,7 @@ def test_each_factor_has_the_part_that_honours_it(factor, part):
 @pytest.mark.parametrize(
     "name",
     [
-        "mlx+loader=mlx-lm+wiring=mlx-lm+batching=mlx-lm",
+        long("mlx+loader=mlx-lm+wiring=mlx-lm+batching=mlx-lm"),
         long("mlx-lm+loss=mlx+batching=mlx+optimizer=mlx+clip=mlx"),
         long("mlx-lm+loader=mlx+wiring=mlx"),
     ],
@@ -98,11 +98,16 @@ def test_parts_of_equal_meaning_change_no_bit(name, engine, small):
     assert record.verdict is Verdict.IDENTICAL, record.reason
 
 
-def test_a_part_from_elsewhere_is_really_used(engine, small):
-    for name in (f"mlx+loss={WRONG_LOSS}", f"mlx-lm+loss={WRONG_LOSS}"):
-        assert run_cell(engine, Cell(find("05"), name, "mlx-lm", small)).verdict is Verdict.DIVERGE
-    record = run_cell(engine, Cell(find("05"), f"{WRONG_LOSS}+loss=mlx-lm", "mlx-lm", small))
-    assert record.verdict is Verdict.IDENTICAL
+@pytest.mark.parametrize(
+    ("name", "verdict"),
+    [
+        (f"mlx+loss={WRONG_LOSS}", Verdict.DIVERGE),
+        long(f"mlx-lm+loss={WRONG_LOSS}", Verdict.DIVERGE),
+        (f"{WRONG_LOSS}+loss=mlx-lm", Verdict.IDENTICAL),
+    ],
+)
+def test_a_part_from_elsewhere_is_really_used(name, verdict, engine, small):
+    assert run_cell(engine, Cell(find("03"), name, "mlx-lm", small)).verdict is verdict
 
 
 @pytest.mark.long
@@ -114,15 +119,17 @@ def test_a_clip_can_stand_in_the_loop_that_has_none(engine, small):
 
 
 @pytest.mark.parametrize(
-    ("subject", "part", "stage"),
+    ("subject", "part", "stage", "probes"),
     [
-        long(WRONG_LOSS, "loss", "cross_entropy"),
-        (THIRD_STEP, "optimizer", "optimizer_step"),
-        long("tests.planted_paths:LazyLoop", "loop", "loss_curve"),
+        long(WRONG_LOSS, "loss", "cross_entropy", ()),
+        (THIRD_STEP, "optimizer", "optimizer_step", ("06",)),
+        long(THIRD_STEP, "optimizer", "optimizer_step", ()),
+        long("tests.planted_paths:LazyLoop", "loop", "loss_curve", ()),
     ],
 )
-def test_the_search_names_the_part(subject, part, stage, engine, small):
-    report = CauseSearch(engine, subject, "mlx-lm", small, {}).search()
+def test_the_search_names_the_part(subject, part, stage, probes, engine, small):
+    stages = {"stages": tuple(map(find, ("00", *probes)))} if probes else {}
+    report = CauseSearch(engine, subject, "mlx-lm", small, {}, **stages).search()
     assert [(c.parts, c.stage) for c in report.causes] == [((part,), stage)], answer(report)
     assert f"the {part} of {subject} makes {stage}" in answer(report)
 

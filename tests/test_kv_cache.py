@@ -22,7 +22,7 @@ FAULTS = [
     # The third is the first that should have seen the second.
     ("StaleCache", "mlx-lm", "turn 3, position 16", "mlx-examples/issues/1000"),
     # Position 64 is the first that must not see position 0.
-    ("UncutCache", "hf", "turn 6, position 64", "mlx-lm/issues/390"),
+    long("UncutCache", "hf", "turn 6, position 64", "mlx-lm/issues/390"),
 ]
 
 
@@ -49,7 +49,7 @@ def test_a_torch_cache_that_is_wrong_is_placed(engine, small):
     assert record.facts["subject cache: turn"] == 2
 
 
-@pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
+@pytest.mark.parametrize("reference", [long("mlx-lm"), "hf"])
 def test_a_clean_cache_is_green_in_every_mode(reference, engine, small):
     record = run_cell(engine, Cell(find("10"), "mlx", reference, small))
     assert record.verdict.green, describe(record)

@@ -50,14 +50,14 @@ def test_values_that_bfloat16_could_hold_are_float32_unless_it_is_declared():
     assert Noise(False, dtype="bfloat16").floor("loss", coarse) == pytest.approx(2.0**-23 * size)
 
 
-def test_weights_stored_in_bfloat16_leave_a_float32_run_its_tolerance(engine, small):
+@pytest.mark.parametrize("probe", ["02", long("05")])
+def test_weights_stored_in_bfloat16_leave_a_float32_run_its_tolerance(probe, engine, small):
     stored = small.override({"model.weights": "bfloat16"})
-    for probe in ("02", "05"):
-        record = run_cell(engine, Cell(find(probe), "mlx", "hf", stored))
-        assert record.verdict.green, describe(record)
-        for metric in record.metrics:
-            if metric.floor:
-                assert metric.sources[ULP] < 1e-5, metric.name
+    record = run_cell(engine, Cell(find(probe), "mlx", "hf", stored))
+    assert record.verdict.green, describe(record)
+    for metric in record.metrics:
+        if metric.floor:
+            assert metric.sources[ULP] < 1e-5, metric.name
 
 
 # Each source is listed
@@ -208,6 +208,7 @@ def test_logits_that_see_the_future_diverge(reference, engine, small):
     assert metric_of(record, "logits when the forward goes on, reference").verdict.green
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reference", [long("mlx-lm"), "hf"])
 def test_dropout_left_on_diverges(reference, engine, small):
     recipe = small.override({"lora.dropout": 0.1})
@@ -217,12 +218,18 @@ def test_dropout_left_on_diverges(reference, engine, small):
     assert metric_of(record, "turns fed at once, subject").tolerance < 1e-3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reference", ["mlx-lm", long("hf")])
 def test_margins_are_compared_and_excuse_nothing(reference, engine, small):
     path = "tests.noisy_paths:WideMargins"
     record = run_cell(engine, Cell(find("08"), path, reference, small))
     metric = metric_of(record, "top-1/top-2 margins")
     assert metric.verdict is Verdict.DIVERGE and metric.value == pytest.approx(2, rel=1e-3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
+def test_a_wide_margin_excuses_no_other_token(reference, engine, small):
     path = "tests.noisy_paths:OtherTokens"
     record = run_cell(engine, Cell(find("08"), path, reference, small))
     (tokens,) = [m for m in record.metrics if m.step == 2]
@@ -311,11 +318,11 @@ def test_a_compiler_that_moves_bits_leaves_the_floor_to_decide(apart, moves):
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_clean_recipes_agree(changes, engine, small):
-    for probe in ("05", "07"):
-        record = run_cell(engine, Cell(find(probe), "mlx", "hf", small.override(changes)))
-        assert record.verdict.green, describe(record)
-        if "lora.dropout" in changes:
-            assert any("without dropout" in finding for finding in record.findings)
-        assert not any(m.sources.get(REFEREE, "").startswith("it failed")
-                       for m in record.metrics if isinstance(m.sources.get(REFEREE), str))  # fmt: skip
+@pytest.mark.parametrize("probe", ["05", long("07")])
+def test_clean_recipes_agree(probe, changes, engine, small):
+    record = run_cell(engine, Cell(find(probe), "mlx", "hf", small.override(changes)))
+    assert record.verdict.green, describe(record)
+    if "lora.dropout" in changes:
+        assert any("without dropout" in finding for finding in record.findings)
+    assert not any(m.sources.get(REFEREE, "").startswith("it failed")
+                   for m in record.metrics if isinstance(m.sources.get(REFEREE), str))  # fmt: skip

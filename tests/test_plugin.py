@@ -16,6 +16,7 @@ from parity.record import Verdict
 from parity.stages import find
 from parity.trace import Trace
 from tests import plugin_functions as functions
+from tests.cost import long
 from tests.plugin_paths import Averaged, Mixed
 
 HERE = "tests.plugin_functions"
@@ -96,7 +97,7 @@ def test_a_wrong_function_at_the_terminal_is_one_line():
     assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
+@pytest.mark.parametrize("reference", ["mlx-lm", long("hf")])
 def test_padding_that_is_averaged_in_is_named(reference, engine, small):
     subject = f"mlx+loss={HERE}:padding_averaged"
     record = run_cell(engine, cell("05", subject, reference, small))

@@ -170,8 +170,8 @@ def test_a_seed_that_comes_too_late_is_none(engine, small):
     [
         ("Without", "no training was seen"),
         ("Inside", "is made inside the compiled step"),
-        ("Tired", "made 2 updates where train.steps=6"),
-        ("Misread", "what 'weights' is cannot be told; give `batch=`"),
+        long("Tired", "made 2 updates where train.steps=6"),
+        long("Misread", "what 'weights' is cannot be told; give `batch=`"),
     ],
 )
 def test_what_cannot_be_watched_is_one_clear_reason(name, says, engine, small):
@@ -179,6 +179,7 @@ def test_what_cannot_be_watched_is_one_clear_reason(name, says, engine, small):
         engine.capture(f"{HERE}:{name}", "train", small, Trace())
 
 
+@pytest.mark.long
 def test_the_search_names_the_loss_of_a_trainer_that_is_run_as_a_whole(engine, small):
     stages = tuple(map(find, ("00", "03", "04")))
     report = CauseSearch(

@@ -89,7 +89,7 @@ def llama(made, name, rope, **readable):
     return made(name, {**LLAMA, "rope_parameters": rope}, top | readable)
 
 
-@pytest.mark.parametrize("kind", ["default", long("linear"), long("llama3"), "yarn"])
+@pytest.mark.parametrize("kind", [long("default"), long("linear"), long("llama3"), "yarn"])
 def test_equal_models_have_equal_frequencies(kind, made, engine, small):
     recipe = small.override({"model.source": llama(made, kind, ROPES[kind])})
     record = run_cell(engine, Cell(PROBE, "mlx", "hf", recipe))
@@ -100,7 +100,9 @@ FAULTS = [
     long("default", {"rope_theta": 10_000.0}, "rope.frequencies", "rope_theta 10000"),
     ("linear", {"rope_scaling": None}, "rope.frequencies", "(4 times)"),
     long("llama3", {"rope_scaling": None}, "rope.frequencies", "rope_theta 500000"),
-    ("yarn", {"rope_scaling": None}, "rope.attention_scaling", "[1, 1] in the subject, [1.13863"),
+    long(
+        "yarn", {"rope_scaling": None}, "rope.attention_scaling", "[1, 1] in the subject, [1.13863"
+    ),
 ]
 
 
@@ -134,6 +136,7 @@ def _nothing():
     return Trace()
 
 
+@pytest.mark.long
 def test_a_rope_of_one_layer_is_named(engine, small):
     record = run_cell(engine, Cell(PROBE, "tests.planted_paths:BadRope", "hf", small))
     assert record.verdict is Verdict.DIVERGE

@@ -39,16 +39,16 @@ Q3 = "1 of 126 modules (layers.3.self_attn.q_proj)"
 
 FAULTS = [
     ("NoScale", UPDATE, [ALL, "A and B are the same, scale 20 in the place of 2, times 10"]),
-    (
+    long(
         "AlphaAsScale",
         UPDATE,
         [ALL, "A and B are the same, scale 16 in the place of 2, times the rank"],
     ),
-    ("ZeroB", UPDATE, [ALL, "B is zero"]),
+    long("ZeroB", UPDATE, [ALL, "B is zero"]),
     ("LostB", UPDATE, [Q3, "B is zero"]),
-    ("LostA", UPDATE, [Q3, "A differs"]),
-    ("SavedInBfloat16", UPDATE, [ALL, "A and B are rounded to bfloat16"]),
-    ("NextLayer", UPDATE, ["those of the layer +1 away", "of the layer -17 away"]),
+    long("LostA", UPDATE, [Q3, "A differs"]),
+    long("SavedInBfloat16", UPDATE, [ALL, "A and B are rounded to bfloat16"]),
+    long("NextLayer", UPDATE, ["those of the layer +1 away", "of the layer -17 away"]),
     ("NotLoaded", MODULES, ["none has an adapter after loading, 126 were handed over"]),
     ("OtherForwardUnsaid", LOGITS, ["off from the live model's"]),
 ]
@@ -63,7 +63,7 @@ def subject_metrics(record):
     return {metric.name: metric for metric in record.metrics if ", subject" in metric.name}
 
 
-@pytest.mark.parametrize(("path", "metric", "words"), FAULTS, ids=[fault[0] for fault in FAULTS])
+@pytest.mark.parametrize(("path", "metric", "words"), FAULTS)
 def test_what_is_lost_is_named(path, metric, words, engine, small):
     record = run(engine, small, path)
     assert record.verdict is Verdict.DIVERGE, describe(record)
@@ -117,7 +117,7 @@ CLEAN = [
     ("mlx", "mlx-lm", Verdict.IDENTICAL),
     ("mlx", "hf", Verdict.AGREE),
     long("trl", "hf", Verdict.IDENTICAL),
-    ("unsloth", "mlx-lm", Verdict.IDENTICAL),
+    long("unsloth", "mlx-lm", Verdict.IDENTICAL),
 ]
 PATHS = ["mlx", "mlx-lm", "hf", "trl", "unsloth"]
 
@@ -172,7 +172,7 @@ TRAINED = "trained for 2 steps"
 
 
 @pytest.mark.parametrize(
-    ("subject", "reference"), [("mlx", "mlx-lm"), ("unsloth", "hf"), ("trl", "hf")]
+    ("subject", "reference"), [("mlx", "mlx-lm"), long("unsloth", "hf"), long("trl", "hf")]
 )
 def test_what_a_trainer_leaves_is_what_it_trained(subject, reference, engine, small):
     needs(subject)
@@ -188,7 +188,7 @@ def test_what_a_trainer_leaves_is_what_it_trained(subject, reference, engine, sm
 @pytest.mark.parametrize(
     ("subject", "metric", "words"),
     [
-        ("SavedTooEarly", "scale · A · B after loading", ["all 126 modules", "B is zero"]),
+        long("SavedTooEarly", "scale · A · B after loading", ["all 126 modules", "B is zero"]),
         ("NotTrained", "training changes the adapter", ["0 of 252 tensors changed"]),
     ],
 )

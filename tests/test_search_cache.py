@@ -9,6 +9,7 @@ from parity.cells.cell import Cell
 from parity.cells.run import run_cell
 from parity.record import Metric, Record, Side, Verdict
 from parity.stages import find
+from tests.cost import long
 
 
 def a_record(**places):
@@ -39,7 +40,7 @@ def test_the_earliest_of_all_modes_is_named():
     assert first_position(a_record(other="uncached (3, 4)")).sentence == ""
 
 
-@pytest.mark.parametrize("planted", ["StaleCache", "UncutCache"])
+@pytest.mark.parametrize("planted", ["StaleCache", long("UncutCache")])
 def test_facts_and_place_agree(planted, engine, small):
     record = run_cell(engine, Cell(find("10"), f"tests.cache_paths:{planted}", "mlx-lm", small))
     assert record.verdict is Verdict.DIVERGE

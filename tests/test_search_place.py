@@ -22,7 +22,7 @@ def place(engine, planted, reference, recipe):
     return forward(context)
 
 
-@pytest.mark.parametrize("path", ["mlx", "mlx-lm", "hf"])
+@pytest.mark.parametrize("path", ["mlx", long("mlx-lm"), "hf"])
 def test_a_recorded_output_is_what_the_module_gave(path, engine, small):
     """Gemma goes on with `h *= scale`: what was recorded must not change with it."""
     context = context_of(engine, Cell(find("02"), "mlx", "hf", small))
@@ -58,7 +58,7 @@ def test_a_recorded_output_is_what_the_module_gave(path, engine, small):
                 "the subject does not call layers.7.post_attention_layernorm, the reference does",
             ],
         ),
-        (
+        long(
             "AttentionProduct", "layers.5.self_attn",
             ["(agrees) and the input of layers.5.self_attn.o_proj (differs)", "position 0 agrees"],
         ),
@@ -96,7 +96,7 @@ def test_a_module_that_passes_on_what_it_got_is_not_the_first_bad_one(engine, sm
         assert "it stays with the reference's input of layers.5" in words
 
 
-@pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
+@pytest.mark.parametrize("reference", [long("mlx-lm"), "hf"])
 def test_a_module_that_does_not_reach_the_logits_is_not_named(reference, engine, small):
     found = place(engine, "search_faults:Harmless", reference, small)
     assert found.name == "layers.9.mlp.up_proj"
@@ -114,9 +114,12 @@ def test_a_module_that_does_not_reach_the_logits_is_not_named(reference, engine,
             "OtherActivation",
             "the subject's is silu of gate_proj times up_proj, the reference's gelu",
         ),
-        ("ShortWindow", "positions 0 to 7 agree, off from position 8 on"),
-        ("ShortWindow", "the reference with sliding_window = 8 for 64 in its configuration agrees"),
-        (
+        long("ShortWindow", "positions 0 to 7 agree, off from position 8 on"),
+        long(
+            "ShortWindow",
+            "the reference with sliding_window = 8 for 64 in its configuration agrees",
+        ),
+        long(
             "DefaultTheta",
             "the reference with rope theta = 10000 in all layers in its configuration",
         ),
@@ -127,11 +130,12 @@ def test_a_formula_or_setting_is_computed_again(planted, says, engine, small):
     assert says in found.sentence
 
 
-def test_one_layer_s_theta_is_no_setting(engine, small):
-    for reference in ("mlx-lm", "hf"):
-        found = place(engine, "planted_paths:BadRope", reference, small)
-        assert "configuration" not in found.sentence
-        assert "confirmed" in found.sentence
+@pytest.mark.long
+@pytest.mark.parametrize("reference", [long("mlx-lm"), "hf"])
+def test_one_layer_s_theta_is_no_setting(reference, engine, small):
+    found = place(engine, "planted_paths:BadRope", reference, small)
+    assert "configuration" not in found.sentence
+    assert "confirmed" in found.sentence
 
 
 def test_equal_models_have_no_place(engine, small):

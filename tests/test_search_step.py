@@ -49,12 +49,12 @@ def equal(found):
             [f"{UPDATE} differs on equal gradients"],
             [BATCHES, REPORTED, GRADIENT, LOOP, CLIP],
         ),
-        (
+        long(
             "search_faults:LoopTouchesOne", 2,
             ["the adapter after it is not what the subject's own clip and optimizer make", "252 of 252"],
             [BATCHES, REPORTED, GRADIENT, LOOP, CLIP, UPDATE],
         ),
-        ("planted_paths:LouderLoss", 1, ["the loss differs at equal weights"], [BATCHES, REPORTED]),
+        long("planted_paths:LouderLoss", 1, ["the loss differs at equal weights"], [BATCHES, REPORTED]),
     ],
 )  # fmt: skip
 def test_the_first_part_that_differs_is_named(planted, at, says, before, reference, engine, small):

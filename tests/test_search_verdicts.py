@@ -29,7 +29,7 @@ def search(engine, recipe, subject, reference="mlx-lm", changes=None, probes=())
 
 
 def test_nothing_compared_is_not_agreement(engine, few):
-    report = search(engine, few, "tests.search_faults:Silent", "hf")
+    report = search(engine, few, "tests.search_faults:Silent", "hf", probes=["02", "06"])
     assert report.verdict == "not compared"
     assert not report.compared
     said = answer(report)
@@ -39,28 +39,28 @@ def test_nothing_compared_is_not_agreement(engine, few):
 
 
 def test_a_path_against_itself_is_not_agreement(engine, few):
-    report = search(engine, few, "mlx", "mlx")
+    report = search(engine, few, "mlx", "mlx", probes=["02"])
     assert report.verdict == "not compared"
     assert "no factor and no part is left that differs" in answer(report)
 
 
 def test_agreement_of_some_stages_names_the_others(engine, few):
-    report = search(engine, few, "tests.third_party:NumpyAdamW", "hf")
+    report = search(engine, few, "tests.third_party:NumpyAdamW", "hf", probes=["05", "06"])
     assert report.verdict == "agree in part"
     assert "agree in optimizer_step, and were not compared in all" in answer(report)
     assert "not compared: gradient:" in answer(report)
 
 
 @pytest.mark.parametrize(
-    ("subject", "code"),
+    ("subject", "reference", "code"),
     [
-        long("tests.search_faults:Silent", 3),
-        ("tests.third_party:NumpyAdamW", 3),
-        ("tests.faulty_paths:Faulty", 1),
+        long("tests.search_faults:Silent", "hf", 3),
+        ("tests.third_party:NumpyAdamW", "hf", 3),
+        ("tests.faulty_paths:Faulty", "mlx-lm", 1),
     ],
 )
-def test_exit_codes_tell_them_apart(subject, code, tmp_path):
-    words = ["--subject", subject, "--reference", "hf", "--out", str(tmp_path)]
+def test_exit_codes_tell_them_apart(subject, reference, code, tmp_path):
+    words = ["--subject", subject, "--reference", reference, "--out", str(tmp_path)]
     done = CliRunner().invoke(bisect, [*words, "--set", "train.steps=3", "--set", "optim.lr=0.003"])
     assert done.exit_code == code, done.output
 
@@ -89,7 +89,7 @@ def test_a_knob_without_effect_is_named(engine, few):
     assert sentence in answer(report)
 
 
-@pytest.mark.parametrize("subject", [long("mlx"), "mlx-lm", "hf"])
+@pytest.mark.parametrize("subject", [long("mlx"), long("mlx-lm"), "hf"])
 def test_nothing_is_said_of_a_steady_subject(subject, engine, few):
     reference = "hf" if subject != "hf" else "mlx"
     assert search(engine, few, subject, reference, probes=["03"]).repeats == []
@@ -138,7 +138,7 @@ def test_an_attention_fault_is_not_blamed_on_rope(engine, few):
     )
 
 
-@pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
+@pytest.mark.parametrize("reference", ["mlx-lm", long("hf")])
 def test_a_mean_over_padding_is_no_clip(reference, engine, few):
     cell = Cell(find("05"), "tests.search_faults:PaddedMean", reference, few)
     [hint] = run_cell(engine, cell).hints

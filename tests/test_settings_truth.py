@@ -37,20 +37,22 @@ FAULTS = [
         {"train.accumulation": 4},
         {"accumulation.steps": "1 in the subject, 4 in the reference"},
     ),
-    (
+    long(
         "ClipInLoop",
         {},
         {"clip.mode": "norm in the subject, none", "clip.value": "0.5 in the subject"},
     ),
     ("Uncompiled", {}, {"train.compile": "False", "train.gradient_checkpointing": "True in the"}),
-    ("AveragesOverPadding", {}, {"loss.denominator": "all positions in the subject, supervised"}),
+    long(
+        "AveragesOverPadding", {}, {"loss.denominator": "all positions in the subject, supervised"}
+    ),
     ("SeedsNowhere", {}, {"seed.placement": "nowhere in the subject, before_lora"}),
-    ("SeedsEarly", {}, {"seed.placement": "before_load in the subject, before_lora"}),
+    long("SeedsEarly", {}, {"seed.placement": "before_load in the subject, before_lora"}),
     ("HalfOfTheWeights", {}, {"dtype.parameters": "bfloat16 (64)"}),
 ]
 
 
-@pytest.mark.parametrize(("path", "factors", "notes"), FAULTS, ids=[fault[0] for fault in FAULTS])
+@pytest.mark.parametrize(("path", "factors", "notes"), FAULTS)
 def test_settings_are_what_a_path_does(path, factors, notes, engine, small):
     record = run(engine, small.override(factors), path)
     found = diverging(record)
@@ -104,7 +106,7 @@ CLEAN = [
     long("mlx", "mlx-lm", {"train.accumulation": 3, "train.gradient_checkpointing": True}),
     ("mlx", "hf", {}),
     long("mlx", "hf", {"model.source": "tiny-llama"}),
-    ("mlx", "hf", {"model.source": "tiny-qwen3"}),
+    long("mlx", "hf", {"model.source": "tiny-qwen3"}),
     ("mlx", "hf", {"optim.clip": "norm", "optim.clip_value": 0.7, "lora.dropout": 0.1}),
     long("mlx", "hf", {"train.accumulation": 3, "train.accumulation_weighting": "token"}),
     long("mlx", "hf", {"optim.name": "sgd", "mask.end_shift": 0, "optim.clip": "value"}),

@@ -194,7 +194,7 @@ def test_an_engine_uses_its_captures_and_makes_pruned_ones_again(tmp_path):
 
 def test_a_run_keeps_the_cache_below_its_limit_and_says_so(tmp_path, monkeypatch):
     old = capture(tmp_path, "a" * 24, 5, size=5_000_000)
-    words = ["--subject", "hf", "--reference", PATH, "--probes", "06", "--seeds", "1"]
+    words = ["--reference", "mlx-lm", "--probes", "01", "--seeds", "1"]
     env = {**os.environ, "PARITY_CACHE": str(tmp_path), storage.VARIABLE: "4MB"}
     command = [sys.executable, "-m", "parity.cli", "run", *words, "--out", str(tmp_path / "run")]
     first, again = (

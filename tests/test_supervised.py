@@ -30,7 +30,7 @@ FAULTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
+@pytest.mark.parametrize("reference", ["mlx-lm", long("hf")])
 @pytest.mark.parametrize(
     ("base", "changes", "words", "link"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS]
 )
@@ -45,7 +45,7 @@ def test_what_one_side_alone_supervises_is_said(
     assert any(link in hint for hint in record.hints) is bool(link), describe(record)
 
 
-@pytest.mark.parametrize("reference", ["mlx-lm", "hf"])
+@pytest.mark.parametrize("reference", [long("mlx-lm"), "hf"])
 @pytest.mark.parametrize("base", [{}, CHAT, {"data.source": "mixed"}, {"data.max_length": 7}])
 def test_clean_cells_are_identical(base, reference, engine, small):
     """Order and width of the batches differ across frameworks; what is supervised does not."""

@@ -22,6 +22,7 @@ from parity.record import Verdict
 from parity.report.text import describe
 from parity.stages import find
 from parity.trace import Trace
+from tests.cost import long
 
 BARE = """
 import json, sys
@@ -86,15 +87,14 @@ def handed_over(engine, small):
     return engine.capture("mlx", "batches", small, Trace()).arrays
 
 
-@pytest.fixture(scope="module")
-def bare(engine, small, handed_over, tmp_path_factory):
-    """Adapters of a script that nobody looks into, on rows and on batches."""
-    folder = tmp_path_factory.mktemp("bare")
+def bare(file, engine, small, handed_over, folder):
+    """The adapter of a script that nobody looks into, on rows or on batches."""
     save_file(handed_over, folder / "batches.safetensors")
-    rows = str(resources.data_dir("mixed") / "train.jsonl")
-    words = [resources.model_dir(small.model.source), str(small.optim.lr), rows]
+    rows = resources.data_dir("mixed") / "train.jsonl"
+    data = rows if file == rows.name else folder / file
+    words = [resources.model_dir(small.model.source), str(small.optim.lr), str(data)]
     done = subprocess.run(
-        [sys.executable, "-c", BARE, *words, str(folder / "batches.safetensors")],
+        [sys.executable, "-c", BARE, *words],
         env=environment("torch", engine.cache),
         cwd=folder,
         capture_output=True,
@@ -102,21 +102,19 @@ def bare(engine, small, handed_over, tmp_path_factory):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return {
-        file: {canonical(k): v for k, v in load_file(folder / f"{file}.out").items()}
-        for file in ("train.jsonl", "batches.safetensors")
-    }
+    return {canonical(k): v for k, v in load_file(folder / f"{file}.out").items()}
 
 
-@pytest.mark.parametrize("file", ["train.jsonl", "batches.safetensors"])
-def test_an_instrumented_run_ends_like_a_bare_script(file, bare, engine, small, handed_over):
+@pytest.mark.parametrize("file", [long("train.jsonl"), "batches.safetensors"])
+def test_an_instrumented_run_ends_like_a_bare_script(file, engine, small, handed_over, tmp_path):
     recipe, inputs = small, Trace().with_group("batches", handed_over)
     if file == "train.jsonl":
         recipe, inputs = small.override(OWN), Trace()
     adapter = engine.capture("trl", "train", recipe, inputs).group("adapter")
-    assert adapter.keys() == bare[file].keys()
+    expected = bare(file, engine, small, handed_over, tmp_path)
+    assert adapter.keys() == expected.keys()
     assert len(adapter) == 252
-    for name, value in bare[file].items():
+    for name, value in expected.items():
         assert adapter[name].tobytes() == value.tobytes(), name
     assert any(np.any(v) for k, v in adapter.items() if k.endswith("lora_b")), "nothing was trained"
 
@@ -177,7 +175,7 @@ def test_a_prompt_is_masked_in_conversations(engine, small):
     assert ours.arrays["offset.0"] > 1
 
 
-@pytest.mark.parametrize("reference", ["hf", "mlx-lm"])
+@pytest.mark.parametrize("reference", [long("hf"), "mlx-lm"])
 def test_what_differs_as_shipped_is_named(reference, engine, small):
     record = run_cell(engine, Cell(find("config"), "trl", reference, small))
     assert record.verdict.green, describe(record)

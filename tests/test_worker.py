@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from parity.capture.capacity import Jobs
 from parity.capture.engine import Engine
 from parity.cells.cell import Cell
 from parity.cells.run import run_cell
@@ -14,6 +15,7 @@ from parity.record import Verdict
 from parity.report.text import describe
 from parity.stages import find
 from parity.trace import Trace
+from tests.cost import long
 
 FAULTY = "tests.faulty_paths:Faulty"
 ADAPTER = {
@@ -104,11 +106,9 @@ def test_what_does_not_repeat_itself_is_inconclusive(empty_cache, small):
         assert all(file.endswith(".safetensors") for file in record.artifacts)
 
 
-def test_only_so_many_processes_stay_alive(empty_cache, monkeypatch):
+def test_only_so_many_processes_stay_alive(empty_cache):
     """Memory must not grow with the paths that take part."""
-    monkeypatch.setattr("parity.capture.engine.MOST_WORKERS", 1)
-    with Engine(cache=empty_cache, timeout=60, jobs=0) as engine:
-        engine._pool._alive = 1
+    with Engine(cache=empty_cache, timeout=60, jobs=Jobs(2, alive=1)) as engine:
         first = pid(engine, 1)
         other = engine.capture("tests.faulty_paths:Packaging", "defaults", Recipe(), Trace())
         alone = engine.capture("tests.patching_paths:Declared", "defaults", Recipe(), Trace())
@@ -120,7 +120,7 @@ def test_only_so_many_processes_stay_alive(empty_cache, monkeypatch):
 
 def test_paths_on_the_same_libraries_share_a_process(empty_cache):
     recipe, texts = Recipe(), TEXTS
-    with Engine(cache=empty_cache, jobs=1) as engine:
+    with Engine(cache=empty_cache, jobs=Jobs(1, 5)) as engine:
         pids = [
             engine.capture(path, "tokenization", recipe, texts).environment["pid"]
             for path in ("mlx", "mlx-lm", "mlx+loss=mlx-lm")
@@ -135,15 +135,15 @@ def test_paths_on_the_same_libraries_share_a_process(empty_cache):
     ("name", "what"),
     [
         ("Method", "mlx.nn.layers.linear.Linear.__call__"),
-        ("Function", "mlx_lm.tuner.trainer.default_loss"),
-        ("Attribute", "mlx.nn.layers.base.Module.patched"),
+        long("Function", "mlx_lm.tuner.trainer.default_loss"),
+        long("Attribute", "mlx.nn.layers.base.Module.patched"),
         ("Variable", "variable MLX_PARITY_TEST"),
     ],
 )
 def test_a_path_that_changes_its_libraries_gets_a_process_of_its_own(empty_cache, name, what):
     notices: list[str] = []
     changing, clean = f"tests.patching_paths:{name}", "tests.patching_paths:Clean"
-    with Engine(cache=empty_cache, notice=notices.append, jobs=1) as engine:
+    with Engine(cache=empty_cache, notice=notices.append, jobs=Jobs(1, 5)) as engine:
         before = engine.capture(clean, "tokenization", Recipe(), TEXTS)
         once = engine.capture(changing, "tokenization", Recipe(), TEXTS)
         after = engine.capture(clean, "tokenization", Recipe(), TEXTS, "-again")
@@ -158,7 +158,7 @@ def test_a_path_that_changes_its_libraries_gets_a_process_of_its_own(empty_cache
 def test_a_path_that_does_not_seed_does_not_repeat_itself_in_a_shared_process(empty_cache):
     """What an earlier call left in a generator must not decide what is drawn."""
     one = Trace(scalars={"texts": ["a"], "conversations": []})
-    with Engine(cache=empty_cache, jobs=1) as engine:
+    with Engine(cache=empty_cache, jobs=Jobs(1, 5)) as engine:
         drawn = [
             engine.capture(
                 "tests.patching_paths:Unseeded", "tokenization", Recipe(), one, attempt

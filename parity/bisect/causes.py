@@ -7,9 +7,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from parity.bisect.answer import against
+from parity.bisect.fewer_steps import STEPS, Oracle, minimal, shortest
 from parity.bisect.likelihood import likelihood, of_parts
 from parity.bisect.locate import locate
-from parity.bisect.minimize import Answer, CouldNotAsk, Search, Watch, minimize
+from parity.bisect.minimize import Answer, CouldNotAsk, Search, Watch
 from parity.bisect.repeats import repeats
 from parity.bisect.result import (
     AGREE,
@@ -87,11 +88,11 @@ class CauseSearch:
         self.parts = {p for p in self._can if self._own[p] != self._theirs[p]}
         """Parts that are still the subject's own where they could be the reference's."""
 
-    def cell(self, stage: Stage, names: Names, parts: Names | None = None) -> Cell:
+    def cell(self, stage: Stage, names: Names, parts: Names | None = None, steps: int = 0) -> Cell:
         """The cell in which the subject differs in just these factors, with these parts its own.
 
         Where a part cannot carry out the reference's value of a factor, the factor can only be taken
-        from the reference together with the part.
+        from the reference together with the part. `steps` other than 0 are trained, not the recipe's.
         """
         subset = {name: value for name, value in self.changes.items() if name in names}
         refused = unmet(resolve(self.subject), self.recipe.override(subset))
@@ -108,7 +109,8 @@ class CauseSearch:
         subject = names_of_parts.spec(mixed) if self._mixed else self.subject
         sides = {"subject": subset, "reference": self.held}
         changes = {side: changed for side, changed in sides.items() if changed}
-        return Cell(stage, subject, self.reference, self.recipe, changes, self.origin)
+        shared = self.recipe.override({STEPS: steps}) if steps else self.recipe
+        return Cell(stage, subject, self.reference, shared, changes, self.origin)
 
     def _swapped(self, part: str) -> bool:
         """Whether a part of either side can stand in the other's loop."""
@@ -121,9 +123,11 @@ class CauseSearch:
             part in takes_parts(path) for path in takers
         )
 
-    def record(self, stage: Stage, names: Names, parts: Names | None = None) -> Record:
+    def record(
+        self, stage: Stage, names: Names, parts: Names | None = None, steps: int = 0
+    ) -> Record:
         """Runs that cell."""
-        cell = self.cell(stage, names, parts)
+        cell = self.cell(stage, names, parts, steps)
         changed = cell.recipe.override(cell.changes.get("subject", {})).digest()
         self._recipes.add(f"{cell.subject} {changed}")
         return run_cell(self.engine, cell, repeat=not self.steady)
@@ -161,7 +165,7 @@ class CauseSearch:
             self.notice(f"{title}: {record.verdict}")
             if record.verdict is Verdict.DIVERGE:
                 report.compared.append(stage.name)
-                if not self._explain(stage, report):
+                if not self._explain(stage, report, record):
                     return
             elif record.verdict in (Verdict.ERROR, Verdict.INCONCLUSIVE):
                 report.verdict = INCONCLUSIVE
@@ -222,7 +226,9 @@ class CauseSearch:
         """Whether both sides are one path under one recipe."""
         return cell.subject == cell.reference and not cell.changes
 
-    def _ask(self, stage: Stage, names: Names, parts: Names | None = None) -> Answer:
+    def _ask(
+        self, stage: Stage, names: Names, parts: Names | None = None, steps: int = 0
+    ) -> Answer:
         """Whether the cell diverges.
 
         Raises:
@@ -230,7 +236,7 @@ class CauseSearch:
         """
         if self._same(self.cell(stage, names, parts)):
             return Answer.AGREES
-        record = self.record(stage, names, parts)
+        record = self.record(stage, names, parts, steps)
         if record.verdict is Verdict.DIVERGE:
             return Answer.DIVERGES
         if record.verdict.green:
@@ -244,10 +250,11 @@ class CauseSearch:
         except CouldNotAsk:
             return Answer.UNKNOWN
 
-    def _explain(self, stage: Stage, report: SearchReport) -> bool:
+    def _explain(self, stage: Stage, report: SearchReport, record: Record) -> bool:
         """Adds the causes of a divergence at one stage; returns whether nothing of it is left."""
+        steps = shortest(record, self.recipe, {*self.changes, *self.held})
         if self._known(stage, ()) is Answer.DIVERGES:
-            why_not = self._parts(stage, report)
+            why_not = self._parts(stage, report, steps)
             if why_not is not None:
                 # No factor and no part explains it: the place inside the stage is named.
                 report.causes.append(self._place(stage, report, unproven=why_not))
@@ -256,7 +263,9 @@ class CauseSearch:
         if self._known(stage, self.rest) is Answer.AGREES:
             return True
         weights = likelihood(stage.name, self.rest)
-        found = self._minimal(report, self.rest, lambda names: self._ask(stage, names), weights)
+        found = self._minimal(
+            report, self.rest, lambda names, few: self._ask(stage, names, steps=few), steps, weights
+        )
         if found.verdict != FOUND:
             report.verdict, report.reason = INCONCLUSIVE, found.reason
             return False
@@ -270,16 +279,17 @@ class CauseSearch:
         self,
         report: SearchReport,
         names: Sequence[str],
-        oracle: Callable[[frozenset[str]], Answer],
+        oracle: Oracle,
+        steps: int,
         weights: Mapping[str, float] | None = None,
     ) -> Search:
         """Minimal sets of names, with all that was asked kept in the report."""
-        found = minimize(names, oracle, weights, self.repeats, self.watch)
+        found = minimal(names, oracle, steps, self.recipe, weights, self.repeats, self.watch)
         report.ledger += found.ledger
         report.path[-1].factors, report.path[-1].questions = tuple(names), found.questions
         return found
 
-    def _parts(self, stage: Stage, report: SearchReport) -> list[str] | None:
+    def _parts(self, stage: Stage, report: SearchReport, steps: int) -> list[str] | None:
         """Finds the parts that differ under equal recipes, and takes the reference's from there on.
 
         Returns:
@@ -292,7 +302,10 @@ class CauseSearch:
         found = self._minimal(
             report,
             [PART + part for part in suspects],
-            lambda names: self._ask(stage, (), {name.removeprefix(PART) for name in names}),
+            lambda names, few: self._ask(
+                stage, (), {name.removeprefix(PART) for name in names}, few
+            ),
+            steps,
             {PART + part: weight for part, weight in of_parts(stage.name, suspects).items()},
         )
         if found.verdict != FOUND:

@@ -22,7 +22,10 @@ KEY = "model.quantization"
 
 def packed_otherwise(context: Context, place: Place) -> Place:
     """The place, with the modules first that are packed otherwise where there are any."""
-    sides = context.both("config", context.recipes, Trace())
+    try:
+        sides = context.both("config", context.recipes, Trace())
+    except (Unsupported, CaptureError):
+        return place  # a path that tells no settings
     subject, reference = (trace.scalars for trace in sides)
     if KEY not in subject or KEY not in reference or same(KEY, subject[KEY], reference[KEY]):
         return place

@@ -88,7 +88,7 @@ class VersionEngine(Engine):
         self.base, self.places, self.attempt = base, places, attempt
         keys = sorted((spec, place.key) for spec, place in places.items())
         folder = base.cache.resolve() / "elsewhere" / digest(keys, attempt)
-        super().__init__(folder, base.timeout, folder / "logs", base.notice)
+        super().__init__(folder, base.timeout, folder / "logs", base.notice, base.jobs)
 
     def capture(
         self, spec: str, method: str, recipe: Recipe, inputs: Trace, attempt: str = ""

@@ -17,11 +17,13 @@ from typing import Any, NamedTuple, Protocol
 from filelock import FileLock
 
 from parity import resources, timing
-from parity.capture import keys, machine, storage
+from parity.capture import capacity, keys, machine, storage
 from parity.capture.bundle import is_bundle, opened
+from parity.capture.capacity import Jobs
 from parity.capture.environments import UnavailableVersion, pinned
 from parity.capture.loaded import Check
-from parity.capture.pool import Pool, cores
+from parity.capture.pool import Pool
+from parity.capture.worker import openblas
 from parity.errors import CaptureError, UsageError
 from parity.factors import Knobs
 from parity.paths import registry
@@ -32,7 +34,6 @@ from parity.recipe import PINNED, Recipe, kind_of
 from parity.trace import Trace
 
 TIMEOUT = 600.0  # seconds a capture may take
-MOST_WORKERS = 5  # processes that stay alive; each holds a framework and models in memory
 
 
 class Source(Protocol):
@@ -62,7 +63,7 @@ class Engine:
         timeout: Seconds a capture may take.
         log_dir: Folder of the workers' logs.
         notice: Called with a sentence when something starts.
-        jobs: Processes of one framework that may be at work at once; 0: one for each core.
+        jobs: Processes that may be at work at once; by default what this machine has room for.
     """
 
     def __init__(
@@ -71,27 +72,29 @@ class Engine:
         timeout: float = TIMEOUT,
         log_dir: Path | None = None,
         notice: Callable[[str], None] | None = None,
-        jobs: int = 0,
+        jobs: Jobs | None = None,
     ) -> None:
         self.cache = cache or resources.cache()
         self.timeout = timeout
         self.log_dir = log_dir or self.cache / "logs"
         self.notice = notice or (lambda _: None)
         storage.check_writable(self.cache)
+        openblas()  # what the variable names is looked for before any work
         self._use = contextlib.ExitStack()
         self._use.enter_context(storage.in_use(self.cache))
         self.captured = 0  # captures that were run, not found in the cache
         # Manifests of the captures that were used, to their interpreters.
         self.loaded: dict[str, str] = {}
-        self._threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="capture")
+        self.jobs = jobs or capacity.jobs(capacity.here())
+        # Both sides of as many cells as processes can be busy with.
+        self._threads = ThreadPoolExecutor(2 * self.jobs.busy, thread_name_prefix="capture")
         self._check = Check(self.shared)
         self._pool = Pool(
             self.shared.resolve(),
             self.log_dir,
             lambda manifest, python: not self._check.holds(manifest, python),
             self.notice,
-            busy=jobs or cores(),
-            alive=max(MOST_WORKERS, (jobs or cores()) + 1),
+            self.jobs,
         )
         self._interpreters: dict[str, tuple[str, str]] = {}
         # The environment that captures of a path must come from; None: of the next one that is run.

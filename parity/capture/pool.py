@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from parity.capture.capacity import Jobs
 from parity.capture.footprint import in_words
 from parity.capture.worker import Worker
 from parity.errors import CaptureError
@@ -52,13 +52,6 @@ def group_of(spec: str, kind: type[TrainingPath], python: str, alone: bool = Fal
     return Group(python, kind.framework, kind.hidden, tuple(sorted(modules)), only)
 
 
-def cores() -> int:
-    """Processors that this process may use."""
-    if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 class Pool:
     """Lends workers, starts them and ends those that have been idle longest.
 
@@ -67,8 +60,7 @@ class Pool:
         log_dir: Folder of their logs.
         stale: Whether what a worker has loaded (a manifest, an interpreter) was edited since.
         notice: Called with a sentence when a path is moved to a process of its own.
-        busy: Workers of one group that may be at work at once.
-        alive: Workers that stay alive; each holds a framework and models in memory.
+        jobs: How many workers may be at work at once, and how many stay alive.
     """
 
     def __init__(
@@ -77,11 +69,10 @@ class Pool:
         log_dir: Path,
         stale: Callable[[str, str], bool],
         notice: Callable[[str], None],
-        busy: int,
-        alive: int,
+        jobs: Jobs,
     ) -> None:
         self._cache, self._log_dir, self._stale, self._notice = cache, log_dir, stale, notice
-        self._busy, self._alive = busy, alive
+        self.jobs = jobs
         self._idle: list[Worker] = []  # the one used last comes last
         self._lent: Counter[Group] = Counter()
         self._working: list[Worker] = []
@@ -139,28 +130,20 @@ class Pool:
 
     def _take(self, spec: str, group: Group) -> Worker:
         ended: list[Worker] = []
+        number = 0
         with self._returned:
-            while True:
-                self._refuse_if_stopped()
-                mine = [worker for worker in self._idle if worker.group == group]
-                # The one that served this path last still has its model.
-                mine.sort(key=lambda worker: worker.spec == spec)
-                while mine:
-                    self._idle.remove(worker := mine.pop())
-                    if worker.alive and not (
-                        worker.loaded and self._stale(worker.loaded, group.python)
-                    ):
-                        self._lent[group] += 1
-                        return worker
-                    ended.append(worker)
-                if self._lent[group] < self._busy:
-                    self._lent[group] += 1
-                    self._started += 1
-                    number = self._started
-                    break
-                self._returned.wait()
+            self._returned.wait_for(lambda: self._stopped or self._may_work(group))
+            self._refuse_if_stopped()
+            found = self._fitting(spec, group, ended)
+            self._lent[group] += 1
+            if not found:
+                self._started += 1
+                number = self._started
+                ended += self._excess()
         for worker in ended:
             worker.close()
+        if found:
+            return found
         try:
             name = "-".join([group.alone or group.framework, *group.modules])
             log = f"{name.replace(':', '_').replace('/', '_')}-{os.getpid()}-{number}.log"
@@ -170,6 +153,30 @@ class Pool:
                 self._lent[group] -= 1
                 self._returned.notify_all()
             raise
+
+    def _may_work(self, group: Group) -> bool:
+        """Whether another worker of a group may be at work now."""
+        if self._lent.total() >= self.jobs.busy:
+            return False
+        on_gpu = (count for lent, count in self._lent.items() if lent.framework in self.jobs.gpu)
+        return group.framework not in self.jobs.gpu or not any(on_gpu)
+
+    def _fitting(self, spec: str, group: Group, ended: list[Worker]) -> Worker | None:
+        """An idle worker of a group, if there is one; those that are dead or stale are to be ended."""
+        mine = [worker for worker in self._idle if worker.group == group]
+        # The one that served this path last still has its model.
+        mine.sort(key=lambda worker: worker.spec == spec)
+        while mine:
+            self._idle.remove(worker := mine.pop())
+            if worker.alive and not (worker.loaded and self._stale(worker.loaded, group.python)):
+                return worker
+            ended.append(worker)
+        return None
+
+    def _excess(self) -> list[Worker]:
+        """Idle workers above those that stay alive, which are to be ended; the oldest first."""
+        excess = len(self._idle) + self._lent.total() - self.jobs.alive
+        return [self._idle.pop(0) for _ in range(min(max(excess, 0), len(self._idle)))]
 
     def _give_back(self, spec: str, worker: Worker) -> None:
         ended: list[Worker] = []
@@ -184,8 +191,7 @@ class Pool:
                 )
                 worker.group = worker.group._replace(alone=spec)
             (self._idle if worker.alive else ended).append(worker)
-            excess = len(self._idle) + self._lent.total() - self._alive
-            ended += [self._idle.pop(0) for _ in range(min(max(excess, 0), len(self._idle)))]
+            ended += self._excess()
             self._returned.notify_all()
         for worker in ended:
             worker.close()

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 _RAISED: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (Unsupported, UsageError, UnmatchedNames)
 }
+OPENBLAS = "PARITY_OPENBLAS"
+"""Names the library that MLX workers preload on Linux; empty: none."""
 TAIL = 4000  # characters of a dead worker's stderr that go into its error
 KEPT = 4  # paths that a worker keeps, each with a model
 
@@ -66,7 +68,17 @@ def environment(framework: str, cache: Path) -> dict[str, str]:
 
 
 def openblas() -> str | None:
-    """OpenBLAS as the dynamic linker finds it, or None."""
+    """The library that MLX workers preload: OpenBLAS as the dynamic linker finds it, or the variable's.
+
+    Raises:
+        UsageError: The variable names no file.
+    """
+    if (named := os.environ.get(OPENBLAS)) is not None:
+        if named and not Path(named).is_file():
+            raise UsageError(
+                f"{OPENBLAS} {named!r} is no file: give a shared library, or nothing to preload none"
+            )
+        return str(Path(named).resolve()) if named else None
     for folder in sorted(Path("/usr/lib").glob("*/openblas-pthread/libopenblas.so.0")):
         return str(folder)
     return ctypes.util.find_library("openblas")

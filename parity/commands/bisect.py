@@ -16,6 +16,7 @@ from parity.commands.options import (
     EXIT_STOPPED,
     device_option,
     end_at_once,
+    jobs_option,
     out_option,
     part_options,
     profile_option,
@@ -94,6 +95,7 @@ EXIT_CODES = {"agree": EXIT_GREEN, "agree in part": EXIT_MISSING, "not compared"
     help="How often each run is repeated; repeats that disagree end in `inconclusive`.",
 )
 @out_option("reports/bisect")
+@jobs_option
 @device_option
 @timeout_option
 @profile_option
@@ -147,12 +149,13 @@ def bisect(
 def _search(
     shared: Recipe, changes: dict[str, Any], held: dict[str, Any], origin: str, out: Path, *,
     subject: str, reference: str, as_shipped: bool, command: str | None, repeats: int, timeout: float,
-    **versions: Any,
+    jobs: int, **versions: Any,
 ) -> str:  # fmt: skip
     """Runs the search, prints the answer, and returns the verdict."""
     from parity.bisect import check
     from parity.bisect.answer import answer
     from parity.bisect.causes import CauseSearch, shipped
+    from parity.capture import capacity
     from parity.capture.engine import Engine
     from parity.capture.engine import check as find_wrong_use
     from parity.report.search_files import save
@@ -169,7 +172,8 @@ def _search(
         spans = _ranges(
             versions.pop("package"), versions["repo"], versions["good"], versions["bad"]
         )
-        with Engine(timeout=timeout, log_dir=out / "logs") as engine, shown() as display:
+        room = capacity.of_recipe(shared, jobs)
+        with Engine(timeout=timeout, log_dir=out / "logs", jobs=room) as engine, shown() as display:
             if spans or versions["repo"]:
                 cell = _cell(subject, reference, shared, changes, origin, probe or "02")
                 return _versions(engine, cell, out, display, spans=spans, **versions)

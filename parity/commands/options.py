@@ -160,6 +160,27 @@ def out_option(folder: str) -> Callable[[Command], Command]:
     )
 
 
+class JobsRange(click.IntRange):
+    """A number of processes, or `auto`, which is 0."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, context: click.Context | None
+    ) -> Any:
+        """Takes the word, else as a number."""
+        return 0 if value == "auto" else super().convert(value, param, context)
+
+
+jobs_option = click.option(
+    "--jobs",
+    default="auto",
+    show_default=True,
+    type=JobsRange(1, 64),
+    metavar="auto|N",
+    help="Processes that compute at once; auto: as many as there are cores and free memory for, and one "
+    "on a GPU.",
+)
+
+
 timeout_option = click.option(
     "--timeout",
     default=600.0,

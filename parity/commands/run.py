@@ -14,6 +14,7 @@ from parity.commands.options import (
     OUT_FOLDER,
     device_option,
     end_at_once,
+    jobs_option,
     part_options,
     probes_option,
     profile_option,
@@ -51,13 +52,7 @@ if TYPE_CHECKING:
     type=OUT_FOLDER,
     help="Folder of the run.  [default: reports/run-…]",
 )
-@click.option(
-    "--jobs",
-    default=2,
-    show_default=True,
-    type=click.IntRange(1, 64),
-    help="Cells (one probe, pair and seed each) that run at once.",
-)
+@jobs_option
 @device_option
 @timeout_option
 @profile_option
@@ -102,8 +97,8 @@ def run(
     """  # noqa: D301
     from parity import recipe as recipes
     from parity import timing
+    from parity.capture import capacity, storage
     from parity.capture import engine as engines
-    from parity.capture import storage
     from parity.capture.bundle import name_of
     from parity.cells import matrix as runs
     from parity.cells.plan import Plan, write_plan
@@ -134,6 +129,7 @@ def run(
     known = expectations.chosen(
         name_of(subject), map(name_of, matrix.references), expected, no_expected
     )
+    room = capacity.of_recipe(shared, jobs)
     folder = out or runs.default_folder()
     plan = Plan.of(matrix.cells())
     write_plan(plan, folder)
@@ -143,9 +139,12 @@ def run(
     try:
         with (
             progress.shown(len(matrix.cells())) as (done, notice),
-            engines.Engine(timeout=timeout, log_dir=folder / "logs", notice=notice) as engine,
+            engines.Engine(
+                timeout=timeout, log_dir=folder / "logs", notice=notice, jobs=room
+            ) as engine,
         ):
-            records = run_matrix(matrix, engine, folder, jobs, done, finished)
+            notice(str(room))
+            records = run_matrix(matrix, engine, folder, room.busy, done, finished)
     except KeyboardInterrupt:
         records, stopped = finished, True
     records = [expectations.mark(record, known) for record in records]

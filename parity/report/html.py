@@ -83,8 +83,11 @@ def templates() -> Any:
     """The environment of the templates in this folder: every value is escaped, an unknown name raises."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    from parity.report.compiled import Compiled
+
     return Environment(
         loader=FileSystemLoader(Path(__file__).parent),
+        bytecode_cache=Compiled(),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
