@@ -61,7 +61,10 @@ def step(context: Context) -> Place:
             if found is not None:
                 return Place(_sentence(run, at, found, equal, missing), f"step {at}", "step")
             equal.append(what)
-    sentence = f"the place in the loop could not be found: up to step {first} of {run.steps} no part differs"
+    compared = "no part that was compared differs" if missing else "no part differs"
+    sentence = (
+        f"the place in the loop could not be found: up to step {first} of {run.steps} {compared}"
+    )
     return Place(_also(sentence, equal, missing), "", "step")
 
 

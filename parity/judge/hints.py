@@ -267,12 +267,10 @@ def _in_effect(record: Record, what: str) -> tuple[float, float] | None:
 def _computed(record: Record, what: str, values: tuple[float, float]) -> str:
     side, limit = ("subject", values[0]) if values[0] else ("reference", values[1])
     left = max(record.facts[f"left, {name}"] for name in ("subject", "reference"))
-    at = f"at {limit:g} in the {side}"
+    at, it = f"at {limit:g} in the {side}", "it"
     if record.facts.get(f"{side} clip at any limit"):
-        at = f"in the {side}, whose limit these weights do not tell"
-    return (
-        f"a {what} {at}: computed again with one at {limit:g}, {left:.1g} of the difference is left"
-    )
+        at, it = f"in the {side}, whose limit these weights do not tell", f"one at {limit:g}"
+    return f"a {what} {at}: computed again with {it}, {left:.1g} of the difference is left"
 
 
 def bias_correction(record: Record) -> str | None:
