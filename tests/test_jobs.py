@@ -31,12 +31,28 @@ MLX, BOTH = frozenset({"mlx"}), frozenset({"mlx", "torch"})
     ],
 )
 def test_auto_fits_cores_and_memory(machine, wanted, weights, busy, alive):
-    assert jobs(machine, wanted, weights) == Jobs(busy, alive, machine.gpu)
+    assert jobs(machine, wanted, weights)[:2] == (busy, alive)
+
+
+@pytest.mark.parametrize(
+    ("machine", "wanted", "weights", "on_gpu"),
+    [
+        pytest.param(
+            Capacity(16, 128 * GB, MLX, 140 * GB), 0, 0, 16, id="a large GPU, a tiny model"
+        ),
+        pytest.param(Capacity(16, 128 * GB, MLX, 140 * GB), 0, 28 * GB, 1, id="7 B parameters"),
+        pytest.param(Capacity(8, 16 * GB, MLX, 8 * GB), 0, 0, 4, id="half of a Mac's memory"),
+        pytest.param(Capacity(3, 3 * GB, MLX, GB), 0, 0, 1, id="hosted Mac"),
+        pytest.param(Capacity(3, 3 * GB, MLX, GB), 2, 0, 2, id="who names a number gets it"),
+    ],
+)
+def test_auto_fits_the_memory_of_a_gpu(machine, wanted, weights, on_gpu):
+    assert jobs(machine, wanted, weights).on_gpu == on_gpu
 
 
 def test_it_is_said_in_words():
     assert str(Jobs(1, 1)) == "1 process at once"
-    assert str(Jobs(3, 5, BOTH)) == "3 processes at once, one on the GPU (mlx, torch)"
+    assert str(Jobs(3, 5, BOTH)) == "3 processes at once, 1 on the GPU (mlx, torch)"
 
 
 def test_this_machine_is_measured():
@@ -106,3 +122,4 @@ def test_no_more_processes_compute_at_once_than_was_said(tmp_path):
     assert not lent_beside_another(tmp_path, Jobs(1, 5), 0.5)
     assert not lent_beside_another(tmp_path, Jobs(2, 5, numpy), 0.5)
     assert lent_beside_another(tmp_path, Jobs(2, 5, BOTH), 60)
+    assert lent_beside_another(tmp_path, Jobs(2, 5, numpy, 2), 60)

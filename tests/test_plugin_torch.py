@@ -120,7 +120,8 @@ def gradient_inputs(engine, recipe):
 
 def test_labels_that_its_own_batches_bring_count(engine, small):
     """A collator that copies the ids: the padding is learned, whatever the recipe's mask is."""
-    record = run(engine, "09", f"{PATHS}:Batched", small)
+    # With mask.end_shift=1 the reference learns the one padding token of these rows as well.
+    record = run(engine, "09", f"{PATHS}:Batched", small.override({"mask.end_shift": 0}))
     assert record.verdict is Verdict.DIVERGE
     assert "the subject alone supervises" in describe(record)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
@@ -23,6 +24,7 @@ WARM = (
 PROCESS = (
     700_000_000  # bytes of a process with a framework and a tiny model: torch 0.6 GB, MLX 0.3 GB
 )
+ON_GPU = 2_000_000_000  # bytes of a GPU's memory of a process with a tiny model, half of them its context
 COPIES = 4  # of a model's float32 weights that a process may hold: float64 counts twice
 GROUPS = Path("/sys/fs/cgroup")
 
@@ -35,30 +37,36 @@ class Capacity(NamedTuple):
     """Bytes that are free."""
     gpu: frozenset[str] = frozenset()
     """Frameworks that compute on the GPU."""
+    gpu_memory: int = 0
+    """Bytes that are free there."""
 
 
 class Jobs(NamedTuple):
     """What runs at once: `busy` worker processes compute, `alive` hold memory.
 
-    Of the frameworks in `gpu` one process computes at a time: they share its memory.
+    Of the frameworks in `gpu` at most `on_gpu` compute at a time: they share its memory.
     """
 
     busy: int
     alive: int
     gpu: frozenset[str] = frozenset()
+    on_gpu: int = 1
 
     def __str__(self) -> str:
         """In words."""
         processes = f"{self.busy} process{'es' if self.busy > 1 else ''} at once"
-        return processes + (f", one on the GPU ({', '.join(sorted(self.gpu))})" if self.gpu else "")
+        share = f", {self.on_gpu} on the GPU ({', '.join(sorted(self.gpu))})"
+        return processes + (share if self.gpu else "")
 
 
 def here() -> Capacity:
     """What this machine has now."""
     import psutil
 
-    free = min([psutil.virtual_memory().available, *_limits("memory.max")])
-    return Capacity(cores(), int(free), frozenset(_on_gpu()))
+    free = int(min([psutil.virtual_memory().available, *_limits("memory.max")]))
+    gpu = frozenset(_on_gpu())
+    # A Mac's GPU has the memory of the machine, which the other processes need as well.
+    return Capacity(cores(), free, gpu, (_gpu_memory() or free // 2) if gpu else 0)
 
 
 def jobs(capacity: Capacity, wanted: int = 0, weights: int = 0) -> Jobs:
@@ -72,7 +80,9 @@ def jobs(capacity: Capacity, wanted: int = 0, weights: int = 0) -> Jobs:
     """
     fit = max(1, capacity.memory // (PROCESS + COPIES * weights))
     busy = wanted or max(1, min(capacity.cores, fit, MOST))
-    return Jobs(busy, max(busy, min(fit, max(WARM, busy + 1))), capacity.gpu)
+    alive = max(busy, min(fit, max(WARM, busy + 1)))
+    there = capacity.gpu_memory // (ON_GPU + COPIES * weights)
+    return Jobs(busy, alive, capacity.gpu, wanted or max(1, min(busy, there)))
 
 
 def of_recipe(recipe: Recipe, wanted: int = 0) -> Jobs:
@@ -116,6 +126,15 @@ def _on_gpu() -> Iterator[str]:
         yield "mlx"
     if devices.current() != devices.DEFAULT:
         yield "torch"
+
+
+def _gpu_memory() -> int:
+    """Bytes that are free on the first NVIDIA GPU; 0 where there is none."""
+    query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+        return int(answer.stdout.split()[0]) * 2**20
+    return 0
 
 
 def _installed(package: str) -> bool:

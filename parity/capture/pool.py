@@ -159,7 +159,7 @@ class Pool:
         if self._lent.total() >= self.jobs.busy:
             return False
         on_gpu = (count for lent, count in self._lent.items() if lent.framework in self.jobs.gpu)
-        return group.framework not in self.jobs.gpu or not any(on_gpu)
+        return group.framework not in self.jobs.gpu or sum(on_gpu) < self.jobs.on_gpu
 
     def _fitting(self, spec: str, group: Group, ended: list[Worker]) -> Worker | None:
         """An idle worker of a group, if there is one; those that are dead or stale are to be ended."""
