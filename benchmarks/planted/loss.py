@@ -38,7 +38,14 @@ def scaled_loss(factor: float) -> type[MlxPath]:
     return Path
 
 
-@planted("loss", "cross_entropy", parts="loss", settings="loss.denominator", recipe=ROWS)
+@planted(
+    "loss",
+    "cross_entropy",
+    parts="loss",
+    hints="averages_over_padding",
+    settings="loss.denominator",
+    recipe=ROWS,
+)
 def averaged_over_padding() -> type[MlxPath]:
     """The sum is divided by all positions, padding included."""
 
