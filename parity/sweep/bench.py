@@ -1,0 +1,146 @@
+"""One architecture on one release: cells are run, and single captures of either side for the search."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from parity.capture.engine import Engine
+from parity.cells.cell import Cell as ProbeCell
+from parity.cells.run import run_cell
+from parity.errors import CaptureError, UnmatchedNames, Unsupported
+from parity.names import canonical
+from parity.recipe import Recipe
+from parity.record import Record
+from parity.sweep.answers import Answer
+from parity.sweep.models import Model, Store, text
+from parity.sweep.questions import GRADIENT, LOGITS, STAGES, TOKENS, targets
+from parity.sweep.sources import Sources
+from parity.trace import Array, Trace
+
+REFERENCE = "hf"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A release of mlx-lm, or a commit: the path that runs it and its sources."""
+
+    name: str
+    spec: str
+    engine: Engine
+    sources: Sources
+    option: str = ""
+    """The words that choose it on the command line."""
+
+
+@dataclass(frozen=True)
+class Logits:
+    """The logits of one side, or why there are none."""
+
+    values: Array | None
+    error: str = ""
+    missing: bool = False
+    """Whether it is a matter of loading."""
+
+
+@dataclass
+class Bench:
+    """Asks both sides of models of one architecture."""
+
+    architecture: str
+    column: Column
+    store: Store
+    subject: str
+    target: dict[str, list[str]] = field(default_factory=dict)
+
+    def recipe(self, model: Model, **changes: Any) -> Recipe:
+        """The recipe of a model: no training is asked for."""
+        given = {name.replace("__", "."): value for name, value in changes.items()}
+        return Recipe().override(
+            {"model.source": str(model.folder), "decode.max_tokens": 24, **given}
+        )
+
+    def ask(self, question: str, configuration: str, model: Model) -> tuple[Answer, Record]:
+        """One cell."""
+        adapted = question in (GRADIENT, TOKENS)
+        chosen = self.targets(model) if adapted else []
+        recipe = self.recipe(model, **({"lora__target_modules": chosen} if chosen else {}))
+        cell = ProbeCell(STAGES[question], self.column.spec, REFERENCE, recipe)
+        record = run_cell(self.column.engine, cell)
+        top = next((m for m in record.metrics if m.verdict is record.verdict), None)
+        verdict, reason = str(record.verdict), record.reason
+        if adapted and not chosen and verdict != "error":
+            verdict, reason = "skip", "no linear module has the same name on both sides"
+        answer = Answer(
+            question,
+            configuration,
+            "not asked" if verdict == "skip" else verdict,
+            reason if top is None or record.verdict.green else _numbers(reason, top),
+            float(top.value) if top else 0.0,
+            float(top.tolerance) if top else 0.0,
+            record.seconds,
+            reproduce=self.reproduce(question, configuration),
+        )
+        return answer, record
+
+    def reproduce(self, question: str, configuration: str) -> str:
+        """The command line that runs one cell again."""
+        words = ["parity", "sweep", "--only", self.architecture, "--question", question,
+                 "--configuration", configuration]  # fmt: skip
+        option = f" {self.column.option}" if self.column.option else ""
+        return " ".join(map(shlex.quote, words)) + option
+
+    def logits(self, side: str, model: Model) -> Logits:
+        """The logits of one side on the sweep's text."""
+        spec = {"subject": self.column.spec, "reference": REFERENCE}[side]
+        inputs = Trace({"ids.0": text()}, {"modules": False})
+        try:
+            trace = self.column.engine.capture(spec, "logits", self.recipe(model), inputs)
+        except (Unsupported, CaptureError, UnmatchedNames) as error:
+            return Logits(None, str(error), "does not load" in str(error))
+        return Logits(trace.arrays["logits.0"])
+
+    def targets(self, model: Model) -> list[str]:
+        """Linear modules that both sides have under the same names."""
+        key = str(model.folder)
+        if key not in self.target:
+            inputs = Trace({"ids.0": text(1, 4)}, {"modules": True, "inputs": True})
+            spec = self.column.spec
+            try:
+                trace = self.column.engine.capture(spec, "logits", self.recipe(model), inputs)
+                present = trace.scalars.get("present", [])
+            except (Unsupported, CaptureError, UnmatchedNames):
+                present = []
+            self.target[key] = targets(model.modules, map(canonical, present))
+        return self.target[key]
+
+
+def _numbers(reason: str, metric: Any) -> str:
+    if not metric.tolerance:
+        return reason
+    over = f"greatest |Δ| {metric.value:.3g}, {metric.tolerance:.3g} allowed"
+    return reason if over in reason else f"{reason} ({over})"
+
+
+def apart(a: Logits, b: Logits) -> float:
+    """Greatest difference of two logits; infinite where either is missing."""
+    if a.values is None or b.values is None or a.values.shape != b.values.shape:
+        return float("inf")
+    with np.errstate(invalid="ignore"):
+        found = float(np.max(np.abs(a.values.astype(np.float64) - b.values.astype(np.float64))))
+    return found if np.isfinite(found) else float("inf")
+
+
+def equal(a: Logits, b: Logits) -> bool:
+    """Whether two logits are equal bit for bit."""
+    return (
+        a.values is not None and b.values is not None and np.array_equal(a.values, b.values)
+    )
+
+
+Edits = Mapping[str, Any]
+"""Values of a configuration by dotted key."""
