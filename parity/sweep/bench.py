@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from parity.names import canonical
 from parity.recipe import Recipe
 from parity.record import Record
 from parity.sweep.answers import Answer
+from parity.sweep.candidates import resolved
 from parity.sweep.models import Model, Store, text
 from parity.sweep.questions import GRADIENT, LOGITS, STAGES, TOKENS, targets
 from parity.sweep.sources import Sources
@@ -54,8 +55,17 @@ class Bench:
     architecture: str
     column: Column
     store: Store
-    subject: str
+    patch: dict[str, Any] = field(default_factory=dict)
+    """Edits of the subject's configuration that take a cause away which was found already."""
     target: dict[str, list[str]] = field(default_factory=dict)
+
+    def patched(self, edits: Mapping[str, Any]) -> Bench:
+        """The same with further edits of the subject's configuration."""
+        return replace(self, patch={**self.patch, **edits}, target={})
+
+    def subject_model(self, model: Model) -> Model:
+        """What the subject is handed: the model with the edits of the patch."""
+        return self.store.edited(model, resolved(self.patch, model.config)) if self.patch else model
 
     def recipe(self, model: Model, **changes: Any) -> Recipe:
         """The recipe of a model: no training is asked for."""
@@ -69,7 +79,7 @@ class Bench:
         adapted = question in (GRADIENT, TOKENS)
         chosen = self.targets(model) if adapted else []
         recipe = self.recipe(model, **({"lora__target_modules": chosen} if chosen else {}))
-        cell = ProbeCell(STAGES[question], self.column.spec, REFERENCE, recipe)
+        cell = self.cell(question, model, recipe)
         record = run_cell(self.column.engine, cell)
         top = next((m for m in record.metrics if m.verdict is record.verdict), None)
         verdict, reason = str(record.verdict), record.reason
@@ -87,6 +97,13 @@ class Bench:
         )
         return answer, record
 
+    def cell(self, question: str, model: Model, recipe: Recipe | None = None) -> ProbeCell:
+        """The cell of a question, the subject's configuration patched."""
+        shared = recipe or self.recipe(model)
+        other = {"model.source": str(self.subject_model(model).folder)}
+        changes = {"subject": other} if self.patch else {}
+        return ProbeCell(STAGES[question], self.column.spec, REFERENCE, shared, changes)
+
     def reproduce(self, question: str, configuration: str) -> str:
         """The command line that runs one cell again."""
         words = ["parity", "sweep", "--only", self.architecture, "--question", question,
@@ -98,6 +115,8 @@ class Bench:
         """The logits of one side on the sweep's text."""
         spec = {"subject": self.column.spec, "reference": REFERENCE}[side]
         inputs = Trace({"ids.0": text()}, {"modules": False})
+        if side == "subject":
+            model = self.subject_model(model)
         try:
             trace = self.column.engine.capture(spec, "logits", self.recipe(model), inputs)
         except (Unsupported, CaptureError, UnmatchedNames) as error:
@@ -111,7 +130,8 @@ class Bench:
             inputs = Trace({"ids.0": text(1, 4)}, {"modules": True, "inputs": True})
             spec = self.column.spec
             try:
-                trace = self.column.engine.capture(spec, "logits", self.recipe(model), inputs)
+                recipe = self.recipe(self.subject_model(model))
+                trace = self.column.engine.capture(spec, "logits", recipe, inputs)
                 present = trace.scalars.get("present", [])
             except (Unsupported, CaptureError, UnmatchedNames):
                 present = []

@@ -21,6 +21,7 @@ WINDOW, BEYOND, CAP = 16, 40, 2.0
 """A sliding window and a number of positions shorter than the texts, and a tight soft cap."""
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu", "relu", "relu2", "gelu_new", "gelu_fast", "swish", "tanh", "xielu")
 ROPE = "rope_parameters"
+ODD = "odd head count"
 POSITIONS_KEY = "max_position_embeddings"
 IGNORED = (*SERVED, *TOKENS, "is_encoder_decoder", "add_cross_attention", "model_type", "problem_type",
            "output_hidden_states", "output_attentions", "return_dict", "use_cache", "initializer_range")  # fmt: skip
@@ -144,13 +145,16 @@ def _heads(config: Mapping[str, Any], above: str = "") -> Iterator[Trap]:
         for k in ("num_key_value_heads",)
         if isinstance(config.get(k), int)
     }
-    if isinstance(config.get("head_dim"), int) and not config.get("kv_lora_rank"):
-        yield Trap("odd head count", {f"{above}{heads}": 3, **pairs})
-        yield Trap("head width", {f"{above}head_dim": HEAD + 8})
+    if config.get("kv_lora_rank"):
         return
+    own_width = isinstance(config.get("head_dim"), int)
+    if own_width:
+        yield Trap(ODD, {f"{above}{heads}": 3, **pairs})
     width = next((k for k in ("hidden_size", "n_embd", "d_model") if k in config), "")
-    if width and not config.get("kv_lora_rank"):
-        yield Trap("odd head count", {f"{above}{heads}": 3, f"{above}{width}": 3 * HEAD, **pairs})
+    if width:
+        yield Trap(ODD, {f"{above}{heads}": 3, f"{above}{width}": 3 * HEAD, **pairs})
+    if own_width:
+        yield Trap("head width", {f"{above}head_dim": HEAD + 8})
 
 
 def _windows(config: Mapping[str, Any], above: str = "") -> Iterator[Trap]:
@@ -308,6 +312,8 @@ def configurations(
     before = start = maker.ask("attempt", config=plain, ids=ids)
     config, traps, idle, refused = plain, list[Trap](), list[str](), dict[str, str]()
     for trap in proposed(plain):
+        if trap.kind == ODD and any(other.kind == ODD for other in traps):
+            continue  # the other way to an odd number of heads worked
         new = changed(config, trap.changes)
         try:
             found = maker.ask("attempt", config=new, ids=ids)
@@ -326,23 +332,16 @@ def configurations(
     made = [Configuration("plain", plain)]
     if traps:
         made.append(Configuration("traps", config, traps))
-    theta = [trap for trap in traps if trap.kind == "rope theta"]
-    based = plain
-    for trap in theta:
-        based = changed(based, trap.changes)
-    for trap in ropes(based, kinds):
-        new = changed(based, trap.changes)
+    for trap in ropes(plain, kinds):
+        new = changed(plain, trap.changes)
         try:
             found = maker.ask("attempt", config=new, ids=ids)
         except NotMade as error:
             refused[trap.kind] = str(error)
             continue
-        if found["digest"] != start["digest"] and (found["digest"] != _digest(maker, based, ids)):
-            made.append(Configuration(trap.kind, new, [*theta, trap]))
-        else:
+        if found["digest"] == start["digest"]:
             idle.append(trap.kind)
+        else:
+            made.append(Configuration(trap.kind, new, [trap]))
     return Configurations(made, idle, refused)
 
-
-def _digest(maker: Maker, config: Mapping[str, Any], ids: list[list[int]]) -> str:
-    return str(maker.ask("attempt", config=config, ids=ids)["digest"])

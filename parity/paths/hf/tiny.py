@@ -162,12 +162,12 @@ def save(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
     }
 
 
-def parsed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as transformers reads it back, every key that it does not name filled in."""
+def parsed(config: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+    """Attributes of a configuration as transformers reads it, of those that it has."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-    return _plain(made.to_dict())
+    return {name: _plain(getattr(made, name)) for name in names if hasattr(made, name)}
 
 
 OPERATIONS: dict[str, Callable[..., dict[str, Any]]] = {

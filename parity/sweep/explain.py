@@ -1,0 +1,232 @@
+"""What each side makes of a setting, found by changing configurations and seeing what then agrees.
+
+Nothing is looked up: a sentence is said only of what a run has shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from parity.bisect.locate import locate
+from parity.sweep.answers import Answer, Cause
+from parity.sweep.bench import Bench, Logits, apart, equal
+from parity.sweep.candidates import any_setting, completing, instead, readable, relative, resolved, switches
+from parity.sweep.models import Model
+from parity.sweep.questions import LOGITS
+from parity.sweep.sources import Field
+from parity.sweep.traps import Trap, value_at
+
+LOADING = "does not load"
+
+
+class Explainer:
+    """Explains red cells of one bench.
+
+    Args:
+        bench: Both sides, with the patch of causes found before.
+    """
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.kind = bench.architecture
+        self.release = bench.column.name
+
+    def _fields(self) -> list[Field]:
+        return self.bench.column.sources.fields(self.kind)
+
+    # A setting by which two sides part ------------------------------------------------------------
+
+    def setting(self, trap: Trap, plain: Model, model: Model, answer: Answer) -> tuple[Cause, dict[str, Any]]:
+        """What the subject makes of a setting that, set alone, makes the two sides differ.
+
+        Args:
+            trap: The setting.
+            plain: The model without it, on which both agree.
+            model: The model with it alone.
+            answer: The red cell of that model.
+
+        Returns:
+            The cause, and edits of the subject's configuration that take it away (maybe none).
+        """
+        subject, reference = (self.bench.logits(s, model) for s in ("subject", "reference"))
+        usual = {key: value_at(plain.config, key) for key in trap.changes}
+        there = {key: value_at(model.config, key) for key in trap.changes}
+        proofs = [f"without it both sides agree; with {trap.name} they do not: {answer.reason}"]
+        if subject.values is None:
+            return self._unloaded(trap, plain, model, subject, reference, answer.tolerance, proofs)
+        said = []
+        if self._unread(model, usual, subject):
+            said.append(f"mlx-lm does not read {', '.join(there)}: with {_words(usual)} instead its logits are the same bits")
+        tolerance = answer.tolerance
+        used = self._used(model, there, usual, subject, tolerance)
+        if used:
+            said.append(used)
+        fix, edits = self._fix(model, there, reference, tolerance)
+        if not said:
+            place = self._place(model)
+            said.append(f"{', '.join(there)} is read otherwise: what value mlx-lm computes with could not be told" + (f"; {place}" if place else ""))
+        cause = Cause("setting", ", ".join(there), "; ".join([*said, f"transformers computes with {_words(there)}"]), fix, proofs)
+        return cause, edits
+
+    def _unread(self, model: Model, usual: Mapping[str, Any], subject: Logits) -> bool:
+        other = self.bench.store.edited(model, usual)
+        return equal(self.bench.logits("subject", other), subject)
+
+    def _used(
+        self, model: Model, there: Mapping[str, Any], usual: Mapping[str, Any], subject: Logits, tolerance: float
+    ) -> str:
+        tried: list[tuple[str, dict[str, Any]]] = [(_words(usual), dict(usual))]
+        for key, value in there.items():
+            tried += list(instead(key, usual[key], value, model.config))
+        for words, edits in tried:
+            other = self.bench.store.edited(model, edits)
+            left = apart(self.bench.logits("reference", other), subject)
+            if left <= tolerance:
+                return f"mlx-lm computes as transformers does with {words} (greatest |Δ| {left:.2g}, {tolerance:.2g} allowed)"
+        return ""
+
+    def _fix(
+        self, model: Model, there: Mapping[str, Any], reference: Logits, tolerance: float
+    ) -> tuple[str, dict[str, Any]]:
+        sources = self.bench.column.sources
+        tried = readable(there, model.config, self._fields(), sources.words(self.kind))
+        for edits in tried:
+            if self._agrees(model, edits, reference, tolerance):
+                words = f"with {_words(edits)} in config.json as well mlx-lm agrees with transformers"
+                return words, edits
+        return "", {}
+
+    def _agrees(self, model: Model, edits: Mapping[str, Any], reference: Logits, tolerance: float) -> bool:
+        other = self.bench.store.edited(model, edits)
+        return apart(self.bench.logits("subject", other), reference) <= tolerance
+
+    # What does not load ----------------------------------------------------------------------------
+
+    def _unloaded(
+        self, trap: Trap, plain: Model, model: Model, subject: Logits, reference: Logits,
+        tolerance: float, proofs: list[str],
+    ) -> tuple[Cause, dict[str, Any]]:  # fmt: skip
+        tolerance = tolerance or self._tolerance(plain)
+        sentence = f"with {trap.name} {_error(subject.error)}"
+        fix, edits = self._fix(model, {k: value_at(model.config, k) for k in trap.changes}, reference, tolerance)
+        return Cause("loading", ", ".join(trap.changes), sentence, fix, proofs), edits
+
+    def _tolerance(self, model: Model) -> float:
+        answer, _ = self.bench.ask(LOGITS, "", model)
+        return answer.tolerance
+
+    # A plain configuration ------------------------------------------------------------------------
+
+    def plain(self, model: Model, answer: Answer, usual: Mapping[str, Any]) -> tuple[Cause, dict[str, Any]]:
+        """Why both differ although nothing is set.
+
+        Args:
+            model: The plain model.
+            answer: Its red cell.
+            usual: Its configuration as transformers reads it, every key filled in.
+        """
+        subject, reference = (self.bench.logits(s, model) for s in ("subject", "reference"))
+        if reference.values is None:
+            return Cause("unknown", "", f"transformers fails: {reference.error}"), {}
+        if subject.values is None:
+            return self._plain_unloaded(model, subject, reference, usual)
+        tolerance = answer.tolerance
+        for words, edits in self._single(any_setting(model.config)):
+            other = self.bench.store.edited(model, edits)
+            left = apart(self.bench.logits("reference", other), subject)
+            if left <= tolerance:
+                key = ", ".join(edits)
+                fix, edits = self._plain_fix(model, reference, tolerance)
+                return Cause(
+                    "setting", key,
+                    f"mlx-lm computes as transformers does with {words} (greatest |Δ| {left:.2g}, {tolerance:.2g} allowed), "
+                    f"transformers with {_words({k: value_at(model.config, k) for k in key.split(', ')})}",
+                    fix,
+                ), edits  # fmt: skip
+        fix, edits = self._plain_fix(model, reference, tolerance)
+        place = self._place(model)
+        if fix:
+            sentence = f"{', '.join(edits)} is read otherwise" + (f"; {place}" if place else "")
+            return Cause("setting", ", ".join(edits), sentence, fix), edits
+        if place:
+            return Cause("module", _module(place), place), {}
+        return Cause("unknown", "", "no single setting explains it, and no module could be named"), {}
+
+    def _single(self, tried: Iterable[tuple[str, dict[str, Any]]]) -> Iterable[tuple[str, dict[str, Any]]]:
+        return list(tried)[:60]
+
+    def _plain_fix(self, model: Model, reference: Logits, tolerance: float) -> tuple[str, dict[str, Any]]:
+        """An edit of the subject's configuration under which it agrees: switches, and other spellings."""
+        fields = self._fields()
+        words = self.bench.column.sources.words(self.kind)
+        ropes = {k: v for k, v in model.config.items() if isinstance(v, Mapping) and k.startswith("rope")}
+        text = model.config.get("text_config")
+        if isinstance(text, Mapping):
+            ropes |= {f"text_config.{k}": v for k, v in text.items() if isinstance(v, Mapping) and k.startswith("rope")}
+        tried = [(_words(e), e) for e in readable(ropes, model.config, fields, words)]
+        tried += switches(model.config, fields)
+        for shown, edits in tried:
+            if self._agrees(model, edits, reference, tolerance):
+                return f"with {shown} in config.json mlx-lm agrees with transformers", relative(edits, model.config)
+        return "", {}
+
+    def _plain_unloaded(
+        self, model: Model, subject: Logits, reference: Logits, usual: Mapping[str, Any]
+    ) -> tuple[Cause, dict[str, Any]]:
+        from parity.judge.noise import EPS, HEADROOM
+
+        assert reference.values is not None
+        size = float(abs(reference.values).max())
+        loose = HEADROOM * 8 * size * EPS["float32"]  # confirmed by a cell of its own below
+        fields = self._fields()
+        tried = [completing(model.config, fields, usual)]
+        for _, edits in switches(model.config, fields):
+            tried.append({**tried[0], **edits})
+        for edits in tried:
+            if not edits:
+                continue
+            literal = resolved(edits, model.config)
+            other = self.bench.store.edited(model, literal)
+            found = self.bench.logits("subject", other)
+            if found.values is None:
+                continue
+            agrees = apart(found, reference) <= loose or self.bench.patched(edits).ask(LOGITS, "", model)[0].green
+            words = "it loads and agrees with transformers" if agrees else "it loads (and does not agree)"
+            return (
+                Cause("loading", ", ".join(edits), _error(subject.error), f"with {_words(literal)} in config.json as well {words}"),
+                edits,
+            )
+        return Cause("loading", "", _error(subject.error)), {}
+
+    # Modules -------------------------------------------------------------------------------------
+
+    def _place(self, model: Model) -> str:
+        """The first bad module in words, as the search of `parity bisect` finds it."""
+        cell = self.bench.cell(LOGITS, model)
+        answer, record = self.bench.ask(LOGITS, "", model)
+        if answer.verdict != "diverge":
+            return ""
+        return locate(self.bench.column.engine, cell, record).sentence
+
+
+def _module(sentence: str) -> str:
+    for start in ("first bad module ", "and the output of ", "and the input of "):
+        if start in sentence:
+            return sentence.partition(start)[2].split(":")[0].split(" ")[0].rstrip(",;")
+    return ""
+
+
+def _error(text: str) -> str:
+    return text.partition("mlx-lm does not load the model: ")[2].join(["mlx-lm does not load it: ", ""]) if "mlx-lm does not load the model: " in text else text
+
+
+def _words(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={_value(value)}" for key, value in values.items())
+
+
+def _value(value: Any) -> str:
+    import json
+
+    text = json.dumps(value)
+    return text if len(text) < 200 else text[:197] + "…"
