@@ -25,22 +25,49 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--subject", default="mlx", show_default=True, help="The path that runs mlx-lm's models.")
-@click.option("--package", metavar="RANGE", help="Releases as columns: mlx-lm==0.29.1..0.32.2, or one: mlx-lm==0.32.2.")
+@click.option(
+    "--subject", default="mlx", show_default=True, help="The path that runs mlx-lm's models."
+)
+@click.option(
+    "--package",
+    metavar="RANGE",
+    help="Releases as columns: mlx-lm==0.29.1..0.32.2, or one: mlx-lm==0.32.2.",
+)
 @click.option("--releases", "count", default=4, show_default=True, type=click.IntRange(2, 60),
               help="Columns of --package or --repo, evenly spaced, both ends among them.")  # fmt: skip
 @click.option("--repo", type=click.Path(path_type=Path, exists=True, file_okay=False),
               help="Commits of a checkout of mlx-lm as columns, between --good and --bad.")  # fmt: skip
 @click.option("--good", metavar="REVISION", help="The first commit of --repo.")
 @click.option("--bad", metavar="REVISION", help="The last commit of --repo.")
-@click.option("--only", multiple=True, metavar="LIST", help="Architectures, e.g. llama,gemma3_text.  [default: all]")
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="LIST",
+    help="Architectures, e.g. llama,gemma3_text.  [default: all]",
+)
 @click.option("--question", "questions", multiple=True, metavar="LIST",
               help="Questions: loads, logits, gradient, KV cache, tokens.  [default: all]")  # fmt: skip
 @click.option("--configuration", "chosen", multiple=True, metavar="LIST",
               help="Configurations: plain, traps, 'rope yarn' and so on.  [default: all]")  # fmt: skip
-@click.option("--list", "only_list", is_flag=True, help="List the architectures with their traps, and run nothing else.")
-@click.option("--jobs", default=0, type=click.IntRange(0, 64), help="Architectures under way at once.  [default: cores]")
-@click.option("--timeout", default=180.0, show_default=True, type=click.FloatRange(1), help="Seconds a capture may take.")
+@click.option(
+    "--list",
+    "only_list",
+    is_flag=True,
+    help="List the architectures with their traps, and run nothing else.",
+)
+@click.option(
+    "--jobs",
+    default=0,
+    type=click.IntRange(0, 64),
+    help="Architectures under way at once.  [default: cores]",
+)
+@click.option(
+    "--timeout",
+    default=180.0,
+    show_default=True,
+    type=click.FloatRange(1),
+    help="Seconds a capture may take.",
+)
 @out_option("reports/architectures")
 def sweep(
     subject: str, package: str | None, count: int, repo: Path | None, good: str | None, bad: str | None,
@@ -110,7 +137,9 @@ def _columns(
     from parity.sweep import columns
 
     if resolve(subject).framework != "mlx":
-        raise UsageError(f"--subject {subject}: a sweep compares mlx-lm's models with transformers: give a path on MLX")
+        raise UsageError(
+            f"--subject {subject}: a sweep compares mlx-lm's models with transformers: give a path on MLX"
+        )
     if package and repo:
         raise UsageError("give either --package or --repo")
     if repo:
@@ -121,9 +150,9 @@ def _columns(
         raise UsageError("--good and --bad are commits of --repo, which is not given")
     if not package:
         return columns.installed(engine, subject)
-    if match := re.fullmatch(r"\s*mlx-lm==([\w.]+?)\s*", package):
-        if ".." not in package:
-            return columns.of_package_exactly(engine, subject, [match[1]])
+    exact = re.fullmatch(r"\s*mlx-lm==([\w.]+?)\s*", package)
+    if exact and ".." not in package:
+        return columns.of_package_exactly(engine, subject, [exact[1]])
     return columns.of_package(engine, subject, parse_range(package), count)
 
 
@@ -151,7 +180,10 @@ def _run(running: Sweep, columns: Columns, only: tuple[str, ...], out: Path) -> 
     except KeyboardInterrupt:
         running.stop()
         files = sweep_files.write(out, found, [], complete=False)
-        click.echo(f"stopped with {len(found.cells)} cells finished; wrote {files[0]}; run the same command again to go on", err=True)
+        click.echo(
+            f"stopped with {len(found.cells)} cells finished; wrote {files[0]}; run the same command again to go on",
+            err=True,
+        )
         end_at_once(EXIT_STOPPED)
     files = sweep_files.write(out, found, moves, complete=True)
     from parity.report.sweep_text import summary
@@ -164,12 +196,14 @@ def _run(running: Sweep, columns: Columns, only: tuple[str, ...], out: Path) -> 
 def _code(found: Found) -> int:
     if any(answer.red for cell in found.cells.values() for answer in cell.answers):
         return EXIT_NOT_GREEN
-    lacking = found.unavailable or any(a.why_not for a in found.architectures.values()) or not found.cells
+    lacking = (
+        found.unavailable or any(a.why_not for a in found.architectures.values()) or not found.cells
+    )
     return EXIT_MISSING if lacking else EXIT_GREEN
 
 
 def _show(running: Sweep, only: tuple[str, ...]) -> None:
-    for name, architecture in running.list(only):
+    for name, architecture in running.listed(only):
         if architecture.why_not:
             click.echo(f"{name}: {architecture.why_not}")
             continue

@@ -10,7 +10,15 @@ from parity.sweep.changes import Change
 from parity.sweep.questions import QUESTIONS
 from parity.sweep.run import Found
 
-MARKS = {"identical": "=", "agree": "✓", "diverge": "✗", "error": "!", "inconclusive": "?", "not asked": "–", ABSENT: "·"}
+MARKS = {
+    "identical": "=",
+    "agree": "✓",
+    "diverge": "✗",
+    "error": "!",
+    "inconclusive": "?",
+    "not asked": "–",
+    ABSENT: "·",
+}
 """By verdict."""
 
 
@@ -18,7 +26,9 @@ def line(cell: Cell) -> str:
     """`llama 0.32.2  loads ✓  logits ✗ …`."""
     if cell.note:
         return f"{cell.architecture} {cell.release}: {cell.note}"
-    shown = [f"{question} {MARKS[cell.verdict(question)]}" for question in QUESTIONS if cell.of(question)]
+    shown = [
+        f"{question} {MARKS[cell.verdict(question)]}" for question in QUESTIONS if cell.of(question)
+    ]
     return f"{cell.architecture} {cell.release}: {'  '.join(shown)}"
 
 

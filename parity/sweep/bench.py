@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,11 +20,13 @@ from parity.record import Record
 from parity.sweep.answers import Answer
 from parity.sweep.candidates import resolved
 from parity.sweep.models import Model, Store, text
-from parity.sweep.questions import GRADIENT, LOGITS, STAGES, TOKENS, targets
+from parity.sweep.questions import GRADIENT, STAGES, TOKENS, targets
 from parity.sweep.sources import Sources
 from parity.trace import Array, Trace
 
 REFERENCE = "hf"
+RETRIES = 6
+"""Modules that may be taken out of the adapter because no gradient arrives at them."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,16 @@ class Bench:
         recipe = self.recipe(model, **({"lora__target_modules": chosen} if chosen else {}))
         cell = self.cell(question, model, recipe)
         record = run_cell(self.column.engine, cell)
+        for _ in range(RETRIES):
+            # Some modules are called by neither their framework nor ours: only their weights are read.
+            lone = re.search(r"have no gradient, first '[\w.]*?(\w+)\.lora_[ab]'", record.reason)
+            if not (adapted and lone and lone[1] in chosen and len(chosen) > 1):
+                break
+            chosen = [name for name in chosen if name != lone[1]]
+            self.target[str(model.folder)] = chosen
+            recipe = self.recipe(model, lora__target_modules=chosen)
+            cell = self.cell(question, model, recipe)
+            record = run_cell(self.column.engine, cell)
         top = next((m for m in record.metrics if m.verdict is record.verdict), None)
         verdict, reason = str(record.verdict), record.reason
         if adapted and not chosen and verdict != "error":
@@ -110,6 +123,16 @@ class Bench:
                  "--configuration", configuration]  # fmt: skip
         option = f" {self.column.option}" if self.column.option else ""
         return " ".join(map(shlex.quote, words)) + option
+
+    def versions(self, model: Model) -> dict[str, str]:
+        """The versions of the process that runs the subject."""
+        try:
+            trace = self.column.engine.capture(
+                self.column.spec, "defaults", self.recipe(model), Trace()
+            )
+        except (Unsupported, CaptureError):
+            return {}
+        return {name: str(value) for name, value in trace.environment["versions"].items()}
 
     def logits(self, side: str, model: Model) -> Logits:
         """The logits of one side on the sweep's text."""
@@ -157,9 +180,7 @@ def apart(a: Logits, b: Logits) -> float:
 
 def equal(a: Logits, b: Logits) -> bool:
     """Whether two logits are equal bit for bit."""
-    return (
-        a.values is not None and b.values is not None and np.array_equal(a.values, b.values)
-    )
+    return a.values is not None and b.values is not None and np.array_equal(a.values, b.values)
 
 
 Edits = Mapping[str, Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,9 @@ MOST = 14
 """Candidates that are tried for one fix."""
 
 
-def instead(key: str, before: Any, after: Any, config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def instead(
+    key: str, before: Any, after: Any, config: Mapping[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Values that a side may compute with in the place of `after`: (in words, edits).
 
     Args:
@@ -47,6 +49,18 @@ def instead(key: str, before: Any, after: Any, config: Mapping[str, Any]) -> Ite
             other = ".".join(path)
             if path[-1] == "rope_theta" and other != key and value != after:
                 yield f"{key}={value:g}, the value of {other}", {key: value}
+
+
+def by_default(
+    keys: Iterable[str], config: Mapping[str, Any], fields: list[Field]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Settings at the value that a file takes where it finds none of that name."""
+    defaults = {f.name: f.default for f in fields if isinstance(f.default, (int, float, str))}
+    for key in keys:
+        last = key.rpartition(".")[2]
+        if last in defaults and defaults[last] != value_at(config, key):
+            value = defaults[last]
+            yield f"{key}={_shown(value)}, the default of {last} in its own file", {key: value}
 
 
 def any_setting(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -166,7 +180,9 @@ def completing(
         if not field.required or name in config or name == "model_type":
             continue
         exact = [key for key in held if key.rpartition(".")[2] == name]
-        same = [key for key, value in held.items() if full.get(name) is not None and value == full[name]]
+        same = [
+            key for key, value in held.items() if full.get(name) is not None and value == full[name]
+        ]
         alike = [*exact, *[key for key in _near(name, [*held]) if key in same or not same], *same]
         if alike:
             found[name] = From(alike[0])
@@ -175,6 +191,24 @@ def completing(
         elif name == "head_dim":
             found[name] = From("hidden_size/num_attention_heads")
     return found
+
+
+def open_switches(
+    config: Mapping[str, Any], fields: list[Field], known: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Every way to set what a file demands and nothing gives a value for: switches, and numbers by 1."""
+    lacking = [
+        field
+        for field in fields
+        if field.required and field.name not in config and field.name not in known
+    ]
+    ways: list[dict[str, Any]] = [{}]
+    for field in lacking:
+        values: tuple[Any, ...] = (
+            (False, True) if field.kind == "bool" else (1,) if field.kind == "int" else (None,)
+        )
+        ways = [{**way, field.name: value} for way in ways for value in values]
+    return ways[:16]
 
 
 def _near(name: str, keys: list[str]) -> list[str]:
@@ -193,12 +227,17 @@ def _alike(name: str, value: Any, fields: list[Field]) -> list[str]:
     close = [
         field.name
         for field in fields
-        if field.default is None or isinstance(field.default, type(value)) or _both_numbers(field.default, value)
+        if field.default is None
+        or isinstance(field.default, type(value))
+        or _both_numbers(field.default, value)
     ]
     tokens = set(re.split(r"[_.]", name))
     scored = sorted(
         close,
-        key=lambda f: (-len(tokens & set(f.split("_"))), -difflib.SequenceMatcher(None, f, name).ratio()),
+        key=lambda f: (
+            -len(tokens & set(f.split("_"))),
+            -difflib.SequenceMatcher(None, f, name).ratio(),
+        ),
     )
     return [
         f
@@ -215,7 +254,12 @@ def _fits(held: Any, value: Any) -> bool:
 
 def _both_numbers(a: Any, b: Any) -> bool:
     numbers = (int, float)
-    return isinstance(a, numbers) and isinstance(b, numbers) and not isinstance(a, bool) and not isinstance(b, bool)
+    return (
+        isinstance(a, numbers)
+        and isinstance(b, numbers)
+        and not isinstance(a, bool)
+        and not isinstance(b, bool)
+    )
 
 
 def switches(config: Mapping[str, Any], fields: list[Field]) -> list[tuple[str, dict[str, Any]]]:

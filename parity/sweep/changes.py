@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -57,8 +58,16 @@ def state(cell: Cell | None, question: str, configuration: str) -> str:
         return "agrees"
     if not found.red:
         return ""
-    names = sorted({cause.name for cause in found.causes if cause.name and cause.kind in ("setting", "loading")})
-    word = {"diverge": "diverges", "error": "fails", "inconclusive": "is inconclusive"}[found.verdict]
+    names = sorted(
+        {
+            cause.name
+            for cause in found.causes
+            if cause.name and cause.kind in ("setting", "loading")
+        }
+    )
+    word = {"diverge": "diverges", "error": "fails", "inconclusive": "is inconclusive"}[
+        found.verdict
+    ]
     return f"{word} ({', '.join(names)})" if names else word
 
 
@@ -71,37 +80,47 @@ def changes(found: Found) -> list[Change]:
     listed: list[Change] = []
     for name, architecture in sorted(found.architectures.items()):
         configurations = [c.name for c in architecture.found.made]
-        for old, new in zip(found.columns, found.columns[1:], strict=False):
-            cells = found.cells.get((name, old)), found.cells.get((name, new))
-            if not all(cells):
+        for old, new in itertools.pairwise(found.columns):
+            before, after = found.cells.get((name, old)), found.cells.get((name, new))
+            if before is None or after is None:
                 continue
-            if bool(cells[0].note) != bool(cells[1].note):  # type: ignore[union-attr]
-                states = ("has no file" if cells[0].note else "has a file", "has a file" if cells[0].note else "has no file")  # type: ignore[union-attr]
+            if bool(before.note) != bool(after.note):
+                states = (_file(before), _file(after))
                 listed.append(Change(name, "model file", "plain", old, new, states, narrowed=False))
-                continue
-            listed += _moved(name, configurations, old, new, cells)  # type: ignore[arg-type]
+            else:
+                listed += _moved(configurations, before, after)
     return listed
 
 
-def _moved(
-    name: str, configurations: list[str], old: str, new: str, cells: tuple[Cell, Cell]
-) -> list[Change]:
+def _file(cell: Cell) -> str:
+    return "has no file" if cell.note else "has a file"
+
+
+def _moved(configurations: list[str], before: Cell, after: Cell) -> list[Change]:
     listed = []
     loading: set[str] = set()
-    for question in QUESTIONS:
-        for configuration in configurations:
-            if question == LOGITS and configuration in loading:
-                continue
-            states = tuple(state(cell, question, configuration) for cell in cells)
-            if not all(states) or states[0] == states[1]:
-                continue
-            if question == LOADS:
-                loading.add(configuration)
-            reasons = tuple(
-                found.reason if (found := _answer(cell, question, configuration)) else cell.note for cell in cells
-            )
-            listed.append(Change(name, question, configuration, old, new, states, reasons, narrowed=False))  # type: ignore[arg-type]
+    for question, configuration in itertools.product(QUESTIONS, configurations):
+        if question == LOGITS and configuration in loading:
+            continue
+        states = (state(before, question, configuration), state(after, question, configuration))
+        if not all(states) or states[0] == states[1]:
+            continue
+        if question == LOADS:
+            loading.add(configuration)
+        reasons = (
+            _reason(before, question, configuration),
+            _reason(after, question, configuration),
+        )
+        listed.append(
+            Change(before.architecture, question, configuration, before.release, after.release,
+                   states, reasons, narrowed=False)
+        )  # fmt: skip
     return listed
+
+
+def _reason(cell: Cell, question: str, configuration: str) -> str:
+    found = _answer(cell, question, configuration)
+    return found.reason if found else cell.note
 
 
 def narrow(
@@ -141,5 +160,5 @@ def narrow(
 def _state_in(change: Change, sweep: Sweep, architecture: Architecture, column: Column) -> str:
     cell = sweep.cell(architecture, column)
     if change.question == "model file":
-        return "has no file" if cell.note else "has a file"
+        return _file(cell)
     return state(cell, change.question, change.configuration)

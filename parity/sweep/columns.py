@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -80,7 +81,9 @@ def of_package(engine: Engine, subject: str, span: Range, count: int) -> Columns
         def make() -> Column:
             kind = resolve(subject)
             extra = sorted(set(kind.packages) - {"torch", PACKAGE})
-            place = environment(PACKAGE, version, engine.cache, extra, False, kind.without_dependencies)
+            place = environment(
+                PACKAGE, version, engine.cache, extra, False, kind.without_dependencies
+            )
             return _elsewhere(engine, subject, version, place, of_python(place.python), option)
 
         return Planned(version, option, make)
@@ -102,7 +105,9 @@ def of_package_exactly(engine: Engine, subject: str, versions: list[str]) -> Col
         def make() -> Column:
             kind = resolve(subject)
             extra = sorted(set(kind.packages) - {"torch", PACKAGE})
-            place = environment(PACKAGE, version, engine.cache, extra, False, kind.without_dependencies)
+            place = environment(
+                PACKAGE, version, engine.cache, extra, False, kind.without_dependencies
+            )
             return _elsewhere(engine, subject, version, place, of_python(place.python), option)
 
         return Planned(version, option, make)
@@ -124,7 +129,9 @@ def of_repo(engine: Engine, subject: str, repo: Path, good: str, bad: str, count
         def make() -> Column:
             place = snapshot(repo, commit, engine.cache)
             files = engine.cache.resolve() / "snapshots" / commit / "files"
-            folder = next((f for f in (files / "src" / "mlx_lm", files / "mlx_lm") if f.is_dir()), None)
+            folder = next(
+                (f for f in (files / "src" / "mlx_lm", files / "mlx_lm") if f.is_dir()), None
+            )
             if folder is None:
                 raise UsageError(f"{repo}: commit {commit[:12]} has no folder mlx_lm")
             return _elsewhere(engine, subject, commit[:12], place, Sources(folder), option)
@@ -147,7 +154,7 @@ def _chosen(named: list[str], count: int, planned: Callable[[str], Planned]) -> 
     steps = max(1, min(count, len(named)) - 1)
     picked = sorted({round(i * (len(named) - 1) / steps) for i in range(steps + 1)})
     between: dict[str, list[str]] = {}
-    for low, high in zip(picked, picked[1:], strict=False):
+    for low, high in itertools.pairwise(picked):
         between[planned(named[high]).name] = named[low + 1 : high]
     return Columns([planned(named[i]) for i in picked], between, planned)
 

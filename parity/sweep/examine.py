@@ -10,7 +10,7 @@ from typing import Any
 from parity.bisect.locate import locate
 from parity.sweep.answers import ABSENT, Answer, Cause, Cell
 from parity.sweep.bench import Bench, Column
-from parity.sweep.explain import LOADING, Explainer
+from parity.sweep.explain import Explainer
 from parity.sweep.maker import NotMade
 from parity.sweep.models import Architecture, Model, Store
 from parity.sweep.questions import CACHE, GRADIENT, LOADS, LOGITS, QUESTIONS, TOKENS
@@ -49,7 +49,9 @@ class Examiner:
         cell.file = file.name
         bench = Bench(name, self.column, self.store)
         configurations = [
-            c for c in self.architecture.found.made if not self.chosen or c.name in {*self.chosen, "plain"}
+            c
+            for c in self.architecture.found.made
+            if not self.chosen or c.name in {*self.chosen, "plain"}
         ]
         plain, *others = configurations
         base = self.store.model(name, plain.config)
@@ -69,14 +71,19 @@ class Examiner:
         cell.seconds = time.perf_counter() - started
         return cell
 
-    def _logits(self, cell: Cell, bench: Bench, configuration: Configuration, model: Model) -> Answer:
+    def _logits(
+        self, cell: Cell, bench: Bench, configuration: Configuration, model: Model
+    ) -> Answer:
         """Loading and logits, which are one capture."""
-        answer, _ = bench.ask(LOGITS, configuration.name, model)
-        if answer.verdict == "error" and LOADING in answer.reason:
-            loads = Answer(LOADS, configuration.name, "error", answer.reason, seconds=answer.seconds,
+        if not cell.versions:
+            cell.versions = bench.versions(model)
+        first = bench.logits("subject", model)
+        if first.missing:
+            loads = Answer(LOADS, configuration.name, "error", first.error,
                            reproduce=bench.reproduce(LOADS, configuration.name))  # fmt: skip
             cell.answers.append(loads)
             return loads
+        answer, _ = bench.ask(LOGITS, configuration.name, model)
         cell.answers.append(
             Answer(LOADS, configuration.name, "agree", "it loads, and every weight has its place",
                    reproduce=bench.reproduce(LOADS, configuration.name))
@@ -101,7 +108,9 @@ class Examiner:
     ) -> list[tuple[Configuration, Model]]:  # fmt: skip
         """Asks one configuration and explains it; those near it on which both sides agree."""
         try:
-            model = self.store.model(self.architecture.name, configuration.config)
+            model = self.store.model(
+                self.architecture.name, configuration.config, configuration.ties
+            )
         except NotMade as error:
             cell.answers.append(Answer(LOGITS, configuration.name, "not asked", str(error)))
             return []
@@ -114,15 +123,29 @@ class Examiner:
         if patched:
             plains = next(a for a in cell.answers if a.red and a.configuration == plain.name)
             if not bench.patch:
-                answer.causes.append(
-                    Cause("follows", "plain", "the plain configuration differs already, see there; what the traps add could not be told")
+                alike = _same(plains.reason) == _same(answer.reason)
+                words = (
+                    "it fails as the plain configuration does, before the traps could matter"
+                    if alike and answer.verdict == "error"
+                    else "the plain configuration differs already, see there; what the traps add could not be told"
                 )
+                answer.causes.append(Cause("follows", "plain", words))
                 return []
             again, _ = bench.ask(LOGITS, configuration.name, model)
-            same = [Cause("follows", c.name, f"as in the plain configuration: {c.sentence}", c.fix) for c in plains.causes]
+            same = [
+                Cause("follows", c.name, f"as in the plain configuration: {c.sentence}", c.fix)
+                for c in plains.causes
+            ]
             if again.green:
                 answer.causes += [
-                    Cause(c.kind, c.name, c.sentence, c.fix, ["with that change both sides agree here as well"]) for c in same
+                    Cause(
+                        c.kind,
+                        c.name,
+                        c.sentence,
+                        c.fix,
+                        ["with that change both sides agree here as well"],
+                    )
+                    for c in same
                 ]
                 return [(configuration, model)]
             answer.causes += same
@@ -133,7 +156,20 @@ class Examiner:
     ) -> list[tuple[Configuration, Model]]:  # fmt: skip
         """Which traps part the two sides by themselves; the others together, if they agree."""
         if not bench.ask(LOGITS, plain.name, base)[0].green:
-            answer.causes.append(Cause("follows", "plain", "the plain configuration differs as well, and nothing was found that makes it agree"))
+            answer.causes.append(
+                Cause(
+                    "follows",
+                    "plain",
+                    "the plain configuration differs as well, and nothing was found that makes it agree",
+                )
+            )
+            return []
+        if configuration.ties:
+            words = (
+                "with different scores of the experts (the plain configuration) both sides agree, with equal "
+                "scores they do not: each takes others of the experts that are scored alike"
+            )
+            answer.causes.append(Cause("module", "the router's choice among ties", words))
             return []
         good: list[Trap] = []
         edits: dict[str, Any] = {}
@@ -180,7 +216,12 @@ class Examiner:
         return [cause], edits
 
     def _together(
-        self, bench: Bench, base: Model, plain: Configuration, configuration: Configuration, answer: Answer
+        self,
+        bench: Bench,
+        base: Model,
+        plain: Configuration,
+        configuration: Configuration,
+        answer: Answer,
     ) -> None:
         """Traps that part the two sides only together: the first one that turns the cell red."""
         config, before = plain.config, "plain"
@@ -198,10 +239,21 @@ class Examiner:
                 answer.causes.append(cause)
                 return
             before, model = f"{before}, {trap.name}", next_model
-        answer.causes.append(Cause("unknown", "", "no setting alone makes the difference, and none in the order in which they were added"))
+        answer.causes.append(
+            Cause(
+                "unknown",
+                "",
+                "no setting alone makes the difference, and none in the order in which they were added",
+            )
+        )
 
     def _rest(
-        self, cell: Cell, bench: Bench, greens: list[tuple[Configuration, Model]], base: Model, plain: Configuration
+        self,
+        cell: Cell,
+        bench: Bench,
+        greens: list[tuple[Configuration, Model]],
+        base: Model,
+        plain: Configuration,
     ) -> None:
         """Gradient, cache and tokens on the configuration with most traps whose logits agree."""
         best: tuple[Configuration, Model] | None = None
@@ -226,7 +278,9 @@ class Examiner:
                 answer.reason += f" (asked with {_words(bench.patch)} in mlx-lm's config.json)"
             cell.answers.append(answer)
             if answer.red:
-                answer.causes += self._elsewhere(bench, question, configuration, model, answer, record, base, cell)
+                answer.causes += self._elsewhere(
+                    bench, question, configuration, model, answer, record, base, cell
+                )
 
     def _elsewhere(
         self, bench: Bench, question: str, configuration: Configuration, model: Model,
@@ -237,12 +291,20 @@ class Examiner:
             return [Cause("error", "", answer.reason)]
         sentence = record.reason
         if question in (GRADIENT, CACHE):
-            where = bench.cell(question, model, bench.recipe(model, **_targets(bench, question, model)))
+            where = bench.cell(
+                question, model, bench.recipe(model, **_targets(bench, question, model))
+            )
             sentence = locate(bench.column.engine, where, record).sentence or record.reason
         found = [Cause("module", "", sentence)]
         caches = [a for a in cell.of(CACHE) if a.red and a.configuration == configuration.name]
         if question == TOKENS and caches:
-            found.append(Cause("follows", CACHE, "the KV cache of the same configuration differs, and tokens are generated through it"))
+            found.append(
+                Cause(
+                    "follows",
+                    CACHE,
+                    "the KV cache of the same configuration differs, and tokens are generated through it",
+                )
+            )
         culprits = self._parting(bench, question, configuration, base)
         return [*found, *culprits]
 
@@ -254,18 +316,37 @@ class Examiner:
             return []
         alone, _ = bench.ask(question, "plain", base)
         if alone.red:
-            return [Cause("module", "", "the plain configuration is red in the same question: it is not the traps")]
+            return [
+                Cause(
+                    "module",
+                    "",
+                    "the plain configuration is red in the same question: it is not the traps",
+                )
+            ]
         causes = []
         plain = self.architecture.found.made[0]
         for trap in configuration.traps:
             try:
-                model = self.store.model(self.architecture.name, changed(plain.config, trap.changes))
+                model = self.store.model(
+                    self.architecture.name, changed(plain.config, trap.changes)
+                )
             except NotMade:
                 continue
             found, _ = bench.ask(question, "plain", model)
             if found.red:
-                causes.append(Cause("setting", ", ".join(trap.changes), f"{trap.name} alone makes the difference, without it both sides agree: {found.reason}"))
+                causes.append(
+                    Cause(
+                        "setting",
+                        ", ".join(trap.changes),
+                        f"{trap.name} alone makes the difference, without it both sides agree: {found.reason}",
+                    )
+                )
         return causes or [Cause("unknown", "", "none of the traps alone makes the difference")]
+
+
+def _same(reason: str) -> str:
+    """An error without the values of the configuration that it quotes."""
+    return reason.partition("; named there")[0]
 
 
 def _targets(bench: Bench, question: str, model: Model) -> Mapping[str, Any]:

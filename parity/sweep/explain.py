@@ -11,11 +11,21 @@ from typing import Any
 from parity.bisect.locate import locate
 from parity.sweep.answers import Answer, Cause
 from parity.sweep.bench import Bench, Logits, apart, equal
-from parity.sweep.candidates import any_setting, completing, instead, readable, relative, resolved, switches
+from parity.sweep.candidates import (
+    any_setting,
+    by_default,
+    completing,
+    instead,
+    open_switches,
+    readable,
+    relative,
+    resolved,
+    switches,
+)
 from parity.sweep.models import Model
 from parity.sweep.questions import LOGITS
 from parity.sweep.sources import Field
-from parity.sweep.traps import Trap, value_at
+from parity.sweep.traps import Trap, leaves, value_at
 
 LOADING = "does not load"
 
@@ -37,7 +47,9 @@ class Explainer:
 
     # A setting by which two sides part ------------------------------------------------------------
 
-    def setting(self, trap: Trap, plain: Model, model: Model, answer: Answer) -> tuple[Cause, dict[str, Any]]:
+    def setting(
+        self, trap: Trap, plain: Model, model: Model, answer: Answer
+    ) -> tuple[Cause, dict[str, Any]]:
         """What the subject makes of a setting that, set alone, makes the two sides differ.
 
         Args:
@@ -52,12 +64,20 @@ class Explainer:
         subject, reference = (self.bench.logits(s, model) for s in ("subject", "reference"))
         usual = {key: value_at(plain.config, key) for key in trap.changes}
         there = {key: value_at(model.config, key) for key in trap.changes}
+        moved = differing(usual, there)
+        names = ", ".join(moved)
+        before, after = (
+            _words({k: v[0] for k, v in moved.items()}),
+            _words({k: v[1] for k, v in moved.items()}),
+        )
         proofs = [f"without it both sides agree; with {trap.name} they do not: {answer.reason}"]
         if subject.values is None:
             return self._unloaded(trap, plain, model, subject, reference, answer.tolerance, proofs)
         said = []
         if self._unread(model, usual, subject):
-            said.append(f"mlx-lm does not read {', '.join(there)}: with {_words(usual)} instead its logits are the same bits")
+            said.append(
+                f"mlx-lm does not read {names}: with {before} instead its logits are the same bits"
+            )
         tolerance = answer.tolerance
         used = self._used(model, there, usual, subject, tolerance)
         if used:
@@ -65,8 +85,13 @@ class Explainer:
         fix, edits = self._fix(model, there, reference, tolerance)
         if not said:
             place = self._place(model)
-            said.append(f"{', '.join(there)} is read otherwise: what value mlx-lm computes with could not be told" + (f"; {place}" if place else ""))
-        cause = Cause("setting", ", ".join(there), "; ".join([*said, f"transformers computes with {_words(there)}"]), fix, proofs)
+            said.append(
+                f"{names} is read otherwise: what value mlx-lm computes with could not be told"
+                + (f"; {place}" if place else "")
+            )
+        cause = Cause(
+            "setting", names, "; ".join([*said, f"transformers computes with {after}"]), fix, proofs
+        )
         return cause, edits
 
     def _unread(self, model: Model, usual: Mapping[str, Any], subject: Logits) -> bool:
@@ -74,11 +99,18 @@ class Explainer:
         return equal(self.bench.logits("subject", other), subject)
 
     def _used(
-        self, model: Model, there: Mapping[str, Any], usual: Mapping[str, Any], subject: Logits, tolerance: float
+        self,
+        model: Model,
+        there: Mapping[str, Any],
+        usual: Mapping[str, Any],
+        subject: Logits,
+        tolerance: float,
     ) -> str:
         tried: list[tuple[str, dict[str, Any]]] = [(_words(usual), dict(usual))]
         for key, value in there.items():
             tried += list(instead(key, usual[key], value, model.config))
+        keys = [key for value in there for key in _leaves(value, there[value])]
+        tried += list(by_default(keys, model.config, self._fields()))
         for words, edits in tried:
             other = self.bench.store.edited(model, edits)
             left = apart(self.bench.logits("reference", other), subject)
@@ -93,11 +125,15 @@ class Explainer:
         tried = readable(there, model.config, self._fields(), sources.words(self.kind))
         for edits in tried:
             if self._agrees(model, edits, reference, tolerance):
-                words = f"with {_words(edits)} in config.json as well mlx-lm agrees with transformers"
+                words = (
+                    f"with {_words(edits)} in config.json as well mlx-lm agrees with transformers"
+                )
                 return words, edits
         return "", {}
 
-    def _agrees(self, model: Model, edits: Mapping[str, Any], reference: Logits, tolerance: float) -> bool:
+    def _agrees(
+        self, model: Model, edits: Mapping[str, Any], reference: Logits, tolerance: float
+    ) -> bool:
         other = self.bench.store.edited(model, edits)
         return apart(self.bench.logits("subject", other), reference) <= tolerance
 
@@ -109,7 +145,9 @@ class Explainer:
     ) -> tuple[Cause, dict[str, Any]]:  # fmt: skip
         tolerance = tolerance or self._tolerance(plain)
         sentence = f"with {trap.name} {_error(subject.error)}"
-        fix, edits = self._fix(model, {k: value_at(model.config, k) for k in trap.changes}, reference, tolerance)
+        fix, edits = self._fix(
+            model, {k: value_at(model.config, k) for k in trap.changes}, reference, tolerance
+        )
         return Cause("loading", ", ".join(trap.changes), sentence, fix, proofs), edits
 
     def _tolerance(self, model: Model) -> float:
@@ -118,7 +156,9 @@ class Explainer:
 
     # A plain configuration ------------------------------------------------------------------------
 
-    def plain(self, model: Model, answer: Answer, usual: Mapping[str, Any]) -> tuple[Cause, dict[str, Any]]:
+    def plain(
+        self, model: Model, answer: Answer, usual: Mapping[str, Any]
+    ) -> tuple[Cause, dict[str, Any]]:
         """Why both differ although nothing is set.
 
         Args:
@@ -132,7 +172,9 @@ class Explainer:
         if subject.values is None:
             return self._plain_unloaded(model, subject, reference, usual)
         tolerance = answer.tolerance
-        for words, edits in self._single(any_setting(model.config)):
+        keys = [".".join(path) for path, _ in leaves(model.config)]
+        defaults = by_default(keys, model.config, self._fields())
+        for words, edits in [*defaults, *self._single(any_setting(model.config))]:
             other = self.bench.store.edited(model, edits)
             left = apart(self.bench.logits("reference", other), subject)
             if left <= tolerance:
@@ -145,30 +187,43 @@ class Explainer:
                     fix,
                 ), edits  # fmt: skip
         fix, edits = self._plain_fix(model, reference, tolerance)
-        place = self._place(model)
         if fix:
-            sentence = f"{', '.join(edits)} is read otherwise" + (f"; {place}" if place else "")
+            sentence = f"{', '.join(edits)} is read otherwise: with what value mlx-lm computes could not be told"
             return Cause("setting", ", ".join(edits), sentence, fix), edits
-        if place:
+        if place := self._place(model):
             return Cause("module", _module(place), place), {}
-        return Cause("unknown", "", "no single setting explains it, and no module could be named"), {}
+        return Cause(
+            "unknown", "", "no single setting explains it, and no module could be named"
+        ), {}
 
-    def _single(self, tried: Iterable[tuple[str, dict[str, Any]]]) -> Iterable[tuple[str, dict[str, Any]]]:
+    def _single(
+        self, tried: Iterable[tuple[str, dict[str, Any]]]
+    ) -> Iterable[tuple[str, dict[str, Any]]]:
         return list(tried)[:60]
 
-    def _plain_fix(self, model: Model, reference: Logits, tolerance: float) -> tuple[str, dict[str, Any]]:
+    def _plain_fix(
+        self, model: Model, reference: Logits, tolerance: float
+    ) -> tuple[str, dict[str, Any]]:
         """An edit of the subject's configuration under which it agrees: switches, and other spellings."""
         fields = self._fields()
         words = self.bench.column.sources.words(self.kind)
-        ropes = {k: v for k, v in model.config.items() if isinstance(v, Mapping) and k.startswith("rope")}
+        ropes = {
+            k: v for k, v in model.config.items() if isinstance(v, Mapping) and k.startswith("rope")
+        }
         text = model.config.get("text_config")
         if isinstance(text, Mapping):
-            ropes |= {f"text_config.{k}": v for k, v in text.items() if isinstance(v, Mapping) and k.startswith("rope")}
+            ropes |= {
+                f"text_config.{k}": v
+                for k, v in text.items()
+                if isinstance(v, Mapping) and k.startswith("rope")
+            }
         tried = [(_words(e), e) for e in readable(ropes, model.config, fields, words)]
         tried += switches(model.config, fields)
         for shown, edits in tried:
             if self._agrees(model, edits, reference, tolerance):
-                return f"with {shown} in config.json mlx-lm agrees with transformers", relative(edits, model.config)
+                return f"with {shown} in config.json mlx-lm agrees with transformers", relative(
+                    edits, model.config
+                )
         return "", {}
 
     def _plain_unloaded(
@@ -179,10 +234,10 @@ class Explainer:
         assert reference.values is not None
         size = float(abs(reference.values).max())
         loose = HEADROOM * 8 * size * EPS["float32"]  # confirmed by a cell of its own below
-        fields = self._fields()
-        tried = [completing(model.config, fields, usual)]
-        for _, edits in switches(model.config, fields):
-            tried.append({**tried[0], **edits})
+        own = self.bench.column.sources.own_fields(self.kind)
+        known = completing(model.config, own, usual)
+        tried = [{**known, **way} for way in open_switches(model.config, own, known)]
+        tried += [{**tried[0], **edits} for _, edits in switches(model.config, self._fields())]
         for edits in tried:
             if not edits:
                 continue
@@ -191,10 +246,22 @@ class Explainer:
             found = self.bench.logits("subject", other)
             if found.values is None:
                 continue
-            agrees = apart(found, reference) <= loose or self.bench.patched(edits).ask(LOGITS, "", model)[0].green
-            words = "it loads and agrees with transformers" if agrees else "it loads (and does not agree)"
+            agrees = (
+                apart(found, reference) <= loose
+                or self.bench.patched(edits).ask(LOGITS, "", model)[0].green
+            )
+            words = (
+                "it loads and agrees with transformers"
+                if agrees
+                else "it loads (and does not agree)"
+            )
             return (
-                Cause("loading", ", ".join(edits), _error(subject.error), f"with {_words(literal)} in config.json as well {words}"),
+                Cause(
+                    "loading",
+                    ", ".join(edits),
+                    _error(subject.error),
+                    f"with {_words(literal)} in config.json as well {words}",
+                ),
                 edits,
             )
         return Cause("loading", "", _error(subject.error)), {}
@@ -210,6 +277,28 @@ class Explainer:
         return locate(self.bench.column.engine, cell, record).sentence
 
 
+def _leaves(key: str, value: Any) -> list[str]:
+    if not isinstance(value, Mapping):
+        return [key]
+    return [leaf for name, inner in value.items() for leaf in _leaves(f"{key}.{name}", inner)]
+
+
+def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The leaves in which settings differ: dotted key → both values, None for what is not there."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key, new in after.items():
+        old = before.get(key)
+        if isinstance(new, Mapping) and isinstance(old, Mapping):
+            inner = differing(
+                {f"{key}.{k}": v for k, v in old.items()},
+                {f"{key}.{k}": v for k, v in {**dict.fromkeys(old), **new}.items()},
+            )
+            found |= inner
+        elif old != new:
+            found[key] = old, new
+    return found
+
+
 def _module(sentence: str) -> str:
     for start in ("first bad module ", "and the output of ", "and the input of "):
         if start in sentence:
@@ -218,7 +307,13 @@ def _module(sentence: str) -> str:
 
 
 def _error(text: str) -> str:
-    return text.partition("mlx-lm does not load the model: ")[2].join(["mlx-lm does not load it: ", ""]) if "mlx-lm does not load the model: " in text else text
+    return (
+        text.partition("mlx-lm does not load the model: ")[2].join(
+            ["mlx-lm does not load it: ", ""]
+        )
+        if "mlx-lm does not load the model: " in text
+        else text
+    )
 
 
 def _words(values: Mapping[str, Any]) -> str:
@@ -228,5 +323,7 @@ def _words(values: Mapping[str, Any]) -> str:
 def _value(value: Any) -> str:
     import json
 
+    if value is None:
+        return "(not there)"
     text = json.dumps(value)
     return text if len(text) < 200 else text[:197] + "…"

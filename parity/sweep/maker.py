@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
-
 TIMEOUT = 120.0
 """Seconds that one request may take."""
 COMMAND = (sys.executable, "-m", "parity.paths.hf.tiny")

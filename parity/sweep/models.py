@@ -85,19 +85,23 @@ class Store:
         write_atomically(file, json.dumps(_written(made), indent=1).encode())
         return made
 
-    def model(self, name: str, config: Mapping[str, Any]) -> Model:
+    def model(self, name: str, config: Mapping[str, Any], ties: bool = False) -> Model:
         """The checkpoint of a configuration.
 
         Raises:
             NotMade: transformers does not build or save it.
         """
-        folder = self.root / "models" / f"{name}-{_digest(self._key, json.dumps(config, sort_keys=True))}"
+        folder = (
+            self.root
+            / "models"
+            / f"{name}-{_digest(self._key, json.dumps(config, sort_keys=True), ties)}"
+        )
         about = folder / "about.json"
         if not about.is_file():
             folder.parent.mkdir(parents=True, exist_ok=True)
             made = Path(tempfile.mkdtemp(dir=folder.parent))
             try:
-                answer = self.maker.ask("save", config=config, folder=str(made))
+                answer = self.maker.ask("save", config=config, folder=str(made), ties=ties)
                 for file in (resources.fixtures() / "models" / "tiny-llama").glob("*token*"):
                     shutil.copy(file, made)
                 (made / "about.json").write_text(json.dumps(answer), "utf-8")
@@ -108,7 +112,9 @@ class Store:
         known = json.loads(about.read_text("utf-8"))
         return Model(folder, known["modules"], known["parameters"], known["config"])
 
-    def edited(self, model: Model, changes: Mapping[str, Any], without: tuple[str, ...] = ()) -> Model:
+    def edited(
+        self, model: Model, changes: Mapping[str, Any], without: tuple[str, ...] = ()
+    ) -> Model:
         """The same weights with another config.json: values by dotted key, top-level keys left out."""
         config = changed(model.config, changes)
         for key in without:
@@ -153,7 +159,7 @@ def _written(made: Architecture) -> dict[str, Any]:
 
 def _read(data: Mapping[str, Any]) -> Architecture:
     made = [
-        Configuration(c["name"], c["config"], [Trap(**trap) for trap in c["traps"]])
+        Configuration(c["name"], c["config"], [Trap(**trap) for trap in c["traps"]], c["ties"])
         for c in data["made"]
     ]
     found = Configurations(made, data["idle"], data["refused"])

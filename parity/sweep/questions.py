@@ -8,8 +8,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from parity.judge.compare import compare, compare_exact, nothing
+from parity.judge.compare import compare, compare_exact, compare_group, nothing
 from parity.names import canonical, layer_of
+from parity.record import Metric
 from parity.stages.context import Comparison, Context, Pair, Stage
 from parity.stages.decode import MARGINS, ids_metric, margins_of
 from parity.stages.gradient import Gradient, filled
@@ -71,9 +72,7 @@ class SweepGradient(Gradient):
         return result
 
 
-def _tensors(pair: Pair):  # type: ignore[no-untyped-def]
-    from parity.judge.compare import compare_group
-
+def _tensors(pair: Pair) -> Metric:
     tensors = pair.subject.group("gradient"), pair.reference.group("gradient")
     return compare_group("gradient", *tensors, pair.noise_of("gradient"))
 
@@ -89,6 +88,25 @@ class SweepCache(KvCache):
             for index, length in enumerate(TURNS)
         }
         return Trace(turns, {"trim": TRIMMED})
+
+    def run(self, context: Context) -> Comparison:
+        """What the reference's own cache does otherwise than its forward pass decides nothing."""
+        result = super().run(context)
+        off = [m for m in result.metrics if m.name.endswith(", reference") and not m.verdict.green]
+        if not off:
+            return result
+        modes = {m.name.removesuffix(", reference").removeprefix("greedy tokens, ") for m in off}
+        result.findings.append(
+            f"the cache of transformers disagrees with its own forward pass ({', '.join(sorted(modes))}): "
+            "there the subject is held against its own forward pass alone"
+        )
+        result.metrics = [
+            m.model_copy(update={"gate": False})
+            if m in off or any(m.name == f"{mode}, both through their caches" for mode in modes)
+            else m
+            for m in result.metrics
+        ]
+        return result
 
 
 class SweepTokens:
@@ -137,10 +155,10 @@ def targets(modules: Mapping[str, str], present: Iterable[str]) -> list[str]:
     for name in present:
         ours.setdefault(name.rpartition(".")[2], set()).add(name)
     found = []
-    for last, named in theirs.items():
-        inside = all(layer_of(name) is not None for name in named)
-        linear = set(named.values()) == {"linear"}
+    for last, kinds in theirs.items():
+        inside = all(layer_of(name) is not None for name in kinds)
+        linear = set(kinds.values()) == {"linear"}
         chosen = re.fullmatch(r".*(gate|router|classifier|head)", last) is None
-        if inside and linear and chosen and ours.get(last) == set(named):
+        if inside and linear and chosen and ours.get(last) == set(kinds):
             found.append(last)
     return sorted(found)

@@ -45,7 +45,9 @@ class Found:
     seconds: float = 0.0
 
 
-def common(registry: dict[str, object], columns: Iterable[Sources]) -> tuple[list[str], dict[str, str]]:
+def common(
+    registry: dict[str, object], columns: Iterable[Sources]
+) -> tuple[list[str], dict[str, str]]:
     """Model types that transformers and mlx-lm both have, and those of them that are no language model.
 
     Args:
@@ -110,7 +112,7 @@ class Sweep:
             pool.shutdown(wait=False, cancel_futures=True)
         return result
 
-    def list(self, only: tuple[str, ...] = ()) -> Iterator[tuple[str, Architecture]]:
+    def listed(self, only: tuple[str, ...] = ()) -> Iterator[tuple[str, Architecture]]:
         """The common architectures with their configurations; nothing is asked."""
         for name in self._names(only, Found([])):
             yield name, self._store().architecture(name)
@@ -166,8 +168,17 @@ class Sweep:
             cell = Examiner(architecture, column, self._store(), self.wanted, self.chosen).examine()
         except Exception as error:  # one broken cell must not end the sweep
             reason = f"{type(error).__name__}: {error}"
-            broken = Cause("tool", "", f"the search itself failed: {reason}", proofs=[traceback.format_exc()[-1500:]])
-            cell = Cell(architecture.name, column.name, [Answer("loads", "", "error", reason, causes=[broken])])
+            broken = Cause(
+                "tool",
+                "",
+                f"the search itself failed: {reason}",
+                proofs=[traceback.format_exc()[-1500:]],
+            )
+            cell = Cell(
+                architecture.name,
+                column.name,
+                [Answer("loads", "", "error", reason, causes=[broken])],
+            )
         if not self.stopped.is_set():
             write_atomically(file, json.dumps(cell.to_json(), indent=1).encode())
             self.progress(cell, False)
@@ -220,8 +231,6 @@ def _code() -> str:
     """Hash of the code that answers depend on."""
     here = Path(parity.__file__).resolve().parent
     files = [
-        file
-        for file in sorted(here.rglob("*.py"))
-        if file.relative_to(here).parts[0] not in ASIDE
+        file for file in sorted(here.rglob("*.py")) if file.relative_to(here).parts[0] not in ASIDE
     ]
     return digest(*(sha256(file.read_bytes()).hexdigest() for file in files))

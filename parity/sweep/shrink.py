@@ -70,7 +70,9 @@ NAMED: tuple[tuple[str, int], ...] = (
     (r"num_experts_per_tok", 2),
 )
 """Sizes that some defaults leave open although nothing can be built without."""
-LAYERS = r"num_hidden_layers|n_layers?|num_layers|n_layer|num_hidden_layer|encoder_layers|decoder_layers"
+LAYERS = (
+    r"num_hidden_layers|n_layers?|num_layers|n_layer|num_hidden_layer|encoder_layers|decoder_layers"
+)
 PERIODS = r".*(period|interval|step|every|frequency|sliding_window_pattern|layer_freq)$"
 NOT_TEXT = r".*(vision|audio|image|video|speech).*"
 SERVED = ("id2label", "label2id", "transformers_version", "_name_or_path", "architectures", "dtype")
@@ -90,7 +92,9 @@ def shrunk(config: Mapping[str, Any]) -> dict[str, Any]:
         if key in SERVED:
             continue
         if isinstance(value, Mapping):
-            found[key] = shrunk(value) if not re.fullmatch(r"rope_.*|id2label", key) else dict(value)
+            found[key] = (
+                shrunk(value) if not re.fullmatch(r"rope_.*|id2label", key) else dict(value)
+            )
         elif total and isinstance(value, (list, str)) and len(value) == total and total > 4:
             found[key] = value[:count]
         else:
@@ -108,7 +112,9 @@ def _kept_relations(
     if config.get("qk_rope_head_dim") and config.get("head_dim") == config["qk_rope_head_dim"]:
         kept["head_dim"] = found["qk_rope_head_dim"]
     if config.get("kv_lora_rank") and "num_key_value_heads" in config:
-        kept["num_key_value_heads"] = found["num_attention_heads"]  # of latent attention all are its own
+        kept["num_key_value_heads"] = found[
+            "num_attention_heads"
+        ]  # of latent attention all are its own
     if "expand" in config and "head_dim" in config and "num_heads" in config:
         kept["num_heads"] = config["expand"] * HIDDEN // found["head_dim"]
     each = config.get("per_layer_config")

@@ -20,6 +20,8 @@ class Field:
     name: str
     default: Any = None
     required: bool = False
+    kind: str = ""
+    """Its annotation as it is written."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,24 @@ class Sources:
         seen: dict[str, Field] = {}
         for text in _with_imports(file, set()) if file else ():
             for node in ast.walk(text):
-                if isinstance(node, ast.ClassDef) and "Args" in node.name or _is_config(node):
-                    for line in getattr(node, "body", ()):
+                if isinstance(node, ast.ClassDef) and node.name.endswith(("Args", "Config")):
+                    for line in node.body:
                         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
                             field = _field(line)
                             seen.setdefault(field.name, field)
         return list(seen.values())
+
+    def own_fields(self, kind: str) -> list[Field]:
+        """Settings that `ModelArgs` of the file itself declares."""
+        file = self.file(kind)
+        for node in ast.parse(file.read_text("utf-8")).body if file else ():
+            if isinstance(node, ast.ClassDef) and node.name == "ModelArgs":
+                return [
+                    _field(line)
+                    for line in node.body
+                    if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+                ]
+        return []
 
     def words(self, kind: str) -> set[str]:
         """Names and text constants in the file of a model type and in those that it imports."""
@@ -131,14 +145,10 @@ def _with_imports(file: Path, seen: set[Path]) -> list[ast.Module]:
     return found
 
 
-def _is_config(node: ast.AST) -> bool:
-    return isinstance(node, ast.ClassDef) and node.name.endswith("Config")
-
-
 def _field(line: ast.AnnAssign) -> Field:
     assert isinstance(line.target, ast.Name)
     try:
         default = ast.literal_eval(line.value) if line.value is not None else None
     except ValueError:
         default = None
-    return Field(line.target.id, default, line.value is None)
+    return Field(line.target.id, default, line.value is None, ast.unparse(line.annotation))

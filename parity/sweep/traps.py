@@ -19,8 +19,21 @@ Path = tuple[str, ...]
 """Where in a configuration a value stands: the keys from the outside in."""
 WINDOW, BEYOND, CAP = 16, 40, 2.0
 """A sliding window and a number of positions shorter than the texts, and a tight soft cap."""
-ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu", "relu", "relu2", "gelu_new", "gelu_fast", "swish", "tanh", "xielu")
+ACTIVATIONS = (
+    "silu",
+    "gelu_pytorch_tanh",
+    "gelu",
+    "relu",
+    "relu2",
+    "gelu_new",
+    "gelu_fast",
+    "swish",
+    "tanh",
+    "xielu",
+)
 ROPE = "rope_parameters"
+TIES = "router ties"
+"""The configuration whose weights, not settings, are the trap."""
 ODD = "odd head count"
 POSITIONS_KEY = "max_position_embeddings"
 IGNORED = (*SERVED, *TOKENS, "is_encoder_decoder", "add_cross_attention", "model_type", "problem_type",
@@ -53,6 +66,8 @@ class Configuration:
     name: str
     config: dict[str, Any]
     traps: list[Trap] = field(default_factory=list)
+    ties: bool = False
+    """Whether the weights give all experts the same score."""
 
     def to_json(self) -> dict[str, Any]:
         """For files."""
@@ -163,11 +178,17 @@ def _windows(config: Mapping[str, Any], above: str = "") -> Iterator[Trap]:
         if isinstance(value, Mapping) and "text" in key:
             yield from _windows(value, f"{above}{key}.")
     kinds = config.get("layer_types")
-    if not isinstance(kinds, list) or set(kinds) != {"full_attention"} or "sliding_window" not in config:
+    if (
+        not isinstance(kinds, list)
+        or set(kinds) != {"full_attention"}
+        or "sliding_window" not in config
+    ):
         return
     new: dict[str, Any] = {
         f"{above}sliding_window": WINDOW,
-        f"{above}layer_types": [("full_attention", "sliding_attention")[i % 2] for i in range(len(kinds))],
+        f"{above}layer_types": [
+            ("full_attention", "sliding_attention")[i % 2] for i in range(len(kinds))
+        ],
     }
     for key, value in (("use_sliding_window", True), ("max_window_layers", 1)):
         if key in config:
@@ -186,7 +207,11 @@ def _moved(key: str, value: Any, inside_rope: bool) -> tuple[str, Any] | None:
     if re.fullmatch(r".*soft_?cap.*", key) and not isinstance(value, bool):
         return "soft cap", CAP
     if re.fullmatch(r".*(sliding_window|window_size)(_size)?", key) and not isinstance(value, bool):
-        return ("sliding window shorter than the text", WINDOW) if value is None or isinstance(value, int) else None
+        return (
+            ("sliding window shorter than the text", WINDOW)
+            if value is None or isinstance(value, int)
+            else None
+        )
     if re.fullmatch(r"clip_.*", key) and not isinstance(value, bool):
         return "clipping", 0.5
     if isinstance(value, bool):
@@ -272,7 +297,9 @@ def _rope_paths(config: Mapping[str, Any], above: str = "") -> Iterator[str]:
             yield from _rope_paths(value, f"{above}{key}.")
 
 
-def _rope(kind: str, rope: Mapping[str, Any], config: Mapping[str, Any], path: str) -> dict[str, Any]:
+def _rope(
+    kind: str, rope: Mapping[str, Any], config: Mapping[str, Any], path: str
+) -> dict[str, Any]:
     """Settings of one kind of rope; the texts are longer than what it was first trained on."""
     outer = path.rpartition(".")[0]
     around: Any = value_at(config, outer) if outer else config
@@ -343,5 +370,9 @@ def configurations(
             idle.append(trap.kind)
         else:
             made.append(Configuration(trap.kind, new, [trap]))
+    try:
+        if maker.ask("attempt", config=plain, ids=ids, ties=True)["digest"] != start["digest"]:
+            made.append(Configuration(TIES, plain, ties=True))
+    except NotMade as error:
+        refused[TIES] = str(error)
     return Configurations(made, idle, refused)
-

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,36 @@ def draw(name: str, value: Any) -> Any:
     return start + noise * (0.2 if value.numel() > 1 else 0.1)
 
 
-def build(config: Mapping[str, Any]) -> Any:
+def tie(model: Any) -> None:
+    """Gives every expert the same score: which of them are taken is then a matter of order alone."""
+    counts = {
+        value
+        for key, value in _numbers(model.config.to_dict())
+        if "expert" in key and isinstance(value, int) and value > 1
+    }
+    for name, value in model.state_dict(keep_vars=True).items():
+        parts = name.split(".")
+        routes = re.search(r"(^|_)(gate|router|wg)($|_)", parts[-2]) if len(parts) > 1 else None
+        alone = re.search(r"router|correction_bias|expert_bias", name)
+        if not (routes or alone) or value.shape[0] not in counts or value.ndim > 2:
+            continue
+        value.data.copy_(value.data[:1].expand_as(value) if value.ndim == 2 else value.data * 0)
+
+
+def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value)
+        else:
+            yield str(key), value
+
+
+def build(config: Mapping[str, Any], ties: bool = False) -> Any:
     """A model of a configuration with weights drawn by name; eager attention and experts.
+
+    Args:
+        config: Its configuration.
+        ties: Whether all experts get the same score.
 
     Raises:
         ValueError: It is too large.
@@ -101,7 +129,9 @@ def build(config: Mapping[str, Any]) -> Any:
 
     made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
     with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(made, **OPTIONS).parameters())
+        size = sum(
+            p.numel() for p in AutoModelForCausalLM.from_config(made, **OPTIONS).parameters()
+        )
     if size > LARGEST:
         raise ValueError(f"the model has {size:,} parameters: not made small")
     torch.manual_seed(0)
@@ -112,21 +142,23 @@ def build(config: Mapping[str, Any]) -> Any:
             if value.is_floating_point():
                 value.copy_(draw(name, value))
         model.tie_weights()
+        if ties:
+            tie(model)
     return model
 
 
-def attempt(config: Mapping[str, Any], ids: list[list[int]]) -> dict[str, Any]:
+def attempt(config: Mapping[str, Any], ids: list[list[int]], ties: bool = False) -> dict[str, Any]:
     """What the logits of a configuration are: their digest, greatest size, and the parameters."""
     import torch
 
-    model = build(config)
+    model = build(config, ties)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor(ids), use_cache=False).logits.float()
     if not torch.isfinite(logits).all():
         raise ValueError("the logits are not finite")
     rounded = logits.numpy()
     return {
-        "digest": hashlib.sha256(np.ascontiguousarray(rounded)).hexdigest(),
+        "digest": hashlib.sha256(np.ascontiguousarray(rounded).tobytes()).hexdigest(),
         "weights": _weights(model),
         "size": float(np.abs(rounded).max()),
         "spread": float(rounded.std()),
@@ -142,11 +174,11 @@ def _weights(model: Any) -> str:
     return h.hexdigest()
 
 
-def save(config: Mapping[str, Any], folder: str) -> dict[str, Any]:
+def save(config: Mapping[str, Any], folder: str, ties: bool = False) -> dict[str, Any]:
     """A checkpoint as transformers saves it; the names of its linear modules by their class."""
     import torch
 
-    model = build(config)
+    model = build(config, ties)
     model.generation_config = type(model.generation_config)()
     model.save_pretrained(folder)
     kinds: dict[str, str] = {}
@@ -191,6 +223,7 @@ def serve() -> None:
     transformers.logging.set_verbosity_error()
     for line in sys.stdin:
         request = json.loads(line)
+        answer: dict[str, Any]
         try:
             answer = {"ok": OPERATIONS[request.pop("do")](**request)}
         except Exception as error:
