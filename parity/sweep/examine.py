@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from parity.bisect.locate import locate
-from parity.sweep.answers import ABSENT, Answer, Cause, Cell
+from parity.sweep.answers import ABSENT, NOT_ASKED, Answer, Cause, Cell
 from parity.sweep.bench import Bench, Column
 from parity.sweep.explain import Explainer
 from parity.sweep.maker import NotMade
@@ -61,6 +61,11 @@ class Examiner:
             bench = self._plain(bench, base, first)
             if bench.patch and bench.ask(LOGITS, plain.name, base)[0].green:
                 greens = [(plain, base)]
+        if cell.answers[0].verdict == "error" and not bench.patch:
+            # What does not load whatever is set says nothing of the settings.
+            reason = "the plain configuration does not load, and nothing was found that makes it"
+            cell.answers += [Answer(LOADS, c.name, NOT_ASKED, reason) for c in others]
+            others = []
         for configuration in others:
             found = self._other(cell, bench, base, plain, configuration, patched=bool(first.red))
             greens += found

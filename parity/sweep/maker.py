@@ -59,6 +59,7 @@ class Maker:
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
+            self.close()
             env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
             with self.log.open("ab") as errors:
                 self._process = subprocess.Popen(

@@ -273,7 +273,10 @@ def ropes(config: Mapping[str, Any], kinds: list[str]) -> Iterator[Trap]:
     for path in _rope_paths(config):
         place = value_at(config, path)
         nested = {k: v for k, v in place.items() if isinstance(v, Mapping)}
+        usual = {str(r.get("rope_type")) for r in (*nested.values(), place)}
         for kind in kinds:
+            if kind == "proportional" and kind not in usual:
+                continue  # made for layers of one family: no other has it unless it has it by default
             new: dict[str, Any] = {}
             for key, rope in nested.items() or {"": place}.items():
                 if not (settings := _rope(kind, rope, config, path)):
