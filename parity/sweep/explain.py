@@ -238,33 +238,43 @@ class Explainer:
         known = completing(model.config, own, usual)
         tried = [{**known, **way} for way in open_switches(model.config, own, known)]
         tried += [{**tried[0], **edits} for _, edits in switches(model.config, self._fields())]
-        for edits in tried:
-            if not edits:
-                continue
-            literal = resolved(edits, model.config)
-            other = self.bench.store.edited(model, literal)
+        loading: list[dict[str, Any]] = []
+        for edits in filter(None, tried):
+            other = self.bench.store.edited(model, resolved(edits, model.config))
             found = self.bench.logits("subject", other)
             if found.values is None:
                 continue
-            agrees = (
-                apart(found, reference) <= loose
-                or self.bench.patched(edits).ask(LOGITS, "", model)[0].green
-            )
-            words = (
-                "it loads and agrees with transformers"
-                if agrees
-                else "it loads (and does not agree)"
-            )
-            return (
-                Cause(
-                    "loading",
-                    ", ".join(edits),
-                    _error(subject.error),
-                    f"with {_words(literal)} in config.json as well {words}",
-                ),
-                edits,
-            )
-        return Cause("loading", "", _error(subject.error)), {}
+            if apart(found, reference) <= loose and self._green(model, edits):
+                return self._loaded(
+                    model, subject, edits, "it loads and agrees with transformers"
+                ), edits
+            loading.append(edits)
+        if not loading:
+            return Cause("loading", "", _error(subject.error)), {}
+        # What is left once it loads has a cause of its own.
+        edits = loading[0]
+        patched = Explainer(self.bench.patched(edits))
+        again, _ = patched.bench.ask(LOGITS, "", model)
+        if again.green:
+            return self._loaded(
+                model, subject, edits, "it loads and agrees with transformers"
+            ), edits
+        left, more = patched.plain(model, again, usual)
+        cause = self._loaded(model, subject, edits, "it loads, and does not agree yet")
+        cause.sentence += f"; once it loads: {left.sentence}"
+        cause.name = ", ".join(filter(None, [cause.name, left.name]))
+        cause.fix += f"; then {left.fix}" if left.fix else ""
+        return cause, {**edits, **more}
+
+    def _green(self, model: Model, edits: Mapping[str, Any]) -> bool:
+        return self.bench.patched(edits).ask(LOGITS, "", model)[0].green
+
+    def _loaded(
+        self, model: Model, subject: Logits, edits: Mapping[str, Any], outcome: str
+    ) -> Cause:
+        literal = _words(resolved(edits, model.config))
+        fix = f"with {literal} in config.json as well {outcome}"
+        return Cause("loading", ", ".join(edits), _error(subject.error), fix)
 
     # Modules -------------------------------------------------------------------------------------
 
