@@ -76,8 +76,9 @@ class Explainer:
         said = []
         if self._unread(model, usual, subject):
             said.append(
-                f"mlx-lm does not read {names}: with {before} instead its logits are the same bits"
+                f"mlx-lm takes no notice of {names}: with {before} instead its logits are the same bits"
             )
+            proofs += self._named(list(moved))
         tolerance = answer.tolerance
         used = self._used(model, there, usual, subject, tolerance)
         if used:
@@ -97,6 +98,22 @@ class Explainer:
     def _unread(self, model: Model, usual: Mapping[str, Any], subject: Logits) -> bool:
         other = self.bench.store.edited(model, usual)
         return equal(self.bench.logits("subject", other), subject)
+
+    def _named(self, keys: list[str]) -> list[str]:
+        """Where the file of the architecture names settings, or that it does not."""
+        sources = self.bench.column.sources
+        file, words = sources.file(self.kind), sources.words(self.kind)
+        if file is None:
+            return []
+        found = []
+        for key in keys:
+            last = key.rpartition(".")[2]
+            place = sources.place(self.kind, last)
+            if last not in words:
+                found.append(f"neither models/{file.name} nor what it imports names {last}")
+            elif place:
+                found.append(f"{last} is named in {place}")
+        return found
 
     def _used(
         self,
