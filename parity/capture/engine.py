@@ -63,6 +63,7 @@ class Engine:
         log_dir: Folder of the workers' logs.
         notice: Called with a sentence when something starts.
         jobs: Processes of one framework that may be at work at once; 0: one for each core.
+        alive: Processes that stay alive; 0: `MOST_WORKERS`, and one more than `jobs` at least.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Engine:
         log_dir: Path | None = None,
         notice: Callable[[str], None] | None = None,
         jobs: int = 0,
+        alive: int = 0,
     ) -> None:
         self.cache = cache or resources.cache()
         self.timeout = timeout
@@ -91,7 +93,7 @@ class Engine:
             lambda manifest, python: not self._check.holds(manifest, python),
             self.notice,
             busy=jobs or cores(),
-            alive=max(MOST_WORKERS, (jobs or cores()) + 1),
+            alive=alive or max(MOST_WORKERS, (jobs or cores()) + 1),
         )
         self._interpreters: dict[str, tuple[str, str]] = {}
         # The environment that captures of a path must come from; None: of the next one that is run.

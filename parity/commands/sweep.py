@@ -110,7 +110,7 @@ def sweep(
         raise UsageError(f"--question {lost[0]!r}: questions are {', '.join(QUESTIONS)}")
     jobs = jobs or cores()
     storage.check_writable(resources.cache())
-    with Engine(timeout=timeout, jobs=jobs) as engine:
+    with Engine(timeout=timeout, jobs=jobs, alive=2 * jobs + 1) as engine:
         columns = _columns(engine, subject, package, count, repo, good, bad)
         running = Sweep(columns, engine.cache, jobs, wanted, _listed(chosen), _progress())
         try:
