@@ -147,6 +147,23 @@ class From:
         return found // other if isinstance(found, int) and isinstance(other, int) else None
 
 
+@dataclass(frozen=True)
+class Scaling(From):
+    """The rope settings at a key in the spelling before transformers 5."""
+
+    def value(self, config: Mapping[str, Any]) -> Any:
+        """A mapping with the kind under `type` as well."""
+        rope = value_at(config, self.key)
+        if not isinstance(rope, Mapping):
+            return None
+        kept = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+        return {**kept, "type": kept.get("rope_type", "default")}
+
+
+HEAD_WIDTH = From("hidden_size/num_attention_heads")
+"""What libraries take for the width of a head that is not given."""
+
+
 def resolved(edits: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Edits with the values that they have in a configuration."""
     return {k: v.value(config) if isinstance(v, From) else v for k, v in edits.items()}
@@ -158,6 +175,9 @@ def relative(edits: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, A
     found: dict[str, Any] = {}
     for key, value in edits.items():
         last = key.rpartition(".")[2]
+        if last == "rope_scaling" and isinstance(value, Mapping):
+            found[key] = Scaling(f"{_level(key)}rope_parameters")
+            continue
         same = [k for k in held if k != key and k.rpartition(".")[2] == last and held[k] == value]
         found[key] = From(same[0]) if same else value
     return found
@@ -179,18 +199,30 @@ def completing(
         name = field.name
         if not field.required or name in config or name == "model_type":
             continue
-        exact = [key for key in held if key.rpartition(".")[2] == name]
-        same = [
-            key for key, value in held.items() if full.get(name) is not None and value == full[name]
+        fitting = {key: value for key, value in held.items() if _of_kind(field.kind, value)}
+        exact = [key for key in fitting if key.rpartition(".")[2] == name]
+        near = [
+            key
+            for key in _near(name, [*fitting])
+            if full.get(name) is None or full[name] == fitting[key]
         ]
-        alike = [*exact, *[key for key in _near(name, [*held]) if key in same or not same], *same]
-        if alike:
-            found[name] = From(alike[0])
+        if exact or (near and name != "head_dim"):
+            found[name] = From([*exact, *near][0])
         elif full.get(name) is not None:
             found[name] = full[name]
         elif name == "head_dim":
-            found[name] = From("hidden_size/num_attention_heads")
+            found[name] = HEAD_WIDTH
     return found
+
+
+def _of_kind(kind: str, value: Any) -> bool:
+    """Whether a value fits an annotation, as far as that is a plain type."""
+    if "Dict" in kind or "dict" in kind:
+        return False  # leaves are no mappings
+    plain = {"int": int, "float": (int, float), "bool": bool, "str": str}
+    if kind not in plain:
+        return True
+    return isinstance(value, plain[kind]) and (kind == "bool") == isinstance(value, bool)
 
 
 def open_switches(

@@ -62,9 +62,7 @@ class Examiner:
             if bench.patch and bench.ask(LOGITS, plain.name, base)[0].green:
                 greens = [(plain, base)]
         if cell.answers[0].verdict == "error" and not bench.patch:
-            # What does not load whatever is set says nothing of the settings.
-            reason = "the plain configuration does not load, and nothing was found that makes it"
-            cell.answers += [Answer(LOADS, c.name, NOT_ASKED, reason) for c in others]
+            self._unloaded(cell, bench, others)
             others = []
         for configuration in others:
             found = self._other(cell, bench, base, plain, configuration, patched=bool(first.red))
@@ -96,14 +94,40 @@ class Examiner:
         cell.answers.append(answer)
         return answer
 
+    def _unloaded(self, cell: Cell, bench: Bench, others: list[Configuration]) -> None:
+        """The others where the plain configuration cannot be made to load: some may be what is missing."""
+        error = _same(cell.answers[0].reason)
+        for configuration in others:
+            try:
+                model = self.store.model(
+                    self.architecture.name, configuration.config, configuration.ties
+                )
+            except NotMade as refused:
+                cell.answers.append(Answer(LOGITS, configuration.name, NOT_ASKED, str(refused)))
+                continue
+            answer = self._logits(cell, bench, configuration, model)
+            if not answer.red:
+                continue
+            if _same(answer.reason) == error and not configuration.name.startswith("rope "):
+                words = "it fails as the plain configuration does, before the traps could matter"
+                answer.causes.append(Cause("follows", "plain", words))
+                continue
+            cause, _ = Explainer(bench).plain(model, answer, self._attributes(model))
+            if _same(answer.reason) == error and not cause.fix:
+                cause = Cause("follows", "plain", "it fails as the plain configuration does")
+            answer.causes.append(cause)
+
+    def _attributes(self, model: Model) -> Mapping[str, Any]:
+        """What transformers has under the names that the file of mlx-lm declares."""
+        names = [field.name for field in self.column.sources.fields(self.architecture.name)]
+        try:
+            return self.store.maker.ask("parsed", config=model.config, names=names)
+        except NotMade:
+            return {}
+
     def _plain(self, bench: Bench, model: Model, answer: Answer) -> Bench:
         """Explains the plain configuration; the bench with what takes the cause away, if that was found."""
-        try:
-            names = [field.name for field in self.column.sources.fields(self.architecture.name)]
-            usual = self.store.maker.ask("parsed", config=model.config, names=names)
-        except NotMade:
-            usual = {}
-        cause, edits = Explainer(bench).plain(model, answer, usual)
+        cause, edits = Explainer(bench).plain(model, answer, self._attributes(model))
         answer.causes.append(cause)
         return bench.patched(edits) if edits else bench
 

@@ -12,6 +12,7 @@ from parity.bisect.locate import locate
 from parity.sweep.answers import Answer, Cause
 from parity.sweep.bench import Bench, Logits, apart, equal
 from parity.sweep.candidates import (
+    HEAD_WIDTH,
     any_setting,
     by_default,
     completing,
@@ -222,26 +223,41 @@ class Explainer:
         self, model: Model, reference: Logits, tolerance: float
     ) -> tuple[str, dict[str, Any]]:
         """An edit of the subject's configuration under which it agrees: switches, and other spellings."""
-        fields = self._fields()
-        words = self.bench.column.sources.words(self.kind)
-        ropes = {
-            k: v for k, v in model.config.items() if isinstance(v, Mapping) and k.startswith("rope")
-        }
-        text = model.config.get("text_config")
-        if isinstance(text, Mapping):
-            ropes |= {
-                f"text_config.{k}": v
-                for k, v in text.items()
-                if isinstance(v, Mapping) and k.startswith("rope")
-            }
-        tried = [(_words(e), e) for e in readable(ropes, model.config, fields, words)]
-        tried += switches(model.config, fields)
+        tried = [(_words(edits), edits) for edits in self._ropes(model)]
+        tried += switches(model.config, self._fields())
         for shown, edits in tried:
             if self._agrees(model, edits, reference, tolerance):
                 return f"with {shown} in config.json mlx-lm agrees with transformers", relative(
                     edits, model.config
                 )
         return "", {}
+
+    def _ropes(self, model: Model, whatever: bool = False) -> list[dict[str, Any]]:
+        """The rope settings of a configuration in other spellings; `whatever`: the usual kind as well."""
+        words = self.bench.column.sources.words(self.kind)
+        ropes: dict[str, Any] = {}
+        text = model.config.get("text_config")
+        for above, config in (
+            ("", model.config),
+            ("text_config.", text if isinstance(text, Mapping) else {}),
+        ):
+            found = {
+                k: v for k, v in config.items() if isinstance(v, Mapping) and k.startswith("rope")
+            }
+            ropes |= {f"{above}{k}": v for k, v in found.items()}
+        tried = readable(ropes, model.config, self._fields(), words)
+        if whatever and "rope_scaling" in words:
+            tried += [
+                {
+                    key.replace("rope_parameters", "rope_scaling"): {
+                        **rope,
+                        "type": rope["rope_type"],
+                    }
+                }
+                for key, rope in ropes.items()
+                if "rope_type" in rope
+            ]
+        return tried
 
     def _plain_unloaded(
         self, model: Model, subject: Logits, reference: Logits, usual: Mapping[str, Any]
@@ -254,6 +270,9 @@ class Explainer:
         own = self.bench.column.sources.own_fields(self.kind)
         known = completing(model.config, own, usual)
         tried = [{**known, **way} for way in open_switches(model.config, own, known)]
+        tried += [{**known, **relative(edits, model.config)} for edits in self._ropes(model, True)]
+        if any(field.name == "head_dim" for field in own) and "head_dim" not in model.config:
+            tried.append({**known, "head_dim": HEAD_WIDTH})
         tried += [{**tried[0], **edits} for _, edits in switches(model.config, self._fields())]
         loading: list[dict[str, Any]] = []
         for edits in filter(None, tried):

@@ -15,6 +15,7 @@ import numpy as np
 
 from parity import resources
 from parity.files import write_atomically
+from parity.sweep.consistent import consistent
 from parity.sweep.maker import Maker, NotMade
 from parity.sweep.shrink import VOCABULARY, completed, shrunk
 from parity.sweep.traps import Configuration, Configurations, Trap, changed, configurations
@@ -74,7 +75,7 @@ class Store:
         made = Architecture(name, kind)
         try:
             default = self.maker.ask("defaults", kind=name)
-            plain, ids = shrunk(default["config"]), text().tolist()
+            plain, ids = consistent(shrunk(default["config"])), text().tolist()
             try:
                 self.maker.ask("attempt", config=plain, ids=ids)
             except NotMade:
