@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Mapping
@@ -79,6 +80,8 @@ class Bench:
 
     def ask(self, question: str, configuration: str, model: Model) -> tuple[Answer, Record]:
         """One cell."""
+        if question == TOKENS:
+            model = self.store.edited(model, ends(model))
         adapted = question in (GRADIENT, TOKENS)
         chosen = self.targets(model) if adapted else []
         recipe = self.recipe(model, **({"lora__target_modules": chosen} if chosen else {}))
@@ -96,6 +99,8 @@ class Bench:
             record = run_cell(self.column.engine, cell)
         top = next((m for m in record.metrics if m.verdict is record.verdict), None)
         verdict, reason = str(record.verdict), record.reason
+        if verdict == "error" and reason.startswith(f"path {REFERENCE!r}: "):
+            verdict, reason = "skip", f"transformers cannot be asked: {reason}"
         if adapted and not chosen and verdict != "error":
             verdict, reason = "skip", "no linear module has the same name on both sides"
         answer = Answer(
@@ -160,6 +165,19 @@ class Bench:
                 present = []
             self.target[key] = targets(model.modules, map(canonical, present))
         return self.target[key]
+
+
+def ends(model: Model) -> dict[str, Any]:
+    """The id that ends a sequence, for a configuration: that of the tokenizer, as in any checkpoint."""
+    file = model.folder / "tokenizer.json"
+    config = json.loads((model.folder / "tokenizer_config.json").read_text("utf-8"))
+    added = json.loads(file.read_text("utf-8"))["added_tokens"]
+    end = next(token["id"] for token in added if token["content"] == config["eos_token"])
+    keys = [
+        "eos_token_id",
+        *(["text_config.eos_token_id"] if "text_config" in model.config else []),
+    ]
+    return dict.fromkeys(keys, end)
 
 
 def _numbers(reason: str, metric: Any) -> str:

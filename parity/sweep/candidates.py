@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parity.sweep.sources import Field
-from parity.sweep.traps import leaves, proposed, value_at
+from parity.sweep.traps import ACTIVATIONS, leaves, proposed, value_at
 
 DEFAULT_THETA = 10_000.0
 """What loaders take that find no rope theta."""
@@ -71,6 +71,10 @@ def any_setting(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]
         key = ".".join(path)
         if path[-1] == "rope_theta" and value != DEFAULT_THETA:
             yield f"{key}={DEFAULT_THETA:g}", {key: DEFAULT_THETA}
+        if value in ACTIVATIONS:
+            for other in ACTIVATIONS:
+                if other != value:
+                    yield f"{key}={other}", {key: other}
         if isinstance(value, float) and value not in (0.0, 1.0) and "rope" not in path[-1]:
             yield f"{key}=1.0", {key: 1.0}
 
@@ -213,6 +217,18 @@ def completing(
         elif name == "head_dim":
             found[name] = HEAD_WIDTH
     return found
+
+
+def lifted(config: Mapping[str, Any], fields: list[Field]) -> dict[str, Any]:
+    """Settings that a file declares at the top and a configuration holds in its text model alone."""
+    text = config.get("text_config")
+    if not isinstance(text, Mapping):
+        return {}
+    return {
+        field.name: From(f"text_config.{field.name}")
+        for field in fields
+        if field.name not in config and not isinstance(text.get(field.name), (Mapping, type(None)))
+    }
 
 
 def _of_kind(kind: str, value: Any) -> bool:

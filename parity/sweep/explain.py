@@ -17,6 +17,7 @@ from parity.sweep.candidates import (
     by_default,
     completing,
     instead,
+    lifted,
     open_switches,
     readable,
     relative,
@@ -26,6 +27,7 @@ from parity.sweep.candidates import (
 from parity.sweep.models import Model
 from parity.sweep.questions import LOGITS
 from parity.sweep.sources import Field
+from parity.sweep.tensors import kinds, zeroed
 from parity.sweep.traps import Trap, leaves, value_at
 
 LOADING = "does not load"
@@ -66,11 +68,10 @@ class Explainer:
         usual = {key: value_at(plain.config, key) for key in trap.changes}
         there = {key: value_at(model.config, key) for key in trap.changes}
         moved = differing(usual, there)
-        names = ", ".join(moved)
-        before, after = (
-            _words({k: v[0] for k, v in moved.items()}),
-            _words({k: v[1] for k, v in moved.items()}),
-        )
+        names = compressed(moved)
+        olds = {k: v[0] for k, v in moved.items()}
+        before = _words({k: v for k, v in olds.items() if v is not None} or olds)
+        after = _words({k: v[1] for k, v in moved.items()})
         proofs = [f"without it both sides agree; with {trap.name} they do not: {answer.reason}"]
         if subject.values is None:
             return self._unloaded(trap, plain, model, subject, reference, answer.tolerance, proofs)
@@ -208,7 +209,11 @@ class Explainer:
         if fix:
             sentence = f"{', '.join(edits)} is read otherwise: with what value mlx-lm computes could not be told"
             return Cause("setting", ", ".join(edits), sentence, fix), edits
-        if place := self._place(model):
+        place = self._place(model)
+        if found := self._unused(model, subject, reference, tolerance):
+            found.proofs = [place] if place else []
+            return found, {}
+        if place:
             return Cause("module", _module(place), place), {}
         return Cause(
             "unknown", "", "no single setting explains it, and no module could be named"
@@ -270,6 +275,7 @@ class Explainer:
         own = self.bench.column.sources.own_fields(self.kind)
         known = completing(model.config, own, usual)
         tried = [{**known, **way} for way in open_switches(model.config, own, known)]
+        tried.append({**known, **lifted(model.config, own)})
         tried += [{**known, **relative(edits, model.config)} for edits in self._ropes(model, True)]
         if any(field.name == "head_dim" for field in own) and "head_dim" not in model.config:
             tried.append({**known, "head_dim": HEAD_WIDTH})
@@ -312,6 +318,38 @@ class Explainer:
         fix = f"with {literal} in config.json as well {outcome}"
         return Cause("loading", ", ".join(edits), _error(subject.error), fix)
 
+    # Tensors -------------------------------------------------------------------------------------
+
+    def _unused(
+        self, model: Model, subject: Logits, reference: Logits, tolerance: float
+    ) -> Cause | None:
+        """Tensors that mlx-lm takes no notice of, where transformers without them gives its logits."""
+        unused = []
+        for kind in kinds(model):
+            other = zeroed(self.bench.store, model, kind)
+            if not equal(self.bench.logits("subject", other), subject):
+                continue
+            found = self.bench.logits("reference", other)
+            if apart(found, reference) <= tolerance:
+                continue  # neither side uses it
+            left = apart(found, subject)
+            unused.append(kind)
+            if left <= tolerance:
+                return Cause(
+                    "module", kind,
+                    f"mlx-lm takes no notice of the tensors {kind}: with zeros in their place its logits are the same "
+                    f"bits, and transformers with zeros there gives mlx-lm's logits (greatest |Δ| {left:.2g}, "
+                    f"{tolerance:.2g} allowed)",
+                )  # fmt: skip
+        if unused:
+            names = ", ".join(unused)
+            return Cause(
+                "module", names,
+                f"mlx-lm takes no notice of the tensors {names}: with zeros in their place its logits are the same "
+                "bits, those of transformers are not; that is not the only difference",
+            )  # fmt: skip
+        return None
+
     # Modules -------------------------------------------------------------------------------------
 
     def _place(self, model: Model) -> str:
@@ -327,6 +365,19 @@ def _leaves(key: str, value: Any) -> list[str]:
     if not isinstance(value, Mapping):
         return [key]
     return [leaf for name, inner in value.items() for leaf in _leaves(f"{key}.{name}", inner)]
+
+
+def compressed(keys: Iterable[str]) -> str:
+    """`rope_parameters.{rope_type, factor}` of two keys that stand in one place."""
+    places: dict[str, list[str]] = {}
+    for key in keys:
+        above, _, last = key.rpartition(".")
+        places.setdefault(above, []).append(last)
+    shown = []
+    for above, lasts in places.items():
+        inner = lasts[0] if len(lasts) == 1 else f"{{{', '.join(lasts)}}}"
+        shown += [f"{above}.{inner}"] if above else lasts
+    return ", ".join(shown)
 
 
 def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
