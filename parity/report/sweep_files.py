@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +21,7 @@ from parity.sweep.run import Found
 
 NAME = "architectures"
 PACKAGES = ("transformers", "torch", "mlx", "mlx-lm", "numpy", "peft", "safetensors")
-SHOWN = 4
+SHOWN = 6
 """Names of causes in a row of the table."""
 
 
@@ -77,13 +78,16 @@ def _versions(found: Found) -> dict[str, str]:
 
 def _short(row: Row) -> list[str]:
     """Keys and modules of the causes of a row."""
-    names = dict.fromkeys(
-        part.rpartition(".")[2]
-        for reason in row.reasons
-        for part in reason.cause.name.split(", ")
-        if part and part != "plain"
-    )
-    listed = sorted(names, key=len)
+    names: dict[str, None] = {}
+    for reason in row.reasons:
+        text = re.sub(r"\.\{.*?\}", "", reason.cause.name)  # rope_parameters.{rope_type, factor}
+        for part in text.split(", "):
+            last = part.rpartition(".")[2]
+            if last in ("weight", "bias", "weight_scale"):
+                last = ".".join(part.split(".")[-2:])
+            if last and last != "plain":
+                names.setdefault(last)
+    listed = list(names)
     return listed[:SHOWN] + ([f"{len(listed) - SHOWN} more"] if len(listed) > SHOWN else [])
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from parity.report.sweep_text import MARKS
-from parity.sweep.answers import ABSENT, GREEN, RED, Answer, Cause, Cell
+from parity.sweep.answers import ABSENT, GREEN, NOT_ASKED, RED, Answer, Cause, Cell
 from parity.sweep.changes import Change
 from parity.sweep.models import Architecture
 from parity.sweep.questions import QUESTIONS
@@ -38,6 +38,8 @@ class Square:
 
     question: str
     verdict: str
+    style: str
+    """Its colour: red only where the plain configuration is, too."""
     mark: str
     title: str
 
@@ -117,6 +119,10 @@ def page(found: Found, moves: Sequence[Change], complete: bool, versions: dict[s
 
 def _row(architecture: Architecture, found: Found) -> Row:
     cells: list[tuple[str, list[Square], str]] = []
+    every = [cell for (name, _), cell in found.cells.items() if name == architecture.name]
+    shown = [q for q in QUESTIONS if any(cell.of(q) for cell in every)]
+    if {"loads", "gradient"} <= set(shown):
+        shown = list(QUESTIONS)  # where nothing loads no logits were asked
     asked: list[Cell] = []
     for column in found.columns:
         cell = found.cells.get((architecture.name, column))
@@ -126,15 +132,16 @@ def _row(architecture: Architecture, found: Found) -> Row:
             cells.append((column, [], cell.note))
         else:
             asked.append(cell)
-            cells.append((column, [_square(cell, q) for q in QUESTIONS if cell.of(q)], ""))
+            cells.append((column, [_square(cell, q) for q in shown], ""))
     newest = asked[-1] if asked else None
     answers = [(newest.release, answer) for answer in newest.answers] if newest else []
     return Row(architecture, cells, _reasons(asked), answers, newest.file if newest else "")
 
 
 def _square(cell: Cell, question: str) -> Square:
-    verdict = cell.verdict(question)
-    listed = cell.of(question)
+    verdict, listed = cell.verdict(question), cell.of(question)
+    if not listed:
+        return Square(question, NOT_ASKED, "skip", MARKS[NOT_ASKED], f"{question}: not asked")
     of = [
         answer.configuration
         for answer in listed
@@ -144,9 +151,11 @@ def _square(cell: Cell, question: str) -> Square:
     green = sum(answer.green for answer in listed)
     if len(listed) > 1:
         title += f"; {green} of {len(listed)} configurations green"
-    return Square(
-        question, "skip" if verdict in ("not asked", ABSENT) else verdict, MARKS[verdict], title
-    )
+    style = "skip" if verdict in (NOT_ASKED, ABSENT) else verdict
+    plain = next((answer for answer in listed if answer.configuration == "plain"), None)
+    if verdict in RED and plain is not None and plain.green:
+        style = "inconclusive"  # the colour alone: both agree until something is set
+    return Square(question, verdict, style, MARKS[verdict], title)
 
 
 def _reasons(cells: Sequence[Cell]) -> list[Reason]:

@@ -235,7 +235,7 @@ def _of_kind(kind: str, value: Any) -> bool:
     """Whether a value fits an annotation, as far as that is a plain type."""
     if "Dict" in kind or "dict" in kind:
         return False  # leaves are no mappings
-    plain = {"int": int, "float": (int, float), "bool": bool, "str": str}
+    plain: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
     if kind not in plain:
         return True
     return isinstance(value, plain[kind]) and (kind == "bool") == isinstance(value, bool)

@@ -5,6 +5,7 @@ Nothing is looked up: a sentence is said only of what a run has shown.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -292,7 +293,7 @@ class Explainer:
                 ), edits
             loading.append(edits)
         if not loading:
-            return Cause("loading", "", _error(subject.error)), {}
+            return Cause("loading", named_in(subject.error), _error(subject.error)), {}
         # What is left once it loads has a cause of its own.
         edits = loading[0]
         patched = Explainer(self.bench.patched(edits))
@@ -359,6 +360,18 @@ class Explainer:
         if answer.verdict != "diverge":
             return ""
         return locate(self.bench.column.engine, cell, record).sentence
+
+
+def named_in(error: str) -> str:
+    """The settings or kinds of tensors that an error of loading is about."""
+    if "required positional argument" in error:
+        return ", ".join(re.findall(r"'(\w+)'", error.partition("argument")[2].partition(";")[0]))
+    found = re.search(r"(?:Received|Missing) \d+ parameters[^:]*: ([^;]+)", error)
+    if found:
+        lasts = [re.sub(r"\.\d+(?=\.)", ".N", name.strip(" .…")) for name in found[1].split(",")]
+        return ", ".join(dict.fromkeys(".".join(last.split(".")[-2:]) for last in lasts if last))
+    found = re.search(r"for parameter (\S+?)\.?(?:;|$)", error)
+    return found[1] if found else ""
 
 
 def _leaves(key: str, value: Any) -> list[str]:
