@@ -19,7 +19,7 @@ from parity.names import canonical
 from parity.recipe import Recipe
 from parity.record import Record
 from parity.sweep.answers import Answer
-from parity.sweep.candidates import resolved
+from parity.sweep.candidates import From, resolved
 from parity.sweep.models import Model, Store, text
 from parity.sweep.questions import GRADIENT, STAGES, TOKENS, targets
 from parity.sweep.sources import Sources
@@ -61,15 +61,33 @@ class Bench:
     store: Store
     patch: dict[str, Any] = field(default_factory=dict)
     """Edits of the subject's configuration that take a cause away which was found already."""
+    other: dict[str, Any] = field(default_factory=dict)
+    """The same of the reference's, where nothing makes the subject agree."""
     target: dict[str, list[str]] = field(default_factory=dict)
 
-    def patched(self, edits: Mapping[str, Any]) -> Bench:
-        """The same with further edits of the subject's configuration."""
-        return replace(self, patch={**self.patch, **edits}, target={})
+    def patched(self, edits: Mapping[str, Any], other: Mapping[str, Any] | None = None) -> Bench:
+        """The same with further edits of the subject's configuration, or of the reference's."""
+        changed = {**self.other, **(other or {})}
+        return replace(self, patch={**self.patch, **edits}, other=changed, target={})
 
-    def subject_model(self, model: Model) -> Model:
-        """What the subject is handed: the model with the edits of the patch."""
-        return self.store.edited(model, resolved(self.patch, model.config)) if self.patch else model
+    @property
+    def is_patched(self) -> bool:
+        """Whether either side is handed another configuration than the checkpoint's."""
+        return bool(self.patch or self.other)
+
+    def patches(self) -> str:
+        """What is edited on which side, in words; empty where nothing is."""
+        sides = (("mlx-lm", self.patch), ("transformers", self.other))
+        return " and ".join(
+            f"{', '.join(shown(key, value) for key, value in edits.items())} in the config.json of {side}"
+            for side, edits in sides
+            if edits
+        )
+
+    def model_of(self, side: str, model: Model) -> Model:
+        """What a side is handed: the model with the edits of the patch."""
+        edits = self.patch if side == "subject" else self.other
+        return self.store.edited(model, resolved(edits, model.config)) if edits else model
 
     def recipe(self, model: Model, **changes: Any) -> Recipe:
         """The recipe of a model: no training is asked for."""
@@ -118,8 +136,12 @@ class Bench:
     def cell(self, question: str, model: Model, recipe: Recipe | None = None) -> ProbeCell:
         """The cell of a question, the subject's configuration patched."""
         shared = recipe or self.recipe(model)
-        other = {"model.source": str(self.subject_model(model).folder)}
-        changes = {"subject": other} if self.patch else {}
+        edits = {"subject": self.patch, "reference": self.other}
+        changes = {
+            side: {"model.source": str(self.model_of(side, model).folder)}
+            for side, edited in edits.items()
+            if edited
+        }
         return ProbeCell(STAGES[question], self.column.spec, REFERENCE, shared, changes)
 
     def reproduce(self, question: str, configuration: str) -> str:
@@ -143,10 +165,9 @@ class Bench:
         """The logits of one side on the sweep's text."""
         spec = {"subject": self.column.spec, "reference": REFERENCE}[side]
         inputs = Trace({"ids.0": text()}, {"modules": False})
-        if side == "subject":
-            model = self.subject_model(model)
+        recipe = self.recipe(self.model_of(side, model))
         try:
-            trace = self.column.engine.capture(spec, "logits", self.recipe(model), inputs)
+            trace = self.column.engine.capture(spec, "logits", recipe, inputs)
         except (Unsupported, CaptureError, UnmatchedNames) as error:
             return Logits(None, str(error), "does not load" in str(error))
         return Logits(trace.arrays["logits.0"])
@@ -158,13 +179,18 @@ class Bench:
             inputs = Trace({"ids.0": text(1, 4)}, {"modules": True, "inputs": True})
             spec = self.column.spec
             try:
-                recipe = self.recipe(self.subject_model(model))
+                recipe = self.recipe(self.model_of("subject", model))
                 trace = self.column.engine.capture(spec, "logits", recipe, inputs)
                 present = trace.scalars.get("present", [])
             except (Unsupported, CaptureError, UnmatchedNames):
                 present = []
             self.target[key] = targets(model.modules, map(canonical, present))
         return self.target[key]
+
+
+def shown(key: str, value: Any) -> str:
+    """An edit in words; `rope_theta (from rope_parameters.rope_theta)` of one that is copied."""
+    return f"{key} (from {value.key})" if isinstance(value, From) else f"{key}={value}"
 
 
 def ends(model: Model) -> dict[str, Any]:

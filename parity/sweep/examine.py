@@ -59,9 +59,9 @@ class Examiner:
         greens = [(plain, base)] if first.green else []
         if first.red:
             bench = self._plain(bench, base, first)
-            if bench.patch and bench.ask(LOGITS, plain.name, base)[0].green:
+            if bench.is_patched and bench.ask(LOGITS, plain.name, base)[0].green:
                 greens = [(plain, base)]
-        if cell.answers[0].verdict == "error" and not bench.patch:
+        if cell.answers[0].verdict == "error" and not bench.is_patched:
             self._unloaded(cell, bench, others)
             others = []
         for configuration in others:
@@ -127,9 +127,10 @@ class Examiner:
 
     def _plain(self, bench: Bench, model: Model, answer: Answer) -> Bench:
         """Explains the plain configuration; the bench with what takes the cause away, if that was found."""
-        cause, edits = Explainer(bench).plain(model, answer, self._attributes(model))
+        explainer = Explainer(bench)
+        cause, edits = explainer.plain(model, answer, self._attributes(model))
         answer.causes.append(cause)
-        return bench.patched(edits) if edits else bench
+        return bench.patched(edits, explainer.other)
 
     def _other(
         self, cell: Cell, bench: Bench, base: Model, plain: Configuration,
@@ -151,7 +152,7 @@ class Examiner:
             return []
         if patched:
             plains = next(a for a in cell.answers if a.red and a.configuration == plain.name)
-            if not bench.patch:
+            if not bench.is_patched:
                 alike = _same(plains.reason) == _same(answer.reason)
                 words = (
                     "it fails as the plain configuration does, before the traps could matter"
@@ -303,8 +304,8 @@ class Examiner:
                 continue
             configuration, model = best
             answer, record = bench.ask(question, configuration.name, model)
-            if bench.patch:
-                answer.reason += f" (asked with {_words(bench.patch)} in mlx-lm's config.json)"
+            if bench.is_patched:
+                answer.reason += f" (asked with {bench.patches()})"
             cell.answers.append(answer)
             if answer.red:
                 answer.causes += self._elsewhere(
@@ -382,6 +383,3 @@ def _targets(bench: Bench, question: str, model: Model) -> Mapping[str, Any]:
     chosen = bench.targets(model) if question in (GRADIENT, TOKENS) else []
     return {"lora__target_modules": chosen} if chosen else {}
 
-
-def _words(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in values.items())

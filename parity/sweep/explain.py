@@ -45,6 +45,8 @@ class Explainer:
         self.bench = bench
         self.kind = bench.architecture
         self.release = bench.column.name
+        self.other: dict[str, Any] = {}
+        """Edits of the reference's configuration that make both agree where none of the subject's does."""
 
     def _fields(self) -> list[Field]:
         return self.bench.column.sources.fields(self.kind)
@@ -198,8 +200,9 @@ class Explainer:
             other = self.bench.store.edited(model, edits)
             left = apart(self.bench.logits("reference", other), subject)
             if left <= tolerance:
-                key = ", ".join(edits)
+                key, theirs = ", ".join(edits), edits
                 fix, edits = self._plain_fix(model, reference, tolerance)
+                self.other = {} if fix else theirs
                 return Cause(
                     "setting", key,
                     f"mlx-lm computes as transformers does with {words} (greatest |Δ| {left:.2g}, {tolerance:.2g} allowed), "
@@ -303,6 +306,7 @@ class Explainer:
                 model, subject, edits, "it loads and agrees with transformers"
             ), edits
         left, more = patched.plain(model, again, usual)
+        self.other = patched.other
         cause = self._loaded(model, subject, edits, "it loads, and does not agree yet")
         cause.sentence += f"; once it loads: {left.sentence}"
         cause.name = ", ".join(filter(None, [cause.name, left.name]))
