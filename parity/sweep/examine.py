@@ -162,23 +162,15 @@ class Examiner:
                 answer.causes.append(Cause("follows", "plain", words))
                 return []
             again, _ = bench.ask(LOGITS, configuration.name, model)
-            same = [
-                Cause("follows", c.name, f"as in the plain configuration: {c.sentence}", c.fix)
-                for c in plains.causes
-            ]
+            name = ", ".join(filter(None, (cause.name for cause in plains.causes)))
             if again.green:
-                answer.causes += [
-                    Cause(
-                        c.kind,
-                        c.name,
-                        c.sentence,
-                        c.fix,
-                        ["with that change both sides agree here as well"],
-                    )
-                    for c in same
-                ]
+                words = f"as in the plain configuration: with {bench.patches()} both sides agree here as well"
+                answer.causes.append(Cause("follows", name, words))
                 return [(configuration, model)]
-            answer.causes += same
+            words = (
+                f"as in the plain configuration, and more: with {bench.patches()} they differ still"
+            )
+            answer.causes.append(Cause("follows", name, words))
         return self._traps(bench, base, plain, configuration, answer)
 
     def _traps(
@@ -197,7 +189,7 @@ class Examiner:
         if configuration.ties:
             words = (
                 "with different scores of the experts (the plain configuration) both sides agree, with equal "
-                "scores they do not: each takes others of the experts that are scored alike"
+                "scores of all experts they do not: which of equally scored experts are taken is not the same"
             )
             answer.causes.append(Cause("module", "the router's choice among ties", words))
             return []
@@ -382,4 +374,3 @@ def _same(reason: str) -> str:
 def _targets(bench: Bench, question: str, model: Model) -> Mapping[str, Any]:
     chosen = bench.targets(model) if question in (GRADIENT, TOKENS) else []
     return {"lora__target_modules": chosen} if chosen else {}
-

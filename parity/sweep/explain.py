@@ -167,6 +167,7 @@ class Explainer:
     ) -> tuple[Cause, dict[str, Any]]:  # fmt: skip
         tolerance = tolerance or self._tolerance(plain)
         sentence = f"with {trap.name} {_error(subject.error)}"
+        proofs = [*proofs, *self._named(list(trap.changes))]
         fix, edits = self._fix(
             model, {k: value_at(model.config, k) for k in trap.changes}, reference, tolerance
         )
@@ -285,10 +286,12 @@ class Explainer:
             tried.append({**known, "head_dim": HEAD_WIDTH})
         tried += [{**tried[0], **edits} for _, edits in switches(model.config, self._fields())]
         loading: list[dict[str, Any]] = []
+        rest: tuple[dict[str, Any], str] | None = None  # the first edits that do not help, and why
         for edits in filter(None, tried):
             other = self.bench.store.edited(model, resolved(edits, model.config))
             found = self.bench.logits("subject", other)
             if found.values is None:
+                rest = rest or (resolved(edits, model.config), found.error)
                 continue
             if apart(found, reference) <= loose and self._green(model, edits):
                 return self._loaded(
@@ -296,7 +299,10 @@ class Explainer:
                 ), edits
             loading.append(edits)
         if not loading:
-            return Cause("loading", named_in(subject.error), _error(subject.error)), {}
+            cause = Cause("loading", named_in(subject.error), _error(subject.error))
+            if rest and _error(rest[1]) != _error(subject.error):
+                cause.sentence += f"; with {_words(rest[0])} filled in {_error(rest[1])}"
+            return cause, {}
         # What is left once it loads has a cause of its own.
         edits = loading[0]
         patched = Explainer(self.bench.patched(edits))
