@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,8 +181,10 @@ def _run(running: Sweep, columns: Columns, only: tuple[str, ...], out: Path) -> 
     except KeyboardInterrupt:
         running.stop()
         files = sweep_files.write(out, found, [], complete=False)
+        click.echo(f"wrote {files[0]}", err=True)
+        command = shlex.join(["parity", *sys.argv[1:]])
         click.echo(
-            f"stopped with {len(found.cells)} cells finished; wrote {files[0]}; run the same command again to go on",
+            f"stopped: {len(found.cells)} of {found.expected} cells are finished; to go on: {command}",
             err=True,
         )
         end_at_once(EXIT_STOPPED)

@@ -51,7 +51,9 @@ class Examiner:
         configurations = [
             c
             for c in self.architecture.found.made
-            if not self.chosen or c.name in {*self.chosen, "plain"}
+            if not self.chosen
+            or c.name in {*self.chosen, "plain"}
+            or (c.name == "traps" and REST in self.chosen)
         ]
         plain, *others = configurations
         base = self.store.model(name, plain.config)

@@ -14,6 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import parity
+from parity.bisect.versions import VersionEngine
 from parity.capture.environments import UnavailableVersion, digest
 from parity.errors import UsageError, closest
 from parity.files import write_atomically
@@ -43,6 +44,8 @@ class Found:
     """Model type that both know → why it is no causal language model here."""
     transformers: str = ""
     seconds: float = 0.0
+    expected: int = 0
+    """Cells that there are when all is finished."""
 
 
 def common(
@@ -102,6 +105,7 @@ class Sweep:
         started = time.perf_counter()
         result = found or Found([planned.name for planned in self.columns.planned])
         names = self._names(only, result)
+        result.expected = len(names) * (len(self.columns.planned) - len(result.unavailable))
         pool = ThreadPoolExecutor(max_workers=self.jobs, thread_name_prefix="architecture")
         try:
             waiting = [pool.submit(self._architecture, name, result) for name in names]
@@ -143,8 +147,12 @@ class Sweep:
         for maker in self._makers:
             maker.close()
         for column in self._live.values():
-            if isinstance(column, Column) and hasattr(column.engine, "places"):
-                (column.engine.stop if self.stopped.is_set() else column.engine.close)()
+            if isinstance(column, str):
+                continue
+            if self.stopped.is_set():
+                column.engine.stop()
+            elif isinstance(column.engine, VersionEngine):  # the other belongs to who made it
+                column.engine.close()
 
     def column(self, planned: Planned) -> Column | str:
         """A column that can be asked, or why it cannot."""
