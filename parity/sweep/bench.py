@@ -116,7 +116,7 @@ class Bench:
             cell = self.cell(question, model, recipe)
             record = run_cell(self.column.engine, cell)
         top = next((m for m in record.metrics if m.verdict is record.verdict), None)
-        verdict, reason = str(record.verdict), record.reason
+        verdict, reason = str(record.verdict), _with_last_words(record.reason, record.detail)
         if verdict == "error" and reason.startswith(f"path {REFERENCE!r}: "):
             verdict, reason = "skip", f"transformers cannot be asked: {reason}"
         if adapted and not chosen and verdict != "error":
@@ -169,7 +169,11 @@ class Bench:
         try:
             trace = self.column.engine.capture(spec, "logits", recipe, inputs)
         except (Unsupported, CaptureError, UnmatchedNames) as error:
-            return Logits(None, str(error), "does not load" in str(error))
+            return Logits(
+                None,
+                _with_last_words(str(error), getattr(error, "detail", "")),
+                "does not load" in str(error),
+            )
         return Logits(trace.arrays["logits.0"])
 
     def targets(self, model: Model) -> list[str]:
@@ -204,6 +208,12 @@ def ends(model: Model) -> dict[str, Any]:
         *(["text_config.eos_token_id"] if "text_config" in model.config else []),
     ]
     return dict.fromkeys(keys, end)
+
+
+def _with_last_words(text: str, detail: str) -> str:
+    """An error; of a process that died with the last line that it printed."""
+    last = next((line.strip() for line in reversed(detail.splitlines()) if line.strip()), "")
+    return f"{text}; its last words: {last[:200]}" if " died (" in text and last else text
 
 
 def _numbers(reason: str, metric: Any) -> str:

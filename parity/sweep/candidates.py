@@ -252,11 +252,24 @@ def open_switches(
     ]
     ways: list[dict[str, Any]] = [{}]
     for field in lacking:
-        values: tuple[Any, ...] = (
-            (False, True) if field.kind == "bool" else (1,) if field.kind == "int" else (None,)
-        )
-        ways = [{**way, field.name: value} for way in ways for value in values]
-    return ways[:16]
+        ways = [{**way, field.name: value} for way in ways for value in _values(field, config)]
+    return ways[:32]
+
+
+def _values(field: Field, config: Mapping[str, Any]) -> list[Any]:
+    """What may be meant by a setting of which only the kind is known."""
+    held = {".".join(path): value for path, value in leaves(config)}
+    numbers = {
+        k: v for k, v in held.items() if isinstance(v, (int, float)) and not isinstance(v, bool)
+    }
+    if field.kind == "bool":
+        return [False, True]
+    if field.kind == "float":
+        return [From(key) for key in numbers if "rope_" in key][:4] or [1.0]
+    if field.kind == "int":
+        rope = [From(key) for key, value in numbers.items() if "rope_" in key and value > 1][:2]
+        return [*rope, *[From(key) for key in numbers if "position" in key][:1], 1]
+    return [None]
 
 
 def _near(name: str, keys: list[str]) -> list[str]:
