@@ -69,11 +69,13 @@ if TYPE_CHECKING:
     type=click.FloatRange(1),
     help="Seconds a capture may take.",
 )
+@click.option("--narrow/--no-narrow", default=True, show_default=True,
+              help="Look for the release of each change between two columns.")  # fmt: skip
 @out_option("reports/architectures")
 def sweep(
     subject: str, package: str | None, count: int, repo: Path | None, good: str | None, bad: str | None,
     only: tuple[str, ...], questions: tuple[str, ...], chosen: tuple[str, ...], only_list: bool, jobs: int,
-    timeout: float, out: Path,
+    timeout: float, narrow: bool, out: Path,
 ) -> None:  # fmt: skip
     """Compare every architecture that transformers and mlx-lm both have.
 
@@ -118,7 +120,7 @@ def sweep(
             if only_list:
                 _show(running, _listed(only))
                 return
-            code = _run(running, columns, _listed(only), out)
+            code = _run(running, columns, _listed(only), out, narrow)
         finally:
             running.close()
     sys.exit(code)
@@ -166,7 +168,7 @@ def _progress() -> Any:
     return show
 
 
-def _run(running: Sweep, columns: Columns, only: tuple[str, ...], out: Path) -> int:
+def _run(running: Sweep, columns: Columns, only: tuple[str, ...], out: Path, narrowed: bool) -> int:
     from parity.report import sweep_files
     from parity.sweep.changes import changes, narrow
     from parity.sweep.run import Found
@@ -175,7 +177,7 @@ def _run(running: Sweep, columns: Columns, only: tuple[str, ...], out: Path) -> 
     try:
         running.run(only, found)
         moves = changes(found)
-        for change in moves:
+        for change in moves if narrowed else ():
             narrow(change, columns, running, found.architectures[change.architecture],
                    lambda text: click.echo(f"narrowing down: {text}", err=True))  # fmt: skip
     except KeyboardInterrupt:
