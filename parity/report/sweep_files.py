@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 from collections.abc import Sequence
@@ -67,6 +68,11 @@ def _versions(found: Found) -> dict[str, str]:
             here[name] = version(name)
         except PackageNotFoundError:
             here[name] = "not installed"
+    set_here = {
+        k: v for k, v in sorted(os.environ.items()) if k.startswith(("MLX_", "PARITY_TORCH"))
+    }
+    if set_here:
+        here["variables"] = ", ".join(f"{k}={v}" for k, v in set_here.items())
     for column in found.columns:
         versions = next(
             (c.versions for (_, n), c in found.cells.items() if n == column and c.versions), {}
@@ -112,12 +118,12 @@ def markdown(shown: Page) -> str:
         "trap that its keys allow. The five marks are, in this order: "
         + ", ".join(QUESTIONS)
         + ".",
-        "`=` identical, `✓` agrees, `✗` diverges, `!` fails, `?` inconclusive, `–` not asked.",
+        "`=` identical, `✓` agrees, `(✓)` agrees once config.json is edited as a cause says, `✗` diverges, `!` fails, `?` inconclusive, `–` not asked.",
         "",
         *(f"- {words[0]}: {words[1]}" for words in EXPLAINED.items()),
         "",
-        "| mlx-lm | architectures asked | green | red | not asked |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| mlx-lm | architectures asked | green | green once edited | red | not asked |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
         *(f"| {' | '.join(map(str, total))} |" for total in shown.totals),
         "",
         "## The table",

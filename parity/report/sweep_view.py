@@ -23,6 +23,8 @@ PROMISES = (
     "Text alone: images and sound of a multimodal architecture are not asked.",
 )
 """What a green cell does not promise, in sentences."""
+EDITED = "(asked with "
+"""What the reason of an answer has whose configuration was edited on one side."""
 EXPLAINED = {
     "loads": "mlx-lm loads the checkpoint that transformers saved: every tensor has a place, none is left over.",
     "logits": "the logits of a random text agree within 9 times the measured noise floor.",
@@ -42,6 +44,8 @@ class Square:
     """Its colour: red only where the plain configuration is, too."""
     mark: str
     title: str
+    edited: bool = False
+    """Whether it is green only with an edited config.json."""
 
 
 @dataclass
@@ -84,15 +88,17 @@ class Page:
     versions: dict[str, str]
 
     @property
-    def totals(self) -> list[tuple[str, int, int, int, int]]:
-        """Column, its architectures, answers green, red and not asked."""
+    def totals(self) -> list[tuple[str, int, int, int, int, int]]:
+        """Column, its architectures, answers green, green once edited, red and not asked."""
         listed = []
         for index, column in enumerate(self.found.columns):
             squares = [square for row in self.rows for square in row.cells[index][1]]
-            green = sum(square.verdict in GREEN for square in squares)
+            edited = sum(square.edited for square in squares)
+            green = sum(square.verdict in GREEN for square in squares) - edited
             red = sum(square.verdict in RED for square in squares)
             asked = sum(bool(row.cells[index][1]) for row in self.rows)
-            listed.append((column, asked, green, red, len(squares) - green - red))
+            rest = len(squares) - green - edited - red
+            listed.append((column, asked, green, edited, red, rest))
         return listed
 
     @property
@@ -155,7 +161,13 @@ def _square(cell: Cell, question: str) -> Square:
     plain = next((answer for answer in listed if answer.configuration == "plain"), None)
     if verdict in RED and plain is not None and plain.green:
         style = "inconclusive"  # the colour alone: both agree until something is set
-    return Square(question, verdict, style, MARKS[verdict], title)
+    edited = verdict in GREEN and all(EDITED in a.reason for a in cell.of("gradient"))
+    edited = edited and bool(cell.of("gradient")) and question != "loads"
+    if edited:
+        title += "; with an edited config.json, see the causes"
+    return Square(
+        question, verdict, style, f"({MARKS[verdict]})" if edited else MARKS[verdict], title, edited
+    )
 
 
 def _reasons(cells: Sequence[Cell]) -> list[Reason]:
