@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from parity import resources
+from parity.errors import Unsupported
 from parity.paths.mlx.path import MlxPath
 
 
@@ -58,6 +59,15 @@ class WrongModule(MlxPath):
         for layer in model.layers:
             layer.mlp.down_proj.weight = layer.mlp.down_proj.weight * 1.05
         return model, tokenizer
+
+
+class Unknown(MlxPath):
+    """Has no model of this type."""
+
+    name = "unknown-type"
+
+    def load(self, recipe):
+        raise Unsupported("mlx-lm: Model type qwen3 not supported.")
 
 
 class Dies(MlxPath):

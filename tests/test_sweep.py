@@ -250,6 +250,20 @@ def test_a_process_that_dies_is_one_red_cell(engine):
     assert cells["qwen3"].verdict("logits") == "agree"
 
 
+def test_a_type_that_is_not_known_does_not_load(engine):
+    found = swept(
+        engine,
+        "tests.misreading_paths:Unknown",
+        "qwen3",
+        chosen=("plain",),
+        wanted=("loads", "logits"),
+    )
+    [cell] = found.cells.values()
+    assert cell.verdict("loads") == "error"
+    assert not any(answer.green for answer in cell.answers)
+    assert all(answer.causes for answer in cell.answers if answer.red)
+
+
 def test_what_is_finished_is_kept(engine):
     wanted, chosen = ("logits",), ("plain",)
     first = swept(engine, "mlx", "qwen3", wanted=wanted, chosen=chosen)

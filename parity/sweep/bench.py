@@ -168,7 +168,9 @@ class Bench:
         recipe = self.recipe(self.model_of(side, model))
         try:
             trace = self.column.engine.capture(spec, "logits", recipe, inputs)
-        except (Unsupported, CaptureError, UnmatchedNames) as error:
+        except Unsupported as error:  # mlx-lm has no model of this type
+            return Logits(None, str(error), True)
+        except (CaptureError, UnmatchedNames) as error:
             return Logits(
                 None,
                 _with_last_words(str(error), getattr(error, "detail", "")),

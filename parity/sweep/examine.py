@@ -89,8 +89,12 @@ class Examiner:
             cell.answers.append(loads)
             return loads
         answer, _ = bench.ask(LOGITS, configuration.name, model)
+        verdict, reason = "agree", "it loads, and every weight has its place"
+        if first.values is None and " in logits: " not in first.error:
+            # A process that died or hung did not say whether it had loaded.
+            verdict, reason = NOT_ASKED, f"whether it loads could not be told: {first.error}"
         cell.answers.append(
-            Answer(LOADS, configuration.name, "agree", "it loads, and every weight has its place",
+            Answer(LOADS, configuration.name, verdict, reason,
                    reproduce=bench.reproduce(LOADS, configuration.name))
         )  # fmt: skip
         cell.answers.append(answer)

@@ -282,6 +282,9 @@ class Explainer:
         tried = [{**known, **way} for way in open_switches(model.config, own, known)]
         tried.append({**known, **lifted(model.config, own)})
         tried += [{**known, **relative(edits, model.config)} for edits in self._ropes(model, True)]
+        if model.config.get("model_type") != self.kind:
+            # transformers saves the text model of a larger one under a type of its own.
+            tried.append({"model_type": self.kind, "text_config": model.config})
         if any(field.name == "head_dim" for field in own) and "head_dim" not in model.config:
             tried.append({**known, "head_dim": HEAD_WIDTH})
         tried += [{**tried[0], **edits} for _, edits in switches(model.config, self._fields())]
