@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import importlib.util
 import sys
+import threading
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class Sources:
     def renamed(self) -> dict[str, str]:
         """Model types that are served by the file of another."""
         file = self.folder / "utils.py"
-        for node in ast.parse(file.read_text("utf-8")).body if file.is_file() else ():
+        for node in parsed(file).body if file.is_file() else ():
             if isinstance(node, ast.Assign):
                 names = [t.id for t in node.targets if isinstance(t, ast.Name)]
                 if "MODEL_REMAPPING" in names:
@@ -71,7 +72,7 @@ class Sources:
     def own_fields(self, kind: str) -> list[Field]:
         """Settings that `ModelArgs` of the file itself declares."""
         file = self.file(kind)
-        for node in ast.parse(file.read_text("utf-8")).body if file else ():
+        for node in parsed(file).body if file else ():
             if isinstance(node, ast.ClassDef) and node.name == "ModelArgs":
                 return [
                     _field(line)
@@ -105,6 +106,20 @@ class Sources:
         return ""
 
 
+_PARSING = threading.Lock()
+
+
+def parsed(file: Path) -> ast.Module:
+    """The syntax tree of a file; Python 3.11 cannot parse in two threads at once."""
+    with _PARSING:
+        return _tree(file, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _tree(file: Path, changed: int) -> ast.Module:
+    return ast.parse(file.read_text("utf-8"))
+
+
 def of_python(python: Path | str) -> Sources:
     """mlx-lm as an interpreter of the environment cache has it, or this one.
 
@@ -122,7 +137,7 @@ def of_python(python: Path | str) -> Sources:
 
 
 def _names(file: Path) -> set[str]:
-    tree = ast.parse(file.read_text("utf-8"))
+    tree = parsed(file)
     found = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
     for node in tree.body:
         if isinstance(node, ast.ImportFrom):
@@ -135,7 +150,7 @@ def _with_imports(file: Path, seen: set[Path]) -> list[ast.Module]:
     if file in seen or not file.is_file():
         return []
     seen.add(file)
-    tree = ast.parse(file.read_text("utf-8"))
+    tree = parsed(file)
     found = [tree]
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level == 1:
