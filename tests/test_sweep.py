@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -159,6 +160,15 @@ def test_settings_are_read_from_the_text_of_a_file():
     fields = {field.name: field for field in of_python(sys.executable).fields("llama")}
     assert fields["rope_theta"].default == 10_000 and not fields["rope_theta"].required
     assert fields["hidden_size"].required
+
+
+def test_files_can_be_read_in_threads():
+    """Python 3.11 raises SystemError where two threads parse at once."""
+    sources = of_python(sys.executable)
+    names = list(sources.files)[:40]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda name: len(sources.fields(name)), names))
+    assert all(found)
 
 
 def test_only_modules_of_both_sides_are_trained():
