@@ -28,6 +28,7 @@ from parity.commands.replay import replay
 from parity.commands.report import report
 from parity.commands.run import run
 from parity.commands.show import contract, factors, list_, new_path
+from parity.commands.sweep import sweep
 from parity.errors import CaptureError, UnmatchedNames, Unsupported, UsageError
 
 
@@ -82,6 +83,7 @@ Examples:
   parity bisect --reference hf --shipped       what makes two stacks differ
   parity check-path my_trainer:Path            whether it is fit to be judged
   parity audit my_trainer:Path                 knobs without effect, or with another
+  parity sweep                                 all architectures, transformers against mlx-lm
   parity replay                                known cases with known causes
   parity report reports/run-1                  the report of a folder of records
   parity merge shards/* --out whole            the runs of several machines as one
@@ -106,7 +108,7 @@ def main() -> None:
 
 commands = (
     run, bisect, check_path, audit, replay, report, merge, capture, compare, adapter, cache, list_, factors,
-    contract, new_path, ci,
+    contract, new_path, ci, sweep,
 )  # fmt: skip
 for command in commands:
     main.add_command(command)

@@ -15,7 +15,8 @@ from parity.cli import main
 
 ROOT = Path(__file__).parents[1]
 OWN = [
-    ROOT / "docs" / name for name in ("tour.md", "report.md", "github-actions.md", "add-a-probe.md")
+    ROOT / "docs" / name
+    for name in ("tour.md", "report.md", "github-actions.md", "add-a-probe.md", "architectures.md")
 ]
 PICTURES = ROOT / "docs" / "images"
 

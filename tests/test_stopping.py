@@ -94,3 +94,23 @@ def test_an_audit_is_stopped(tmp_path, engine):
     assert "Traceback" not in err
     assert err.splitlines()[-1].startswith("stopped; to start again: parity check-path")
     assert not left
+
+
+@pytest.mark.long
+def test_a_sweep_is_stopped(tmp_path, engine, empty_cache, monkeypatch):
+    monkeypatch.setenv("PARITY_CACHE", str(empty_cache))
+    folder = tmp_path / "out"
+    words = ["sweep", "--only", "qwen3,starcoder2", "--jobs", "1", "--out", str(folder)]
+    words += ["--question", "logits", "--configuration", "plain"]
+
+    def ready():
+        return [*(empty_cache / "sweep" / "cells").glob("*.json")]
+
+    code, _, err, left = stopped(words, ready)
+    assert code == 130, err
+    assert "Traceback" not in err
+    assert not left, "a worker is still there"
+    assert "Not finished" in (folder / "architectures.html").read_text()
+    line = err.splitlines()[-1]
+    assert line.startswith("stopped: 1 of 2 cells are finished; to go on: ")
+    assert shlex.split(line.partition("to go on: ")[2]) == ["parity", *words]

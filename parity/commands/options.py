@@ -176,8 +176,8 @@ jobs_option = click.option(
     show_default=True,
     type=JobsRange(1, 64),
     metavar="auto|N",
-    help="Processes that compute at once; auto: as many as there are cores and free memory for, and one "
-    "on a GPU.",
+    help="Processes that compute at once; auto: as many as there are cores and free memory for, a "
+    "GPU's included.",
 )
 
 

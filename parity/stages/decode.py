@@ -35,12 +35,12 @@ class GreedyDecode:
         prompts = [*inputs.scalars["prompts"], long_prompt(context)]
         pair = context.pair("decode", Trace(inputs.arrays, {**inputs.scalars, "prompts": prompts}))
         result = Comparison()
-        margins, noise = _margins(pair, len(prompts))
+        margins, noise = margins_of(pair, len(prompts))
         for index, prompt in enumerate(prompts):
             what = (
                 repr(prompt) if index < len(prompts) - 1 else f"a prompt of {LONG} tokens and more"
             )
-            result.metrics.append(_ids(f"ids after {what}", index, pair, noise))
+            result.metrics.append(ids_metric(f"ids after {what}", index, pair, noise))
             texts = [t.scalars["text"][index] for t in (pair.subject, pair.reference)]
             same = "both say" if texts[0] == texts[1] else "the subject says"
             result.findings.append(f"after {what} {same} {texts[0]!r}")
@@ -88,7 +88,7 @@ def long_prompt(context: Context) -> str:
     return unit * -(-LONG // tokens) + decode.prompts[0] + start
 
 
-def _margins(pair: Pair, prompts: int) -> tuple[tuple[Array, Array], Noise]:
+def margins_of(pair: Pair, prompts: int) -> tuple[tuple[Array, Array], Noise]:
     """Margins of both sides at the tokens on which they agree, and the noise of margins.
 
     A margin of another run tells something of rounding only up to the first token in which that run
@@ -141,7 +141,7 @@ def _margins(pair: Pair, prompts: int) -> tuple[tuple[Array, Array], Noise]:
     return values, replace(noise, given={MARGINS: whole})
 
 
-def _ids(name: str, index: int, pair: Pair, noise: Noise) -> Metric:
+def ids_metric(name: str, index: int, pair: Pair, noise: Noise) -> Metric:
     """The tokens; where they first differ the reference's margin must be one that rounding turns."""
     ours, theirs = (t.arrays[f"ids.{index}"] for t in (pair.subject, pair.reference))
     metric = compare_exact(name, ours, theirs)

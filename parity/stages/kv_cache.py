@@ -39,11 +39,15 @@ class KvCache:
     def run(self, context: Context) -> Comparison:
         """On one path and across them alike, what rounding explains is measured on the reference."""
         result = Comparison()
-        pair = context.pair("kv_cache", conversation(context, result.findings))
+        pair = context.pair("kv_cache", self.inputs(context, result.findings))
         for side, trace in (("subject", pair.subject), ("reference", pair.reference)):
             _within(side, trace, pair, result)
         _across(pair, result)
         return result
+
+    def inputs(self, context: Context, findings: list[str]) -> Trace:
+        """The conversation; why it goes without an adapter is added to the findings."""
+        return conversation(context, findings)
 
 
 def conversation(context: Context, findings: list[str] | None = None) -> Trace:
