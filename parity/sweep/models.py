@@ -146,7 +146,8 @@ def _digest(*parts: object) -> str:
 def _code() -> str:
     """Hash of the code that decides what is made."""
     here = Path(__file__).resolve().parent
-    files = [here / "shrink.py", here / "traps.py", here.parent / "paths" / "hf" / "tiny.py"]
+    names = ("consistent.py", "models.py", "shrink.py", "traps.py")
+    files = [*(here / name for name in names), here.parent / "paths" / "hf" / "tiny.py"]
     return _digest(*(sha256(file.read_bytes()).hexdigest() for file in files))
 
 

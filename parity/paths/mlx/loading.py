@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import linecache
 import re
@@ -14,6 +15,21 @@ from typing import Any
 from parity import resources
 from parity.errors import Unsupported
 from parity.recipe import Recipe
+
+
+def loaded(source: str) -> tuple[Any, Any, dict[str, Any]]:
+    """Model, tokenizer and configuration, as `mlx_lm.load` gives them.
+
+    Releases before 0.28.3 give no configuration: there it is that of the folder.
+    """
+    import mlx_lm
+
+    if "return_config" in inspect.signature(mlx_lm.load).parameters:
+        model, tokenizer, config = mlx_lm.load(source, return_config=True)
+        return model, tokenizer, config
+    model, tokenizer = mlx_lm.load(source)
+    file = Path(source, "config.json")
+    return model, tokenizer, json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
 
 def tokenizer(recipe: Recipe) -> Any:

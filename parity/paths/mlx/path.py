@@ -163,13 +163,12 @@ class MlxPath(MlxArtefacts):
     def load(self, recipe: Recipe) -> tuple[Any, Any]:
         """Model and tokenizer, cast to the recipe's dtype."""
         import mlx.core as mx
-        import mlx_lm
 
         if recipe.model.dtype == "float64":
             raise Unsupported("MLX has no float64 on the GPU and no fast kernels for it elsewhere")
         source = resources.model_dir(recipe.model.source)
         with loading.explained(source):
-            model, tokenizer, config = mlx_lm.load(source, return_config=True)
+            model, tokenizer, config = loading.loaded(source)
         if recipe.model.weights != "stored":
             model.set_dtype(getattr(mx, recipe.model.weights))
         else:
