@@ -93,7 +93,8 @@ def lines(engine, path):
             f"{State.WRONG} contract: stages that it can be judged at: none",
             f"{State.UNKNOWN} seed: of the adapter nothing is known: path",
             f"{State.UNKNOWN} settings: none is reported: path",
-            f"{State.UNKNOWN} parts: loader, wiring, batching, loss, clip, optimizer cannot be swapped",
+            f"{State.UNKNOWN} parts: loader, wiring, batching, loss, clip, optimizer, saver, reader, fuse cannot be "
+            "swapped",
         ]),
         ("tests.fitness_paths:OneOrder", [
             f"{State.WRONG} seed: seeds 3407 and 5 give one order of the data",
