@@ -5,7 +5,6 @@ Nothing is looked up: a sentence is said only of what a run has shown.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -30,6 +29,15 @@ from parity.sweep.questions import LOGITS
 from parity.sweep.sources import Field
 from parity.sweep.tensors import kinds, zeroed
 from parity.sweep.traps import Trap, leaves, value_at
+from parity.sweep.wording import (
+    compressed,
+    differing,
+    in_words,
+    leaf_keys,
+    loading_error,
+    module_named,
+    named_in,
+)
 
 LOADING = "does not load"
 
@@ -73,8 +81,8 @@ class Explainer:
         moved = differing(usual, there)
         names = compressed(moved)
         olds = {k: v[0] for k, v in moved.items()}
-        before = _words({k: v for k, v in olds.items() if v is not None} or olds)
-        after = _words({k: v[1] for k, v in moved.items()})
+        before = in_words({k: v for k, v in olds.items() if v is not None} or olds)
+        after = in_words({k: v[1] for k, v in moved.items()})
         proofs = [f"without it both sides agree; with {trap.name} they do not: {answer.reason}"]
         if subject.values is None:
             return self._unloaded(trap, plain, model, subject, reference, answer.tolerance, proofs)
@@ -128,10 +136,10 @@ class Explainer:
         subject: Logits,
         tolerance: float,
     ) -> str:
-        tried: list[tuple[str, dict[str, Any]]] = [(_words(usual), dict(usual))]
+        tried: list[tuple[str, dict[str, Any]]] = [(in_words(usual), dict(usual))]
         for key, value in there.items():
             tried += list(instead(key, usual[key], value, model.config))
-        keys = [key for value in there for key in _leaves(value, there[value])]
+        keys = [key for value in there for key in leaf_keys(value, there[value])]
         tried += list(by_default(keys, model.config, self._fields()))
         for words, edits in tried:
             other = self.bench.store.edited(model, edits)
@@ -148,7 +156,7 @@ class Explainer:
         for edits in tried:
             if self._agrees(model, edits, reference, tolerance):
                 words = (
-                    f"with {_words(edits)} in config.json as well mlx-lm agrees with transformers"
+                    f"with {in_words(edits)} in config.json as well mlx-lm agrees with transformers"
                 )
                 return words, edits
         return "", {}
@@ -166,7 +174,7 @@ class Explainer:
         tolerance: float, proofs: list[str],
     ) -> tuple[Cause, dict[str, Any]]:  # fmt: skip
         tolerance = tolerance or self._tolerance(plain)
-        sentence = f"with {trap.name} {_error(subject.error)}"
+        sentence = f"with {trap.name} {loading_error(subject.error)}"
         proofs = [*proofs, *self._named(list(trap.changes))]
         fix, edits = self._fix(
             model, {k: value_at(model.config, k) for k in trap.changes}, reference, tolerance
@@ -207,7 +215,7 @@ class Explainer:
                 return Cause(
                     "setting", key,
                     f"mlx-lm computes as transformers does with {words} (greatest |Δ| {left:.2g}, {tolerance:.2g} allowed), "
-                    f"transformers with {_words({k: value_at(model.config, k) for k in key.split(', ')})}",
+                    f"transformers with {in_words({k: value_at(model.config, k) for k in key.split(', ')})}",
                     fix,
                 ), edits  # fmt: skip
         fix, edits = self._plain_fix(model, reference, tolerance)
@@ -219,7 +227,7 @@ class Explainer:
             found.proofs = [place] if place else []
             return found, {}
         if place:
-            return Cause("module", _module(place), place), {}
+            return Cause("module", module_named(place), place), {}
         return Cause(
             "unknown", "", "no single setting explains it, and no module could be named"
         ), {}
@@ -233,7 +241,7 @@ class Explainer:
         self, model: Model, reference: Logits, tolerance: float
     ) -> tuple[str, dict[str, Any]]:
         """An edit of the subject's configuration under which it agrees: switches, and other spellings."""
-        tried = [(_words(edits), edits) for edits in self._ropes(model)]
+        tried = [(in_words(edits), edits) for edits in self._ropes(model)]
         tried += switches(model.config, self._fields())
         for shown, edits in tried:
             if self._agrees(model, edits, reference, tolerance):
@@ -302,9 +310,9 @@ class Explainer:
                 ), edits
             loading.append(edits)
         if not loading:
-            cause = Cause("loading", named_in(subject.error), _error(subject.error))
-            if rest and _error(rest[1]) != _error(subject.error):
-                cause.sentence += f"; with {_words(rest[0])} filled in {_error(rest[1])}"
+            cause = Cause("loading", named_in(subject.error), loading_error(subject.error))
+            if rest and loading_error(rest[1]) != loading_error(subject.error):
+                cause.sentence += f"; with {in_words(rest[0])} filled in {loading_error(rest[1])}"
             return cause, {}
         # What is left once it loads has a cause of its own.
         edits = loading[0]
@@ -328,9 +336,9 @@ class Explainer:
     def _loaded(
         self, model: Model, subject: Logits, edits: Mapping[str, Any], outcome: str
     ) -> Cause:
-        literal = _words(resolved(edits, model.config))
+        literal = in_words(resolved(edits, model.config))
         fix = f"with {literal} in config.json as well {outcome}"
-        return Cause("loading", ", ".join(edits), _error(subject.error), fix)
+        return Cause("loading", ", ".join(edits), loading_error(subject.error), fix)
 
     # Tensors -------------------------------------------------------------------------------------
 
@@ -373,80 +381,3 @@ class Explainer:
         if answer.verdict != "diverge":
             return ""
         return locate(self.bench.column.engine, cell, record).sentence
-
-
-def named_in(error: str) -> str:
-    """The settings or kinds of tensors that an error of loading is about."""
-    if "required positional argument" in error:
-        return ", ".join(re.findall(r"'(\w+)'", error.partition("argument")[2].partition(";")[0]))
-    found = re.search(r"(?:Received|Missing) \d+ parameters[^:]*: ([^;]+)", error)
-    if found:
-        lasts = [re.sub(r"\.\d+(?=\.)", ".N", name.strip(" .…")) for name in found[1].split(",")]
-        return ", ".join(dict.fromkeys(".".join(last.split(".")[-2:]) for last in lasts if last))
-    found = re.search(r"for parameter (\S+?)\.?(?:;|$)", error)
-    return found[1] if found else ""
-
-
-def _leaves(key: str, value: Any) -> list[str]:
-    if not isinstance(value, Mapping):
-        return [key]
-    return [leaf for name, inner in value.items() for leaf in _leaves(f"{key}.{name}", inner)]
-
-
-def compressed(keys: Iterable[str]) -> str:
-    """`rope_parameters.{rope_type, factor}` of two keys that stand in one place."""
-    places: dict[str, list[str]] = {}
-    for key in keys:
-        above, _, last = key.rpartition(".")
-        places.setdefault(above, []).append(last)
-    shown = []
-    for above, lasts in places.items():
-        inner = lasts[0] if len(lasts) == 1 else f"{{{', '.join(lasts)}}}"
-        shown += [f"{above}.{inner}"] if above else lasts
-    return ", ".join(shown)
-
-
-def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The leaves in which settings differ: dotted key → both values, None for what is not there."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for key, new in after.items():
-        old = before.get(key)
-        if isinstance(new, Mapping) and isinstance(old, Mapping):
-            inner = differing(
-                {f"{key}.{k}": v for k, v in old.items()},
-                {f"{key}.{k}": v for k, v in {**dict.fromkeys(old), **new}.items()},
-            )
-            found |= inner
-        elif old != new:
-            found[key] = old, new
-    return found
-
-
-def _module(sentence: str) -> str:
-    for start in ("first bad module ", "and the output of ", "and the input of "):
-        if start in sentence:
-            return sentence.partition(start)[2].split(":")[0].split(" ")[0].rstrip(",;")
-    return ""
-
-
-def _error(text: str) -> str:
-    return (
-        text.partition("mlx-lm does not load the model: ")[2].join(
-            ["mlx-lm does not load it: ", ""]
-        )
-        if "mlx-lm does not load the model: " in text
-        else text
-    )
-
-
-def _words(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={_value(value)}" for key, value in values.items())
-
-
-def _value(value: Any) -> str:
-    import json
-
-    if value is None:
-        return "(not there)"
-    text = json.dumps(value)
-    return text if len(text) < 200 else text[:197] + "…"
