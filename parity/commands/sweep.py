@@ -73,9 +73,9 @@ def sweep(
     only: tuple[str, ...], questions: tuple[str, ...], chosen: tuple[str, ...], only_list: bool, jobs: int,
     timeout: float, narrow: bool, out: Path,
 ) -> None:  # fmt: skip
-    """Compare every architecture that transformers and mlx-lm both have.
+    """Compare all architectures, release by release.
 
-    Of each a tiny random model is made at run time whose configuration sets as many traps as it has keys
+    Of each that transformers and mlx-lm both have a tiny random model is made whose configuration sets as many traps as it has keys
     for. It is asked whether it loads, and whether logits, gradient, KV cache and tokens are transformers'.
     Of each cell that is red the cause is searched. What is finished is kept: the same command goes on
     where it was stopped.
