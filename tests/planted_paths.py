@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from parity.paths.mlx.path import MlxPath
+from parity.paths.mlx_lm.path import MlxLmPath
 
 
 class BadModule(MlxPath):
@@ -67,10 +68,15 @@ class BadBackward(MlxPath):
         return super().base(recipe)
 
 
-class BadAmongRounding(MlxPath):
-    """The gradient through layer 4 is cut off at its MLP; what all others pass on is rounded otherwise."""
+def watched(module, change):
+    """The input of a module goes through a function."""
+    kind = type(module)
+    call = lambda self, x: kind.__call__(self, change(x))  # noqa: E731
+    module.__class__ = type(kind.__name__, (kind,), {"__call__": call})
 
-    name = "bad-among-rounding"
+
+class RoundsOnTheWayBack(MlxPath):
+    """What the down-projections pass on is rounded otherwise."""
 
     def wire(self, model, recipe):
         import mlx.core as mx
@@ -85,14 +91,52 @@ class BadAmongRounding(MlxPath):
         def rounded_vjp(primals, cotangents, outputs):
             return (cotangents * 3.0) / 3.0
 
-        def watch(module, change):
-            kind = type(module)
-            call = lambda self, x: kind.__call__(self, change(x))  # noqa: E731
-            module.__class__ = type(kind.__name__, (kind,), {"__call__": call})
-
         for layer in model.layers:
-            watch(layer.mlp.down_proj, rounded)
-        watch(model.layers[4].mlp, mx.stop_gradient)
+            watched(layer.mlp.down_proj, rounded)
+
+
+class BadAmongRounding(RoundsOnTheWayBack):
+    """The gradient through layer 4 is cut off at its MLP; what all others pass on is rounded otherwise."""
+
+    name = "bad-among-rounding"
+
+    def wire(self, model, recipe):
+        import mlx.core as mx
+
+        super().wire(model, recipe)
+        watched(model.layers[4].mlp, mx.stop_gradient)
+
+
+class LoudLoopOfRoundingLoss(RoundsOnTheWayBack):
+    """Its loop makes half as much again of the loss; outside of it gradients are off by rounding alone."""
+
+    name = "loud-loop"
+
+    def loop(self, recipe, setup, batches):
+        inner = setup.loss
+
+        def loss(*batch):
+            value, tokens = inner(*batch)
+            return 1.5 * value, tokens
+
+        setup.loss = loss
+        return super().loop(recipe, setup, batches)
+
+
+class RoundedInTrain(MlxLmPath):
+    """What the step hands to its optimizer is off by an ulp or two, as a compiler may leave it."""
+
+    name = "rounded-in-train"
+
+    def _train(self, *arguments, **options):
+        reports, observer, adapter = super()._train(*arguments, **options)
+        inner = observer.gradient
+
+        def gradient():
+            return {name: value * (1 + 1e-6) for name, value in inner().items()}
+
+        observer.gradient = gradient
+        return reports, observer, adapter
 
 
 class BadThirdStep(MlxPath):

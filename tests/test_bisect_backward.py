@@ -7,9 +7,10 @@ import pytest
 
 from parity.bisect.answer import answer
 from parity.bisect.causes import CauseSearch
+from parity.bisect.locate import locate
 from parity.bisect.locate_backward import BackwardComparison, by_adapters
 from parity.cells.cell import Cell
-from parity.cells.run import context_of
+from parity.cells.run import context_of, run_cell
 from parity.errors import UsageError
 from parity.names import LOGITS
 from parity.recipe import load as load_recipe
@@ -119,6 +120,29 @@ def test_a_place_stands_out_from_what_is_rounded_otherwise_where_bits_decide(eng
     assert "first bad module layers.4.mlp" in cause.sentence
     assert "others differ by no more than rounding" in cause.sentence
     assert [mark.name for mark in placed(report).walk if mark.off] == ["layers.4.mlp"]
+
+
+def test_rounding_at_modules_is_no_place_of_a_fault_in_the_loop(engine, small):
+    """The loop hands on a gradient too large; its loss, seen outside of it, rounds otherwise."""
+    cell = Cell(GRADIENT, "tests.planted_paths:LoudLoopOfRoundingLoss", "mlx-lm", small)
+    place = locate(engine, cell, run_cell(engine, cell))
+    assert not place.name
+    assert "outside of the loop the gradients differ by no more than rounding" in place.sentence
+    assert "bad module" not in place.sentence
+
+
+def test_gradients_at_modules_stand_beside_those_of_the_same_pass(engine, small):
+    """Inside `train` a compiler may round otherwise, and modules cannot be seen there."""
+    _, inside = gradients(engine, "tests.planted_paths:RoundedInTrain", small)
+    _, outside = gradients(engine, "tests.planted_paths:RoundedInTrain", small, modules=True)
+    _, plain = gradients(engine, "mlx", small, modules=True)
+    assert outside.group("gradient").keys() == plain.group("gradient").keys()
+    for name, value in plain.group("gradient").items():
+        assert np.array_equal(value, outside.group("gradient")[name]), name
+    assert any(
+        not np.array_equal(value, inside.group("gradient")[name])
+        for name, value in plain.group("gradient").items()
+    )
 
 
 @pytest.mark.long

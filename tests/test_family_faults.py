@@ -81,8 +81,8 @@ def test_the_module_that_computes_otherwise_is_named(
 
 @REFERENCES
 def test_the_module_that_passes_a_wrong_gradient_on_is_named(reference, engine, cell):
-    made, _ = cell("TransposedProduct", "05", PACKED, reference)
-    place = backward(context_of(engine, made))
+    made, record = cell("TransposedProduct", "05", PACKED, reference)
+    place = backward(context_of(engine, made), record)
     assert place.name.startswith("layers.9.self_attn.o_proj"), place
     assert "layers.9.self_attn.o_proj" in place.sentence
 

@@ -280,7 +280,11 @@ def test_sides_that_repeat_themselves_are_held_to_bits(engine, small):
     assert (metric.tolerance, metric.why_floor) == (0, "")
 
 
-@pytest.mark.parametrize(("apart", "moves"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("apart", "moves"),
+    [(True, True), (True, False), (False, True), (True, None)],
+    ids=["moves bits", "moves none", "both compile", "not known"],
+)
 def test_a_compiler_that_moves_bits_leaves_the_floor_to_decide(apart, moves):
     """A GPU's may, and then only where one side alone compiles its step."""
     other = X + np.float32(1e-6) if moves else X
@@ -289,21 +293,31 @@ def test_a_compiler_that_moves_bits_leaves_the_floor_to_decide(apart, moves):
     def measure(source):
         if source == REPEATS["subject"]:
             return Measured(Trace({"x": X + np.float32(5e-7)}))
+        if source == COMPILED and moves is None:
+            return Measured(None, "it failed: 300 seconds are over")
         made = runs.get(source, X)
         return Measured(Trace({"x": X if made is None else made}))
 
-    pair = Pair(
-        Trace({"x": X + np.float32(5e-7)}), Trace({"x": X}), exact=True, rounded_is_reference=False,
-        model_dtype="float32", half=False, main=REFEREE, measure=measure, reduction=lambda: 0.0,
-        compiled_apart=lambda: apart,
-    )  # fmt: skip
-    metric = compare("x", pair.subject.arrays["x"], X, pair.noise)
-    if apart and moves:
+    def compared(subject):
+        pair = Pair(
+            Trace({"x": subject}), Trace({"x": X}), exact=True, rounded_is_reference=False,
+            model_dtype="float32", half=False, main=REFEREE, measure=measure, reduction=lambda: 0.0,
+            compiled_apart=lambda: apart,
+        )  # fmt: skip
+        return compare("x", pair.subject.arrays["x"], X, pair.noise)
+
+    metric = compared(X + np.float32(5e-7))
+    if apart and moves is not False:
         assert metric.verdict is Verdict.AGREE
         assert "one side alone compiles its step" in metric.why_floor
-        assert metric.sources[COMPILED] == pytest.approx(1e-6, rel=0.2)
     else:
         assert (metric.verdict, metric.why_floor, metric.tolerance) == (Verdict.DIVERGE, "", 0)
+    if apart and moves:
+        assert metric.sources[COMPILED] == pytest.approx(1e-6, rel=0.2)
+    if moves is None:
+        assert "could not be measured (it failed: 300 seconds are over)" in metric.why_floor
+        assert metric.sources[COMPILED] == "it failed: 300 seconds are over"
+        assert compared(X + np.float32(1e-3)).verdict is Verdict.DIVERGE
 
 
 # What no two frameworks share

@@ -63,7 +63,7 @@ def norm_louder() -> type[MlxPath]:
     "backward",
     "gradient",
     parts="wiring",
-    modules=r"layers\.9\.self_attn\.rope.*",
+    modules=r"layers\.9\.self_attn(\.rope.*)?",
     settings="dtype.activations",
 )
 def rope_louder() -> type[MlxPath]:

@@ -98,7 +98,7 @@ def norm_offset(amount: float) -> type[MlxPath]:
     "logits",
     {"1e-3": 1e-3, "1e-5": 1e-5},
     parts="loader",
-    modules=r"layers\.0\..*norm.*|norm",
+    modules=r"layers\.[01]\..*norm.*|norm",
 )
 def norm_eps(eps: float) -> type[MlxPath]:
     """All norms have another eps."""

@@ -53,7 +53,14 @@ def reports_a_squared_norm() -> type[MlxPath]:
     return Path
 
 
-@planted("loop", "loss_curve", parts="loop", steps=(3, 4), differs="the adapter after it")
+@planted(
+    "loop",
+    "loss_curve",
+    parts="loop",
+    steps=(3, 4),
+    differs="the adapter after it",
+    settings="train.compile",
+)
 def skips_the_third_update() -> type[MlxPath]:
     """The third update is not made."""
 

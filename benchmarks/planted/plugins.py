@@ -115,7 +115,7 @@ def cut_from_the_left() -> Any:
     "supervised_positions",
     parts="batching",
     recipe=ROWS,
-    settings="batch.pad_id batch.rows mask.supervised",
+    settings="batch.pad_id batch.rows batch.shapes mask.supervised",
 )
 def padded_with_the_end() -> Any:
     """Rows are padded with the end-of-sequence id, one place of which is learned."""
@@ -197,7 +197,7 @@ LOOP = "the loss that is reported|the gradient that the loop makes|the clip insi
 
 
 @planted("loop", "loss_curve", parts="loop", recipe=HALF, steps=(1,), differs=LOOP,
-         settings="accumulation.weighting")  # fmt: skip
+         settings="accumulation.weighting train.compile")  # fmt: skip
 def accumulated_sum() -> Any:
     """Gradients of micro-batches are added up and not averaged."""
     return plugin.from_parts(loop=_loop(lambda count: 1.0))

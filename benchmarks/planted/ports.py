@@ -91,6 +91,7 @@ def sees_one_token_ahead() -> type[MlxPath]:
     parts="loader",
     modules=r"layers\.5\.self_attn(\..*)?",
     model="tiny-llama",
+    settings="dtype.activations",
 )
 def groups_tiled() -> type[MlxPath]:
     """In layer 5 key heads are tiled over the query heads instead of repeated."""

@@ -17,6 +17,7 @@ ROWS = {"data.source": "mixed", "train.batch_size": 2}
     parts="loop",
     steps=(4,),
     differs="the adapter after it",
+    settings="train.compile",
 )
 def state_lost_at_the_fourth() -> type[MlxPath]:
     """Before the fourth step the optimizer forgets its moments, as after a resumed run."""
@@ -71,6 +72,7 @@ def saves_before_the_last_step() -> type[MlxPath]:
     recipe={**ROWS, "train.accumulation": 3},
     steps=(1,),
     differs="the batches|the loss that is reported|the gradient that the loop makes",
+    settings="accumulation.steps",
 )
 def last_micro_batch_forgotten() -> type[MlxPath]:
     """Of three micro-batches the third is drawn and not used."""

@@ -12,13 +12,19 @@ ROWS = {"data.source": "mixed", "train.batch_size": 2}
 
 
 def adam(step: Callable[..., Any]) -> type[MlxPath]:
-    """A path whose Adam is `step(optimizer, gradient, parameter, state) -> parameter`."""
+    """A path whose Adam is `step(optimizer, gradient, parameter, state) -> parameter`.
+
+    The parameter has decayed before, as in AdamW.
+    """
 
     class Path(MlxPath):
         def optimizer(self, recipe: Any) -> Any:
             optimizer = super().optimizer(recipe)
             if recipe.optim.name != "sgd":
-                optimizer.apply_single = lambda g, p, s: step(optimizer, g, p, s)
+                decay = getattr(optimizer, "weight_decay", 0.0)
+                optimizer.apply_single = lambda g, p, s: step(
+                    optimizer, g, p * (1 - optimizer.learning_rate * decay), s
+                )
             return optimizer
 
     return Path
@@ -136,6 +142,7 @@ def no_decay_of_lora_b() -> type[MlxPath]:
     parts="optimizer",
     recipe={"optim.weight_decay": 0.01},
     hints="weight_decay",
+    settings="optim.weight_decay",
 )
 def decay_without_the_rate() -> type[MlxPath]:
     """Weight decay is not multiplied by the learning rate."""

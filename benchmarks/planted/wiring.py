@@ -57,7 +57,7 @@ def scale_times(factor: float) -> type[MlxPath]:
     "wiring",
     "lora_init",
     parts="wiring",
-    settings="lora.rank lora.parameters",
+    settings="lora.rank lora.parameters dtype.adapter",
     recipe={"lora.rank": 8},
 )
 def rank_halved() -> type[MlxPath]:
@@ -71,7 +71,7 @@ def rank_halved() -> type[MlxPath]:
     parts="wiring",
     hints="last_layers",
     modules=r"layers\.[01]\..*",
-    settings="lora.layers lora.trainable lora.parameters",
+    settings="lora.layers lora.trainable lora.parameters dtype.adapter seed.rng",
 )
 def last_sixteen() -> type[MlxPath]:
     """Only the last 16 layers get an adapter."""
@@ -83,7 +83,7 @@ def last_sixteen() -> type[MlxPath]:
     "lora_init",
     parts="wiring",
     modules=r".*k_proj.*",
-    settings="lora.modules lora.trainable lora.parameters",
+    settings="lora.modules lora.trainable lora.parameters dtype.adapter seed.rng",
 )
 def no_keys() -> type[MlxPath]:
     """k_proj gets no adapter."""
@@ -115,7 +115,13 @@ def three_at_half() -> type[MlxPath]:
     return changed(change)
 
 
-@planted("wiring", "lora_init", parts="wiring", modules=r"layers\.\d+\..*lora_a")
+@planted(
+    "wiring",
+    "lora_init",
+    parts="wiring",
+    modules=r"layers\.\d+\..*lora_a",
+    settings="seed.rng",
+)
 def normal_instead_of_uniform() -> type[MlxPath]:
     """A is drawn from a normal distribution of the same width."""
     import mlx.core as mx

@@ -22,12 +22,7 @@ def locate(engine: Engine, cell: Cell, record: Record) -> Place:
         if cell.stage.name == "logits":
             return packed_otherwise(context, forward(context))
         if cell.stage.name == "gradient":
-            place = backward(context)
-            # Modules are looked at outside of the loop.
-            place.sentence = place.sentence or (
-                f"{record.reason}; taken outside of the loop the gradients agree at every common module"
-            )
-            return place
+            return backward(context, record)
         if cell.stage.name == "kv_cache":
             return first_position(record)
         if cell.stage.name == "loss_curve":

@@ -11,7 +11,7 @@ from parity.bisect.place import Mark, Place, counted, differs, how_much, stands_
 from parity.judge.compare import compare_group
 from parity.judge.noise import HEADROOM
 from parity.names import LOGITS, layer_of
-from parity.record import Metric
+from parity.record import Metric, Record
 from parity.stages.context import Context, Pair
 from parity.stages.gradient import Gradient
 from parity.stages.logits import Logits
@@ -22,26 +22,33 @@ Judge = Callable[[Metric | None], bool]
 LOSS = "the loss"
 FORWARD = "; it is made there, or before it in the forward pass by less than rounding explains"
 """Said of a place whose own difference is near its floor: forward values are not replaced."""
+OUTSIDE = "taken outside of the loop the gradients"
+"""Modules cannot be seen inside of it."""
 
 
-def backward(context: Context) -> Place:
+def backward(context: Context, record: Record) -> Place:
     """The first module that is handed the gradient the reference is handed, and makes another of it.
 
     Confirmed by replacing the gradient that arrives at each module's output by the reference's: then
-    no error is passed on, and what still differs is off by itself.
+    no error is passed on, and what still differs is off by itself. Where the record is off by more
+    than rounding, a module that is off by rounding alone does not explain it and is no place.
     """
     order: list[str] = []
+    explains = stands_out if any(map(stands_out, record.metrics)) else differs
+    rounded = False
     for rows, what in Gradient().inputs(context):
         pair = context.pair("gradient", Trace(rows.arrays, {"modules": True}))
         if not all("order" in trace.scalars for trace in (pair.subject, pair.reference)):
             order = order or _calls(context)
-            if place := by_adapters(pair, order, what):
+            if place := by_adapters(pair, order, what, explains):
                 return place
             continue
         seen = BackwardComparison(pair, pair.subject)
-        if seen.differ:
+        if seen.any(explains):
             return _place(context, rows, seen, what)
-    return Place()
+        rounded = rounded or seen.any(differs)
+    how = "differ by no more than rounding" if rounded else "agree"
+    return Place(f"{record.reason}; {OUTSIDE} {how} at every common module")
 
 
 @dataclass(frozen=True)
@@ -67,11 +74,10 @@ class BackwardComparison:
         """Of each tensor of the adapter."""
         return self._metrics("gradient")
 
-    @property
-    def differ(self) -> bool:
-        """Whether anything does."""
+    def any(self, judge: Judge) -> bool:
+        """Whether anything is off, as a judge has it."""
         return any(
-            differs(m) for g in (self.outputs, self.inputs, self.parameters) for m in g.values()
+            judge(m) for g in (self.outputs, self.inputs, self.parameters) for m in g.values()
         )
 
     @property
@@ -248,7 +254,7 @@ def _calls(context: Context) -> list[str]:
     return list(trace.scalars["order"])
 
 
-def by_adapters(pair: Pair, order: list[str], what: str) -> Place | None:
+def by_adapters(pair: Pair, order: list[str], what: str, judge: Judge = differs) -> Place | None:
     """The coarser search, by the gradients of the adapters, for paths that show no others."""
     ours, theirs = pair.subject.group("gradient"), pair.reference.group("gradient")
     noise, fine = pair.noise_of("gradient"), LOSS
@@ -259,7 +265,7 @@ def by_adapters(pair: Pair, order: list[str], what: str) -> Place | None:
         metric = compare_group(
             module, {n: ours[n] for n in names}, {n: theirs[n] for n in names}, noise
         )
-        if differs(metric):
+        if judge(metric):
             words = f"gradients of the adapters agree down to {fine} and differ from {module} on"
             sentence = f"backwards from the loss ({what}) {words}: {how_much(metric)}"
             return Place(sentence, module, "backward")

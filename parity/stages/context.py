@@ -19,6 +19,7 @@ from parity.stages.inputs import OPTIMIZES, REDUCES, loss_inputs, nudged
 from parity.trace import Array, Trace
 
 ROUNDED = "the referee's implementation in the recipe's dtype"
+APART = "one side alone compiles its step, and"
 
 
 @dataclass
@@ -87,7 +88,8 @@ class Pair:
         Within one framework nothing is measured unless bits differ. Then each side is run once more:
         if both repeat themselves bits decide, and the float64 run tells which side is off; if one
         does not, the floor does. It does as well where one side alone compiles its step and the
-        compiler moves bits of the reference on this device, as it may on a GPU.
+        compiler moves bits of the reference on this device, as it may on a GPU, or where that could
+        not be measured.
         """
         if group not in self._noises:
             self._noises[group] = self._noise(group)
@@ -102,7 +104,7 @@ class Pair:
             )
             return Noise(exact=True, absent=equal)
         repeats, why, absent = self._repeats(group)
-        if repeats:
+        if why:
             return replace(self._measured_noise(group, absent), repeats=repeats, why_floor=why)
         referee = self._trace(sources.REFEREE, absent)
         absent[sources.REFEREE] = absent.get(sources.REFEREE, "not asked for: bits decide")
@@ -176,11 +178,15 @@ class Pair:
             for side, trace in (("reference", self.reference), ("subject", self.subject))
         ]
         if self.compiled_apart():
-            reason = "one side alone compiles its step, and that moves bits on this device"
+            reason = f"{APART} that moves bits on this device"
             runs.append((sources.COMPILED, self.reference, reason))
         for source, trace, reason in runs:
             again = self._trace(source, absent)
             ours, theirs = _arrays(trace, group), _arrays(again, group)
+            if again is None and source == sources.COMPILED:
+                why.append(
+                    f"{APART} whether that moves bits could not be measured ({absent[source]})"
+                )
             if again is None or _equal(ours, theirs):
                 continue
             moved[source] = {
