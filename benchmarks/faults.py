@@ -38,8 +38,6 @@ from parity.record import Record, Verdict
 from parity.stages import STAGES, find
 
 STEPS = 6
-EARLIER = "earlier"
-"""In the place of a commit: of searches that were made before it was kept."""
 OBVIOUS = 10.0
 """Floors from which on a fault has to be found."""
 MODULE = re.compile(
@@ -82,6 +80,8 @@ class Outcome:
     seconds: float = 0.0
     code: str = ""
     """Commit that the search was run on."""
+    device: str = "cpu"
+    """Where MLX computed."""
 
 
 def floors(record: Record) -> float:
@@ -197,7 +197,14 @@ def run(engine: Engine, fault: Planted, reference: str) -> Outcome:
         runs=report.runs,
         seconds=time.perf_counter() - started,
         code=git_state(),
+        device=device_of(config),
     )
+
+
+def device_of(record: Record) -> str:
+    """`cpu` or `gpu`, of the subject's `Device(gpu, 0)`."""
+    made_on = str(record.subject.environment.get("device", ""))
+    return made_on.removeprefix("Device(").partition(",")[0]
 
 
 def ordered(faults: Iterable[Planted]) -> Iterator[tuple[Planted, str]]:
@@ -225,7 +232,7 @@ def markdown(rows: pd.DataFrame) -> str:
     faults, clean = rows[rows.kind != "harmless"], rows[rows.kind == "harmless"]
     obvious = faults[faults.floors >= OBVIOUS]
     found = faults[faults.detected]
-    new = rows[rows.code != EARLIER]
+    where = rows.groupby(["device", "code"], sort=False).size()
     pairs = sum(len(fault.references) for fault in everything())
     lines = [
         "# Planted faults",
@@ -237,16 +244,15 @@ def markdown(rows: pd.DataFrame) -> str:
         "knowledge was not (a fault that shows a stage earlier, a harmless variant that is none), the "
         "knowledge was corrected and the search was run again.",
         "",
-        f"- Pairs of fault and reference: {pairs}; run: {len(rows)}, of which {len(new)} on the code of "
-        f"{', '.join(sorted(set(new.code))) or 'no commit'}. The others ran on earlier code, their settings were "
-        "not scored, and they were not run again.",
+        f"- Pairs of fault and reference: {pairs}; run: {len(rows)}: "
+        + ", ".join(f"{count} on a {device} ({code})" for (device, code), count in where.items()),
         f"- Searches: {len(rows)}, {len(faults)} for faults and {len(clean)} for harmless variants; "
         f"{(rows.reference == 'mlx-lm').sum()} against mlx-lm, {(rows.reference == 'hf').sum()} against hf",
         f"- Faults at {OBVIOUS:g} floors and more that are detected: {share(obvious.detected)}; at the "
         f"right stage: {share(obvious.stage_right)}",
         f"- Sentences of detected faults that are right as a whole: {share(found.sentence_right)}",
         f"- Places right: {share(found.place_right)}; hints right: {share(found.hints_right)}; "
-        f"settings that probe 00 says differ: {share(new.settings_right)} right",
+        f"settings that probe 00 says differ: {share(rows.settings_right)} right",
         f"- False alarms on harmless variants: {share(clean.detected)}",
         f"- Seconds a search: median {rows.seconds.median():.0f}, greatest {rows.seconds.max():.0f}",
         "",
