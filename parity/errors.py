@@ -34,6 +34,10 @@ class UnmatchedNames(Exception):
     """Tensors that were handed over do not fit the path's own, by name: a divergence, no fault."""
 
 
+NO_ANSWER = (Unsupported, CaptureError, UnmatchedNames)
+"""What a question may end in without an answer, where what is known already stands without it."""
+
+
 class WrongChannel(Exception):
     """What was read from a run is not what it was read for: an error, whatever it would agree with."""
 

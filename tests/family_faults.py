@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.planted.tools import call
-from parity.errors import Unsupported
+from parity.errors import UnmatchedNames, Unsupported
 from parity.paths.mlx.path import MlxPath
 
 LAYER = 5
@@ -171,6 +171,15 @@ class SilentFloatEmbedding(FloatEmbedding):
 
     def config(self, recipe, inputs):
         raise Unsupported("no settings")
+
+
+class UnmatchedFloatEmbedding(FloatEmbedding):
+    """A part of its model gets no gradient, so that its settings cannot be measured."""
+
+    name = "unmatched-float-embedding"
+
+    def config(self, recipe, inputs):
+        raise UnmatchedNames("12 trainable tensors have no gradient")
 
 
 class HalfNormAndFloatEmbedding(FloatEmbedding):

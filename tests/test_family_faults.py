@@ -134,7 +134,8 @@ def test_another_fault_beside_another_packing_is_not_laid_on_it(engine, cell):
     assert "not the only cause" in place.sentence
 
 
-def test_a_path_that_tells_no_settings_has_a_place_all_the_same(engine, cell):
-    made, record = cell("SilentFloatEmbedding", "02", PACKED, "mlx-lm")
+@pytest.mark.parametrize("fault", ["SilentFloatEmbedding", "UnmatchedFloatEmbedding"])
+def test_a_path_that_tells_no_settings_has_a_place_all_the_same(fault, engine, cell):
+    made, record = cell(fault, "02", PACKED, "mlx-lm")
     place = locate(engine, made, record)
     assert place.name == "embed_tokens", place

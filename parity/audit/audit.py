@@ -19,7 +19,7 @@ from parity.audit.effects import COMPARED, Effect, effect, unlike
 from parity.audit.inputs import given, shapes
 from parity.audit.moves import BESIDE, Move
 from parity.capture.engine import Engine
-from parity.errors import CaptureError, UnmatchedNames, Unsupported
+from parity.errors import NO_ANSWER, CaptureError, UnmatchedNames, Unsupported
 from parity.paths.measured import known
 from parity.paths.registry import resolve
 from parity.recipe import Recipe
@@ -251,7 +251,7 @@ class Auditor:
     def _effect(self, path: str, method: str, before: Recipe, after: Recipe) -> Effect:
         try:
             inputs = given(method, self._start(before))
-        except (Unsupported, CaptureError, UnmatchedNames) as error:
+        except NO_ANSWER as error:
             return Effect(absent=f"no adapter to hand over: {error}")
         return effect(partial(self.engine.capture, path), method, before, after, inputs)
 
@@ -293,7 +293,7 @@ class Auditor:
         for path in (self.path, control):
             try:
                 old, new = (self._config(path, recipe) for recipe in (before, after))
-            except (Unsupported, CaptureError, UnmatchedNames) as error:
+            except NO_ANSWER as error:
                 found.append(f"the settings of {path} are not known: {error}")
                 continue
             moved = [
@@ -337,7 +337,7 @@ class Auditor:
         shipped = self.engine.shipped(self.path, self.base)
         try:
             settings = self._config(self.path, shipped)
-        except (Unsupported, CaptureError, UnmatchedNames) as error:
+        except NO_ANSWER as error:
             return wrong, [f"which defaults are in effect is not known: {error}"]
         factors, active = shipped.factors(), shipped.active()
         for factor, key in REQUESTED.items():

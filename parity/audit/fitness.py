@@ -17,7 +17,7 @@ from parity.audit.concurrent import each
 from parity.audit.effects import Effect, difference, effect
 from parity.audit.inputs import given, shapes
 from parity.capture.engine import Engine
-from parity.errors import CaptureError, UnmatchedNames, Unsupported, UsageError
+from parity.errors import NO_ANSWER, CaptureError, UnmatchedNames, Unsupported, UsageError
 from parity.paths.contract import METHODS
 from parity.paths.measured import known
 from parity.paths.registry import resolve, takes_parts
@@ -117,7 +117,7 @@ class Examiner:
         def attempt(method: str) -> Exception | None:
             try:
                 self._capture(method)
-            except (Unsupported, CaptureError, UnmatchedNames, UsageError) as error:
+            except (*NO_ANSWER, UsageError) as error:
                 return error
             return None
 
@@ -252,7 +252,7 @@ class Examiner:
         try:
             watched = self._capture("train").group("adapter")
             bare = self._capture("train_and_load").group("trained")
-        except (Unsupported, CaptureError, UnmatchedNames) as error:
+        except NO_ANSWER as error:
             return Check("watched", State.UNKNOWN, f"no bare training to compare with: {error}")
         if found := difference(Trace(watched), Trace(bare)):
             return Check(

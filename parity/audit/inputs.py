@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from parity.capture.engine import Engine
-from parity.errors import CaptureError, UnmatchedNames, Unsupported
+from parity.errors import NO_ANSWER
 from parity.recipe import Recipe
 from parity.trace import Array, Trace
 
@@ -46,7 +46,7 @@ def shapes(engine: Engine, paths: Iterable[str], recipe: Recipe) -> Mapping[str,
     for path in paths:
         try:
             return engine.capture(path, "lora_init", recipe, Trace()).group("adapter")
-        except (Unsupported, CaptureError, UnmatchedNames) as error:
+        except NO_ANSWER as error:
             failure = failure or error
     assert failure is not None
     raise failure

@@ -11,7 +11,7 @@ from parity.bisect.place import Place
 from parity.capture.engine import Engine
 from parity.cells.cell import Cell
 from parity.cells.run import context_of
-from parity.errors import CaptureError, UnmatchedNames, Unsupported
+from parity.errors import NO_ANSWER
 from parity.record import Record
 
 
@@ -27,6 +27,6 @@ def locate(engine: Engine, cell: Cell, record: Record) -> Place:
             return first_position(record)
         if cell.stage.name == "loss_curve":
             return step(context)
-    except (Unsupported, CaptureError, UnmatchedNames, KeyError) as error:
+    except (*NO_ANSWER, KeyError) as error:
         return Place(f"the place could not be named: {error}")
     return Place()

@@ -17,7 +17,7 @@ from parity.bisect.pattern import tensors
 from parity.bisect.place import Place, differs, how_much
 from parity.bisect.step_rounding import summed_error, unsettled
 from parity.bisect.training_steps import SIDES, NotCompared, TrainingSteps
-from parity.errors import CaptureError, UnmatchedNames, Unsupported
+from parity.errors import NO_ANSWER
 from parity.judge.compare import compare_group, compare_series
 from parity.judge.noise import EPS, HEADROOM, largest
 from parity.record import Metric
@@ -55,7 +55,7 @@ def step(context: Context) -> Place:
         for what, check in CHECKS:
             try:
                 found = check(run, at)
-            except (NotCompared, Unsupported, CaptureError, UnmatchedNames, KeyError) as error:
+            except (*NO_ANSWER, NotCompared, KeyError) as error:
                 missing.append(f"{what} ({error})")
                 continue
             if found is not None:
@@ -256,7 +256,7 @@ def _loop_gradient(run: TrainingSteps, at: int) -> StepDifference | None:
         for kept in (False, True) if _clips(run) else (False,):
             if found := _descent(run, at, kept):
                 return found
-    except (NotCompared, Unsupported, CaptureError, UnmatchedNames, KeyError) as error:
+    except (*NO_ANSWER, NotCompared, KeyError) as error:
         why = f"the gradient itself was not compared: {error}"
     off = _norm(run, at)
     if off is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from parity import resources
 from parity.bisect.place import Place
-from parity.errors import CaptureError, Unsupported, UsageError
+from parity.errors import NO_ANSWER, Unsupported, UsageError
 from parity.judge.noise import HEADROOM, distance
 from parity.paths import quantized
 from parity.recipe import Recipe
@@ -24,7 +24,7 @@ def packed_otherwise(context: Context, place: Place) -> Place:
     """The place, with the modules first that are packed otherwise where there are any."""
     try:
         sides = context.both("config", context.recipes, Trace())
-    except (Unsupported, CaptureError):
+    except NO_ANSWER:
         return place  # a path that tells no settings
     subject, reference = (trace.scalars for trace in sides)
     if KEY not in subject or KEY not in reference or same(KEY, subject[KEY], reference[KEY]):
@@ -45,7 +45,7 @@ def _packed_alike(context: Context, modules: dict[str, str]) -> tuple[bool, str]
     recipe, rows = context.recipes["reference"], Logits().inputs(context)
     try:
         again = context.capture("reference", "logits", _repacked(recipe, modules), rows)
-    except (Unsupported, CaptureError, UsageError) as error:
+    except (*NO_ANSWER, UsageError) as error:
         return False, f"whether that is the cause was not confirmed: {error}"
     pair = context.pair("logits", rows)
     left = before = 0.0

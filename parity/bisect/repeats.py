@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from parity.capture.engine import Engine
-from parity.errors import CaptureError, UnmatchedNames, Unsupported
+from parity.errors import NO_ANSWER
 from parity.judge.noise import distance
 from parity.recipe import Recipe
 from parity.trace import Trace
@@ -26,7 +26,7 @@ def repeats(engine: Engine, subject: str, recipe: Recipe) -> tuple[bool, list[st
     for method in METHODS:
         try:
             first = engine.capture(subject, method, once, Trace())
-        except (Unsupported, CaptureError, UnmatchedNames):
+        except NO_ANSWER:
             continue
         words = []
         try:
@@ -41,7 +41,7 @@ def repeats(engine: Engine, subject: str, recipe: Recipe) -> tuple[bool, list[st
                     f"the seed of {subject} has no effect: {method} with seeds {seed} and "
                     f"{other.seed.value} gives the same arrays bit for bit"
                 )
-        except (Unsupported, CaptureError, UnmatchedNames) as error:
+        except NO_ANSWER as error:
             return True, [*words, f"whether {subject} repeats itself could not be asked: {error}"]
         return not any("repeat itself" in text for text in words), words
     return True, []

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from parity import resources
-from parity.errors import CaptureError, Unsupported, UsageError
+from parity.errors import NO_ANSWER, UsageError
 from parity.judge.noise import HEADROOM, distance
 from parity.stages.context import Context, Pair
 from parity.trace import Trace
@@ -47,7 +47,7 @@ def suspected_setting(context: Context, rows: Trace, pair: Pair, position: int) 
             other = recipe.override({"model.source": made})
             try:
                 logits = context.capture("reference", "logits", other, ids).arrays["logits.0"]
-            except (Unsupported, CaptureError):
+            except NO_ANSWER:
                 continue
         left = distance(ours, logits) if ours.shape == logits.shape else float("inf")
         if left <= floor:

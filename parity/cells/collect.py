@@ -15,7 +15,7 @@ from parity.capture.bundle import Recorder
 from parity.capture.engine import Engine, declared
 from parity.cells.cell import Cell
 from parity.cells.run import REFEREE, ROUNDS, context_of, run_cell, sources_of
-from parity.errors import CaptureError, MissingCapture, UnmatchedNames, Unsupported
+from parity.errors import NO_ANSWER, CaptureError, MissingCapture
 from parity.judge import noise
 from parity.recipe import Recipe
 from parity.stages.context import ROUNDED, Context, Pair
@@ -88,7 +88,7 @@ def of_reference(engine: Engine, cells: Iterable[Cell], modules: bool, done: Don
                 if modules and isinstance(cell.stage, Logits):
                     inputs = cell.stage.inputs(context)
                     context.pair("logits", Trace(inputs.arrays, {"modules": True}))
-            except (Unsupported, UnmatchedNames, CaptureError, MissingCapture):
+            except (*NO_ANSWER, MissingCapture):
                 continue  # the recorder has the reason
 
     return _of_one_environment(engine, list(cells), modules, collect, done)

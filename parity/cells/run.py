@@ -18,7 +18,7 @@ from parity.capture.engine import Declared, Engine, Source, declared, not_instal
 from parity.capture.keys import git_state
 from parity.cells.cell import Cell, reproduce
 from parity.cells.matrix import Matrix
-from parity.errors import CaptureError, MissingCapture, UnmatchedNames, Unsupported
+from parity.errors import NO_ANSWER, CaptureError, MissingCapture, UnmatchedNames, Unsupported
 from parity.judge.hints import hints
 from parity.paths.parts import origin
 from parity.recipe import Recipe
@@ -159,7 +159,7 @@ def _repeated(
 
     try:
         again = cell.stage.run(replace(context, capture=capture, both=both))
-    except (Unsupported, UnmatchedNames, CaptureError) as error:
+    except NO_ANSWER as error:
         return Verdict.INCONCLUSIVE, f"{reason}; a repeat of the subject failed: {error}"
     except MissingCapture as error:
         return Verdict.ERROR, f"{reason}; {error}"
@@ -269,7 +269,7 @@ def _operations(
                 if is_bundle(spec)
                 else sources[side]("defaults", cell.recipe, Trace()).environment
             )
-        except (Unsupported, CaptureError):  # the stage will meet it, too
+        except NO_ANSWER:  # the stage will meet it, too
             return own
     if not (differ := machine.differences(found[1], found[0], common=True)):
         return own

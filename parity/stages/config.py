@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from typing import Any, ClassVar
 
-from parity.errors import CaptureError, Unsupported
+from parity.errors import NO_ANSWER
 from parity.judge.compare import nothing
 from parity.paths.measured import known
 from parity.recipe import factor_names
@@ -79,7 +79,7 @@ class Config:
     def _shipped(self, context: Context) -> list[str]:
         try:
             traces = context.both("config", context.shipped, Trace())
-        except (Unsupported, CaptureError) as error:
+        except NO_ANSWER as error:
             return [f"as shipped, the settings were not compared: {error}"]
         a, b = (trace.scalars for trace in traces)
         aside = () if len(set(context.frameworks.values())) == 1 else INTERNAL

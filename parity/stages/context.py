@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
-from parity.errors import CaptureError, MissingCapture, Unsupported
+from parity.errors import CaptureError, MissingCapture, UnmatchedNames, Unsupported
 from parity.judge import noise as sources
 from parity.judge.noise import REPEATS, Noise, Sources, perturb, running_sum_error
 from parity.names import each
@@ -385,7 +385,7 @@ def measured(run: Capture, side: str, method: str, recipe: Recipe, inputs: Trace
         return Measured(run(side, method, recipe, inputs))
     except Unsupported as error:
         return Measured(None, f"it cannot be run: {error}")
-    except CaptureError as error:
+    except (CaptureError, UnmatchedNames) as error:
         return Measured(None, f"it failed: {error}")
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from parity.errors import CaptureError, Unsupported
+from parity.errors import NO_ANSWER, CaptureError, Unsupported
 from parity.judge import noise as noises
 from parity.judge.compare import compare_exact, compare_group, compare_series, nothing, series_floor
 from parity.judge.noise import Noise, Sources
@@ -94,7 +94,7 @@ class LossCurve:
                 few = {"train.steps": min(HALF_STEPS, context.recipe.train.steps)}
                 recipes = {side: recipe.override(few) for side, recipe in recipes.items()}
             traces = context.both("train", recipes, Trace())
-        except (Unsupported, CaptureError) as error:
+        except NO_ANSWER as error:
             result.findings.append(f"as shipped, the curves were not compared: {error}")
             return
         losses = [trace.arrays["loss"] for trace in traces]

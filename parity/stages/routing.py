@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from parity import resources
-from parity.errors import CaptureError, MissingCapture, Unsupported, UsageError
+from parity.errors import NO_ANSWER, MissingCapture, UsageError
 from parity.judge.compare import compare
 from parity.judge.noise import HEADROOM, Noise
 from parity.names import each
@@ -78,7 +78,7 @@ def without_ties(
                 if not _explained(context, pair, index, inputs, ties):
                     return None
                 words.append(_words(metrics[index].name, ties))
-    except (Unsupported, CaptureError, MissingCapture, UsageError):
+    except (*NO_ANSWER, MissingCapture, UsageError):
         return None  # a bundle holds no modules
     return judged, words
 

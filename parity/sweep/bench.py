@@ -14,7 +14,7 @@ import numpy as np
 from parity.capture.engine import Engine
 from parity.cells.cell import Cell as ProbeCell
 from parity.cells.run import run_cell
-from parity.errors import CaptureError, UnmatchedNames, Unsupported
+from parity.errors import NO_ANSWER, CaptureError, UnmatchedNames, Unsupported
 from parity.names import canonical
 from parity.recipe import Recipe
 from parity.record import Record
@@ -157,7 +157,7 @@ class Bench:
             trace = self.column.engine.capture(
                 self.column.spec, "defaults", self.recipe(model), Trace()
             )
-        except (Unsupported, CaptureError):
+        except NO_ANSWER:
             return {}
         return {name: str(value) for name, value in trace.environment["versions"].items()}
 
@@ -188,7 +188,7 @@ class Bench:
                 recipe = self.recipe(self.model_of("subject", model))
                 trace = self.column.engine.capture(spec, "logits", recipe, inputs)
                 present = trace.scalars.get("present", [])
-            except (Unsupported, CaptureError, UnmatchedNames):
+            except NO_ANSWER:
                 present = []
             self.target[key] = targets(model.modules, map(canonical, present))
         return self.target[key]
