@@ -68,6 +68,19 @@ class TwoProducts(Reloaded):
         model.layers[12].self_attn.scale *= 1.002
 
 
+class SmallBeforeLarge(Reloaded):
+    """All norms have another eps, which the logits hardly show; all layers scale their attention by half."""
+
+    name = "small-before-large"
+
+    def plant(self, model):
+        for _, module in model.named_modules():
+            if hasattr(module, "eps"):
+                module.eps = 1e-5
+        for layer in model.layers:
+            layer.self_attn.scale *= 0.5
+
+
 class OtherActivation(Reloaded):
     """Every MLP uses silu where the configuration says gelu with tanh."""
 

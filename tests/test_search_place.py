@@ -80,6 +80,17 @@ def test_the_greater_of_two_places_is_not_all(reference, engine, small):
     assert "in 2 of 18 layers (5, 12)" in found.sentence
 
 
+def test_a_small_difference_does_not_hide_what_stands_behind_it(engine, small):
+    """Each layer begins with a norm that is off, and no logit shows it."""
+    found = place(engine, "search_faults:SmallBeforeLarge", "hf", small)
+    assert found.name == "layers.0.self_attn"
+    given = "; with the reference's values at self_attn.k_norm, self_attn.q_norm of each layer, "
+    behind = found.sentence.partition(given)[2]
+    assert behind.startswith("between the output of layers.0.self_attn.")
+    assert "(agrees) and the input of layers.0.self_attn.o_proj (differs)" in behind
+    assert "not the only one, with the reference's input of layers.0.self_attn.o_proj" in behind
+
+
 def test_a_module_that_passes_on_what_it_got_is_not_the_first_bad_one(engine, small):
     """Asked of a place further on than the attention of layer 5, which alone is wrong."""
     cell = Cell(find("02"), "tests.search_faults:AttentionProduct", "hf", small)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -32,6 +32,10 @@ AFTER = (
 SHOWN = 0.01
 """Least share of the error of the logits that is a place of its own: less would not show in the two errors
 that the sentence gives with three digits."""
+BEHIND = 5
+"""How many differences of one layer that hardly show may hide another, which does."""
+TRIED = 3
+"""Places that are tried behind them: what further layers have is like these."""
 MOST = ("confirmed", "most of it")
 """How a sentence begins of a place without which the rest is rounding, or a tenth of the error at most."""
 
@@ -110,7 +114,7 @@ def forward(context: Context) -> Place:
     """The first event that differs though what came before agrees, confirmed by substitution.
 
     A place is named only where the reference's values in it move the logits. With the reference's
-    input for every layer, so that no error is passed on, all that is off by itself is counted.
+    input for every layer, so that no error is passed on, what is off first in each is counted.
     """
     inputs = Logits().inputs(context)
     for index in range(2):
@@ -124,46 +128,124 @@ def forward(context: Context) -> Place:
     return Place("the logits of one row at a time agree: no place is named")
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A place that was tried: what the reference's values in it do to the logits."""
+
+    event: Event
+    seen: ForwardComparison
+    confirmed: str
+    left: float
+    """Error of the logits that is left with them."""
+    given: str = ""
+    """Where else the reference's values were given, in words."""
+
+
 def _place(context: Context, rows: Trace, seen: ForwardComparison) -> Place:
-    alone = _alone(context, rows, seen)
-    firsts = _firsts(alone)
+    firsts = _firsts(alone := _alone(context, rows, seen))
     silent: list[Event] = []
-    candidates = dict.fromkeys([seen.bad[0], *firsts])
-    for event in candidates:
-        # What is off by itself is described where it has no error of others.
-        found = alone if event in firsts and event != seen.bad[0] else seen
-        if confirmed := _confirmed(context, rows, found, event):
-            break
-        silent.append(event)
-    else:
+    found = _tried(context, rows, seen, alone, dict.fromkeys([seen.bad[0], *firsts]), silent)
+    behind = None
+    if not (found and found.confirmed.startswith(MOST)):
+        behind = _behind(context, rows, seen, firsts, found)
+    if not (found or behind):
         return Place(f"{_silent(silent)}: no place is named", "", "forward", _walk(seen, set()))
-    if earlier := made_earlier(context, rows, found, event):
-        return Place(*earlier, "forward", _walk(seen, {earlier[1]}))
-    words = [_words(found, event), confirmed]
-    # A setting is read by all layers: where one place alone is wrong it is none.
-    if not confirmed.startswith(MOST) and (
-        setting := suspected_setting(context, rows, seen.pair, _first_position(found, event))
-    ):
-        words.append(setting)
+    sentence = []
+    name = ""
+    if found:
+        if earlier := made_earlier(context, rows, found.seen, found.event):
+            words, name = earlier
+        else:
+            words, name = _words(found.seen, found.event), _name(found.seen, found.event)
+        sentence += [words, found.confirmed]
     if silent:
-        words.append(f"{_silent(silent)}: not the place")
+        sentence.append(f"{_silent(silent)}: not the place")
     layers = len({n for _, name in seen.metrics if (n := layer_of(name)) is not None})
+    kinds = counted([_name(alone, e) for e in firsts], layers)
     if firsts:
-        kinds = counted([_name(alone, e) for e in firsts], layers)
-        words.append(f"each layer given the reference's input, off are: {kinds}")
-    name = _name(found, event)
+        sentence.append(f"each layer given the reference's input, first off in it: {kinds}")
+    if behind:
+        name = _name(behind.seen, behind.event)
+        words = _words(behind.seen, behind.event)
+        sentence += [f"{behind.given}, {words}", behind.confirmed]
+    last = behind or found
+    # A setting is read by all layers: where one place alone is wrong it is none.
+    if last and not last.confirmed.startswith(MOST) and (
+        setting := suspected_setting(context, rows, seen.pair, _first_position(last.seen, last.event))
+    ):  # fmt: skip
+        sentence.append(setting)
     off = {_name(alone, e) for e in firsts} or {name}
-    return Place("; ".join(words), name, "forward", _walk(seen, off))
+    return Place("; ".join(sentence), name, "forward", _walk(seen, off))
 
 
-def _alone(context: Context, rows: Trace, seen: ForwardComparison) -> ForwardComparison:
-    """The same with the reference's input and output for every layer: no error is passed on."""
+def _tried(
+    context: Context,
+    rows: Trace,
+    seen: ForwardComparison,
+    alone: ForwardComparison,
+    events: Iterable[Event],
+    silent: list[Event],
+) -> _Found | None:
+    """The first event in whose place the reference's values move the logits; those before are silent."""
+    for event in events:
+        # What is off by itself is described where it has no error of others.
+        where = seen if event == seen.bad[0] else alone
+        confirmed, left = _confirmed(context, rows, where, event)
+        if confirmed:
+            return _Found(event, where, confirmed, left)
+        silent.append(event)
+    return None
+
+
+def _behind(
+    context: Context,
+    rows: Trace,
+    seen: ForwardComparison,
+    firsts: list[Event],
+    found: _Found | None,
+) -> _Found | None:
+    """What makes more of the error than what stands before it in its layer, if anything does."""
+    alike: set[tuple[str, str]] = set()
+    for _ in range(BEHIND):
+        alike |= {(kind, _in_any_layer(name)) for kind, name in firsts}
+        alone = _alone(context, rows, seen, alike)
+        firsts = [e for e in _firsts(alone) if (e[0], _in_any_layer(e[1])) not in alike]
+        behind = _tried(context, rows, seen, alone, firsts[:TRIED], [])
+        if behind and (found is None or behind.left < found.left):
+            kinds = ", ".join(sorted({name.removeprefix("layers.*.") for _, name in alike}))
+            given = f"with the reference's values at {kinds} of each layer"
+            return replace(behind, given=given)
+    return None
+
+
+def _alone(
+    context: Context,
+    rows: Trace,
+    seen: ForwardComparison,
+    alike: Collection[tuple[str, str]] = (),
+) -> ForwardComparison:
+    """The same with the reference's input and output for every layer: no error is passed on.
+
+    Args:
+        context: The cell.
+        rows: What is run.
+        seen: The comparison as it is.
+        alike: Events, by their names in any layer, that have the reference's values as well.
+    """
     theirs = {
-        event: {n: v for n, v in seen.pair.reference.group(group).items() if _is_layer(n)}
+        event: {
+            n: v
+            for n, v in seen.pair.reference.group(group).items()
+            if _is_layer(n) or (event, _in_any_layer(n.partition("#")[0])) in alike
+        }
         for event, group in GROUPS.items()
     }
     given = rows.with_group("replace", theirs["out"]).with_group("replace_input", theirs["in"])
     return ForwardComparison(seen.pair, _subject(context, given))
+
+
+def _in_any_layer(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 def _firsts(alone: ForwardComparison) -> list[Event]:
@@ -195,15 +277,17 @@ def _subject(context: Context, rows: Trace) -> Trace:
     return context.capture("subject", "logits", context.recipes["subject"], rows)
 
 
-def _confirmed(context: Context, rows: Trace, seen: ForwardComparison, event: Event) -> str:
-    """What the reference's values in a place do to the logits; empty where they do nothing."""
+def _confirmed(
+    context: Context, rows: Trace, seen: ForwardComparison, event: Event
+) -> tuple[str, float]:
+    """What the reference's values in a place do to the logits, empty where nothing, and the error left."""
     tries = [event]
     if event[0] == "in" and (outer := seen.around(event)[:-1]):
         tries.append(("out", outer))  # the residual goes past the input of a module
     theirs = seen.pair.reference.arrays["logits.0"]
     before = seen.pair.subject.arrays["logits.0"]
     error = distance(before, theirs)
-    words = ""
+    words, least = "", error
     for which, where in tries:
         group = "replace" if which == "out" else "replace_input"
         calls = seen.pair.reference.group(GROUPS[which])
@@ -217,12 +301,12 @@ def _confirmed(context: Context, rows: Trace, seen: ForwardComparison, event: Ev
         )
         floor = HEADROOM * seen.pair.noise.floor("logits.0", theirs)
         if left <= floor:
-            return f"{MOST[0]}, {effect}"
+            return f"{MOST[0]}, {effect}", left
         if left <= error / 10:
-            return f"{MOST[1]}, {effect}, where rounding explains {floor:.2g}"
-        if distance(after, before) > max(floor, SHOWN * error):
-            words = words or f"not the only one, {effect}"
-    return words
+            return f"{MOST[1]}, {effect}, where rounding explains {floor:.2g}", left
+        if not words and distance(after, before) > max(floor, SHOWN * error):
+            words, least = f"not the only one, {effect}", left
+    return words, least
 
 
 def _silent(events: Iterable[Event]) -> str:
