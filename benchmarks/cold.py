@@ -9,15 +9,13 @@ the sum of what each capture says of itself; the run's wall time times the proce
 from __future__ import annotations
 
 import argparse
-import shutil
 import statistics
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from benchmarks.cached import records, timed
+from benchmarks.cached import records, same_verdicts, timed, with_kernels
 from benchmarks.checkouts import before_and_now
-from parity import resources
 from parity.capture.capacity import cores
 from parity.trace import Trace
 
@@ -38,9 +36,7 @@ class Cold(NamedTuple):
 def run(checkout: Path, arguments: list[str], scratch: Path) -> Cold:
     """One run of a checkout on an empty cache."""
     cache = scratch / "cache"
-    ignored = shutil.ignore_patterns("tmp*")
-    shutil.copytree(resources.cache() / "kernels", cache / "kernels", ignore=ignored)
-    wall = timed(checkout, arguments, scratch / "out", {"PARITY_CACHE": str(cache)})
+    wall = timed(checkout, arguments, scratch / "out", with_kernels(cache))
     files = [*(cache / "captures").rglob("*.safetensors")]
     seconds = sum(Trace.load(file).environment["seconds"] for file in files)
     return Cold(wall, seconds, len(files))
@@ -48,22 +44,18 @@ def run(checkout: Path, arguments: list[str], scratch: Path) -> Cold:
 
 def compare(checkouts: dict[str, Path], rounds: int, arguments: list[str]) -> None:
     found: dict[str, list[Cold]] = {name: [] for name in checkouts}
-    verdicts: dict[str, dict[str, str]] = {}
+    made: dict[str, dict[str, Any]] = {}
     for _ in range(rounds):
         for name, checkout in checkouts.items():
             with tempfile.TemporaryDirectory() as scratch:
                 found[name].append(once := run(checkout, arguments, Path(scratch)))
-                made = records(Path(scratch) / "out")
-            verdicts[name] = {file: record["verdict"] for file, record in made.items()}
+                made[name] = records(Path(scratch) / "out")
             print(
                 f"{name:<7} {once.wall:6.1f} s of wall, {once.frameworks:6.1f} s in frameworks "
                 f"({once.captures} captures): {once.ratio:.2f}",
                 flush=True,
             )
-    before, now = verdicts["before"], verdicts["now"]
-    shared = before.keys() & now.keys()
-    changed = [file for file in sorted(shared) if before[file] != now[file]]
-    print(f"{len(shared)} records of both, verdicts that differ: {', '.join(changed) or 'none'}")
+    print(same_verdicts(made["before"], made["now"]))
     for what in ("wall", "frameworks", "captures"):
         first, second = (
             statistics.median(getattr(once, what) for once in found[name])
