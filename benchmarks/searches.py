@@ -4,7 +4,7 @@ Each search runs as `parity bisect` in a process of its own, on an empty cache w
 kernels; the two commits take turns. Their causes must be equal.
 
     python benchmarks/searches.py --before b9a0509
-    python benchmarks/searches.py --before main~20 temperature_0 longer_rate_0
+    python benchmarks/searches.py --before main~20 temperature_0 longer_rate_0 tests.planted_paths:LazyLoop
 """
 
 from __future__ import annotations
@@ -40,9 +40,11 @@ class Search(NamedTuple):
 
 
 def command(what: str, faults: dict[str, Planted]) -> list[str]:
-    """The words of `parity bisect` for a planted fault by name, or a factor changed in the subject."""
+    """The words of `parity bisect` for a fault by name, a path, or a factor changed in the subject."""
     if "=" in what:
         return ["--subject", "mlx", "--set-subject", what]
+    if ":" in what:
+        return ["--subject", what]
     fault = faults[what]
     recipe = {"model.source": fault.model, **fault.recipe}
     words = [f"--set={name}={json.dumps(value)}" for name, value in recipe.items()]
@@ -93,7 +95,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--before", required=True, metavar="REV", help="the commit to compare with")
-    parser.add_argument("searches", nargs="*", help="planted faults by name, or FACTOR=VALUE")
+    parser.add_argument(
+        "searches", nargs="*", help="planted faults by name, MODULE:PATH or FACTOR=VALUE"
+    )
     options = parser.parse_args()
     with before_and_now(options.before) as checkouts:
         compare(checkouts, options.searches or [*PARTS, *FACTORS])

@@ -187,6 +187,10 @@ _ALL = (
                 "module", "arguments",
             ),
             scalar("order", _NAMES, "modules in the order of calls", "modules"),
+            scalar(
+                "own_dropout", float,
+                "greatest probability of a dropout of the model's own, which is off here", "dropout",
+            ),
         ),
         reads=(*_ADAPTED, "mask.", "train.gradient_checkpointing", "train.autocast"),
         ignores=("mask.prompt",),

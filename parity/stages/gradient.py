@@ -50,6 +50,11 @@ class Gradient:
             result.facts |= reduction_facts(a, b, what)
         if any(recipe.lora.dropout for recipe in context.recipes.values()):
             result.findings.append("without dropout: its masks are no part of this stage")
+        for side, trace in (("subject", pair.subject), ("reference", pair.reference)):
+            if own := trace.scalars.get("own_dropout", 0.0):
+                result.findings.append(
+                    f"without the dropout of {own:g} that the {side}'s model has of its own in training"
+                )
         return result
 
     def pairs(self, context: Context) -> Iterator[tuple[Pair, str]]:

@@ -25,6 +25,7 @@ TITLES: dict[str, str] = {
     "rope.attention_scaling": "factor of the rotary embedding on queries and keys",
     "rope.kind": "frequencies of the rotary embedding",
     "model.quantization": "quantization of the base weights",
+    "model.dropout": "dropout of the model itself in training",
     "dtype.parameters": "dtype of the base weights",
     "dtype.adapter": "dtype of the adapter",
     "train.autocast": "autocast of the forward pass",

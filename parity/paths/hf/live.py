@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -154,6 +155,34 @@ def gradient(model: Any) -> dict[str, Array]:
     if lone := sorted(name for name, tensor in found.items() if tensor.gradient is None):
         raise UnmatchedNames(f"{len(lone)} trainable tensors have no gradient, first {lone[0]!r}")
     return {name: to_numpy(tensor.gradient) for name, tensor in found.items()}
+
+
+def own_dropout(model: Any) -> dict[tuple[Any, str], float]:
+    """(module, attribute) → probability, of what the model itself drops out in training; not LoRA's."""
+    found = {}
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            continue
+        for attribute, value in vars(module).items():
+            dropped = "dropout" in attribute or (
+                attribute == "p" and "Dropout" in type(module).__name__
+            )
+            if dropped and isinstance(value, float) and value:
+                found[module, attribute] = value
+    return found
+
+
+@contextlib.contextmanager
+def undropped(model: Any) -> Iterator[float]:
+    """Switches the model's own dropout off; gives its greatest probability."""
+    found = own_dropout(model)
+    for module, attribute in found:
+        setattr(module, attribute, 0.0)
+    try:
+        yield max(found.values(), default=0.0)
+    finally:
+        for (module, attribute), value in found.items():
+            setattr(module, attribute, value)
 
 
 def without_adapter(model: Any) -> Any:

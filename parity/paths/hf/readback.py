@@ -20,6 +20,7 @@ from parity.paths.hf.live import (
     device,
     labels,
     loss_of,
+    own_dropout,
     to_numpy,
     trainable,
 )
@@ -175,6 +176,7 @@ def model_facts(model: Any, recipe: Recipe) -> dict[str, Any]:
     packed = getattr(model, "packed", {})
     return {
         "model.quantization": by_setting(packed),
+        "model.dropout": max(own_dropout(model).values(), default=0.0),
         "dtype.parameters": dtype_census(p for p in model.parameters() if not p.requires_grad),
         "dtype.adapter": dtype_census(parameters),
         **forward_facts(model),

@@ -208,13 +208,13 @@ class TorchStages(RoundTrips):
             return readback.adapter_trace(model)
 
     def gradient(self, recipe: Recipe, inputs: Trace) -> Trace:
-        """See `parity contract gradient`; without dropout, whose masks no two frameworks share."""
+        """See `parity contract gradient`; without any dropout, whose masks no two frameworks share."""
         still, replace = recipe.override({"lora.dropout": 0.0}), inputs.group("replace")
         watched = inputs.scalars.get("modules", False) or bool(replace)
         if watched:  # a layer that is run again in the backward pass would be seen twice
             still = still.override({"train.gradient_checkpointing": False})
         batch = inputs.arrays["ids"], inputs.arrays["lengths"]
-        with self.adapted(still, inputs.group("adapter")) as model:
+        with self.adapted(still, inputs.group("adapter")) as model, _torch.undropped(model) as own:
             share, found = self.part("loss").loss(still), WatchedGradients()
             run = partial(accumulate, still, model.train(), [batch], share)
             if watched:
@@ -225,7 +225,10 @@ class TorchStages(RoundTrips):
             gradient = _torch.gradient(model)
         dtype = _torch.loss_dtype(recipe)
         arrays = {"loss": np.asarray(loss, dtype), "norm": np.asarray(norm, dtype)}
-        trace = Trace(arrays, {"tokens": tokens} | ({"order": found.order} if watched else {}))
+        scalars = {"tokens": tokens, "own_dropout": own} | (
+            {"order": found.order} if watched else {}
+        )
+        trace = Trace(arrays, scalars)
         for group, tensors in (("activation", found.outputs), ("input", found.inputs)):
             trace = trace.with_group(group, {n: to_numpy(value) for n, value in tensors.items()})
         return trace.with_group("gradient", gradient)

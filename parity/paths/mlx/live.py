@@ -131,6 +131,25 @@ def compiled(enabled: bool) -> Iterator[None]:
         mx.enable_compile()
 
 
+def own_dropout(model: Any) -> float:
+    """The greatest probability with which the model itself drops out in training; not LoRA's."""
+    import mlx.nn as nn
+
+    found = [
+        1 - module._p_1
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Dropout | nn.Dropout2d | nn.Dropout3d)
+        and not hasattr(_parent(model, name), "lora_a")
+    ]
+    return max(found, default=0.0)
+
+
+def _parent(model: Any, name: str) -> Any:
+    for part in name.split(".")[:-1]:
+        model = model[int(part)] if isinstance(model, list) else getattr(model, part)
+    return model
+
+
 def clip_before(optimizer: Any, clip: Callable[[Any], Any] | None) -> None:
     """Lets an optimizer clip what it is given, for loops that have no clip of their own."""
     if clip is None:

@@ -194,6 +194,7 @@ def config_trace(recipe: Recipe, setup: Setup, measured: Mapping[str, Any]) -> T
     supervised = supervised_positions(setup.loss, ids, lengths)
     scalars = {
         **quantization_facts(model),
+        "model.dropout": _mlx.own_dropout(model),
         "dtype.parameters": _mlx.dtype_census(frozen, packed),
         "dtype.adapter": _mlx.dtype_census(trainable),
         "dtype.activations": _activations(setup, ids),

@@ -236,12 +236,14 @@ class TrlPath(HfPath):
             {"lora.dropout": 0.0, "optim.clip": "none", "train.steps": 1, "train.accumulation": 1}
         )
         batches = [(inputs.arrays["ids"], inputs.arrays["lengths"])]
-        with self.trainer(once, inputs.group("adapter"), batches) as trainer:
+        made = self.trainer(once, inputs.group("adapter"), batches)
+        with made as trainer, _torch.undropped(trainer.model) as own:
             watch = _trl.trained(trainer, once, gradients=True)
         [step], dtype = watch.steps, _torch.loss_dtype(recipe)
         [forward] = step.forwards
         arrays = {"loss": np.asarray(forward.loss, dtype), "norm": np.asarray(step.norm, dtype)}
-        trace = Trace(arrays, {"tokens": _trl.tokens_of(_trl.batches_of(watch))[0]})
+        tokens = _trl.tokens_of(_trl.batches_of(watch))[0]
+        trace = Trace(arrays, {"tokens": tokens, "own_dropout": own})
         return trace.with_group("gradient", forward.gradient)
 
     def train(self, recipe: Recipe, inputs: Trace) -> Trace:
