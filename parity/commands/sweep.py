@@ -174,9 +174,15 @@ def _run(running: Sweep, columns: Columns, only: tuple[str, ...], out: Path, nar
     try:
         running.run(only, found)
         moves = changes(found)
-        for change in moves if narrowed else ():
-            narrow(change, columns, running, found.architectures[change.architecture],
-                   lambda text: click.echo(f"narrowing down: {text}", err=True))  # fmt: skip
+        if narrowed:
+            notice = lambda text: click.echo(f"narrowing down: {text}", err=True)  # noqa: E731
+            moves = [
+                each
+                for change in moves
+                for each in narrow(
+                    change, columns, running, found.architectures[change.architecture], notice
+                )
+            ]
     except KeyboardInterrupt:
         running.stop()
         files = sweep_files.write(out, found, [], complete=False)

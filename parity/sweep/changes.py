@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from parity.sweep.answers import ABSENT, Answer, Cell
 from parity.sweep.bench import Column
@@ -12,6 +12,9 @@ from parity.sweep.columns import Columns
 from parity.sweep.models import Architecture
 from parity.sweep.questions import LOADS, LOGITS, QUESTIONS
 from parity.sweep.run import Found, Sweep
+
+MODEL = "model"
+"""In the place of a question: whether mlx-lm has a file for the model, or takes that of another."""
 
 
 @dataclass
@@ -39,10 +42,8 @@ class Change:
         """The change in words."""
         gap = f" (or in {', '.join(self.unknown)}, which cannot be run)" if self.unknown else ""
         between = "" if self.narrowed else " or a release before it"
-        return (
-            f"{self.architecture}: {self.question} of {self.configuration!r} {self.states[0]} in {self.before}, "
-            f"{self.states[1]} from {self.since} on{between}{gap}"
-        )
+        what = "mlx-lm" if self.question == MODEL else f"{self.question} of {self.configuration!r}"
+        return f"{self.architecture}: {what} {self.states[0]} in {self.before}, {self.states[1]} from {self.since} on{between}{gap}"
 
 
 def state(cell: Cell | None, question: str, configuration: str) -> str:
@@ -78,28 +79,34 @@ def _answer(cell: Cell, question: str, configuration: str) -> Answer | None:
 def changes(found: Found) -> list[Change]:
     """All moves between neighbouring columns; what follows from loading is left out."""
     listed: list[Change] = []
-    for name, architecture in sorted(found.architectures.items()):
-        configurations = [c.name for c in architecture.found.made]
+    for name in sorted(found.architectures):
         for old, new in itertools.pairwise(found.columns):
             before, after = found.cells.get((name, old)), found.cells.get((name, new))
             if before is None or after is None:
                 continue
             if bool(before.note) != bool(after.note):
                 states = (_file(before), _file(after))
-                listed.append(Change(name, "model file", "plain", old, new, states, narrowed=False))
+                listed.append(Change(name, MODEL, "plain", old, new, states, narrowed=False))
             else:
-                listed += _moved(configurations, before, after)
+                listed += _moved(before, after)
     return listed
 
 
 def _file(cell: Cell) -> str:
-    return "has no file" if cell.note else "has a file"
+    return "does not know the model" if cell.note else "knows the model"
 
 
-def _moved(configurations: list[str], before: Cell, after: Cell) -> list[Change]:
+def _moved(before: Cell, after: Cell) -> list[Change]:
     listed = []
     loading: set[str] = set()
-    for question, configuration in itertools.product(QUESTIONS, configurations):
+    asked = [
+        (question, configuration)
+        for question in QUESTIONS
+        for configuration in dict.fromkeys(
+            answer.configuration for cell in (before, after) for answer in cell.of(question)
+        )
+    ]
+    for question, configuration in asked:
         if question == LOGITS and configuration in loading:
             continue
         states = (state(before, question, configuration), state(after, question, configuration))
@@ -126,39 +133,71 @@ def _reason(cell: Cell, question: str, configuration: str) -> str:
 def narrow(
     change: Change, columns: Columns, sweep: Sweep, architecture: Architecture,
     notice: Callable[[str], None] = lambda _: None,
-) -> Change:  # fmt: skip
-    """The release in which a state changed, by halving what lies between two columns.
+) -> list[Change]:  # fmt: skip
+    """The releases in which a state changed, by halving what lies between two columns.
 
-    Only one move is looked for: where a state comes and goes, one place of it is found.
+    What holds in the release that is found may be a third state: then what is left is narrowed as well.
+    Where a state comes and goes, one place of it is found.
     """
-    between = list(columns.between.get(change.since, ()))
     if columns.any is None:
-        return change
+        return [change]
+    make = columns.any
+
+    def ask(release: str) -> tuple[str, str]:
+        column = sweep.column(make(release))
+        notice(f"{change.architecture}: {release}")
+        if not isinstance(column, Column):
+            return "", ""
+        return _state_in(change, sweep.cell(architecture, column))
+
+    return halved(change, list(columns.between.get(change.since, ())), ask)
+
+
+def halved(
+    change: Change, between: list[str], ask: Callable[[str], tuple[str, str]]
+) -> list[Change]:
+    """The moves of a state on the way from one column to the next.
+
+    Args:
+        change: What changed between the columns.
+        between: The releases between them, in their order.
+        ask: State and reason in one of these; the state is empty where it cannot be told.
+    """
     low, high, unknown = -1, len(between), list[str]()
+    ends = {low: (change.states[0], change.reasons[0]), high: (change.states[1], change.reasons[1])}
     while high - low > 1:
         order = sorted(range(low + 1, high), key=lambda i: abs(2 * i - low - high))
         middle = next((i for i in order if between[i] not in unknown), None)
         if middle is None:
             break
-        column = sweep.column(columns.any(between[middle]))
-        notice(f"{change.architecture}: {between[middle]}")
-        found = _state_in(change, sweep, architecture, column) if isinstance(column, Column) else ""
-        if not found:
+        ends[middle] = ask(between[middle])
+        if not ends[middle][0]:
             unknown.append(between[middle])
-        elif found == change.states[0]:
+        elif ends[middle][0] == change.states[0]:
             low = middle
         else:
             high = middle
-    change.before = between[low] if low >= 0 else change.before
-    change.since = between[high] if high < len(between) else change.since
     inside = between[low + 1 : high]
-    change.unknown = [name for name in unknown if name in inside]
-    change.narrowed = True
-    return change
+    found = replace(
+        change,
+        before=between[low] if low >= 0 else change.before,
+        since=between[high] if high < len(between) else change.since,
+        states=(ends[low][0], ends[high][0]),
+        reasons=(ends[low][1], ends[high][1]),
+        unknown=[name for name in unknown if name in inside],
+        narrowed=True,
+    )
+    if found.states[1] == change.states[1]:
+        return [found]
+    states, reasons = zip(ends[high], ends[len(between)], strict=True)
+    rest = replace(change, before=found.since, states=states, reasons=reasons)
+    return [found, *halved(rest, between[high + 1 :], ask)]
 
 
-def _state_in(change: Change, sweep: Sweep, architecture: Architecture, column: Column) -> str:
-    cell = sweep.cell(architecture, column)
-    if change.question == "model file":
-        return _file(cell)
-    return state(cell, change.question, change.configuration)
+def _state_in(change: Change, cell: Cell) -> tuple[str, str]:
+    if change.question == MODEL:
+        return _file(cell), cell.note
+    return (
+        state(cell, change.question, change.configuration),
+        _reason(cell, change.question, change.configuration),
+    )
