@@ -188,7 +188,10 @@ class Examiner:
                 answer.causes.append(Cause("follows", name, words))
                 return [(configuration, model)]
             if not again.red:
-                words = f"{what}; with {bench.patches()} this configuration could not be asked: {again.reason}"
+                words = (
+                    "the plain configuration is red already, see there; with "
+                    f"{bench.patches()} this one could not be asked: {again.reason}"
+                )
             elif agrees:
                 words = f"{what}, and more: with {bench.patches()} they differ still"
             else:

@@ -177,7 +177,7 @@ class Explainer:
         tolerance: float, proofs: list[str],
     ) -> tuple[Cause, dict[str, Any]]:  # fmt: skip
         tolerance = tolerance or self._tolerance(plain)
-        edits = f" and with {self.bench.patches()}" if self.bench.is_patched else ""
+        edits = f", and {self.bench.patches()}," if self.bench.is_patched else ""
         sentence = f"with {in_words(there)}{edits} {loading_error(subject.error)}"
         proofs = [*proofs, *self._named(list(there))]
         fix, found = self._fix(model, there, reference, tolerance)
