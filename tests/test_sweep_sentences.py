@@ -119,6 +119,17 @@ def test_a_guess_has_the_type_and_the_meaning_of_what_is_demanded():
     assert of("linear_attn_config", "Dict[str, Any]") == []
 
 
+def test_a_setting_is_written_under_names_of_its_own_type_and_meaning_alone():
+    fields = [
+        Field("rope_theta", 1e4, kind="float"), Field("rope_scaling", kind="Optional[Dict]"),
+        Field("rope_local_base_freq", 1e4, kind="float"), Field("model_type", kind="str"),
+    ]  # fmt: skip
+    tried = candidates.readable({"rope_parameters": CONFIG["rope_parameters"]}, CONFIG, fields, set())  # fmt: skip
+    assert {"rope_theta": 5e6} in tried and {"rope_local_base_freq": 5e6} in tried
+    assert not any("model_type" in edits or edits.get("rope_theta") == "default" for edits in tried)
+    assert not any("rope_scaling" in edits for edits in tried)
+
+
 def test_nothing_is_filled_in_where_one_setting_has_no_value():
     fields = [Field("rope_theta", required=True, kind="float"), Field("linear", required=True, kind="dict")]  # fmt: skip
     assert ways(CONFIG, lacking(CONFIG, fields), {}, {}) == []

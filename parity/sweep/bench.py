@@ -223,7 +223,7 @@ class Bench:
 
 def shown(key: str, value: Any) -> str:
     """An edit in words; `rope_theta (from rope_parameters.rope_theta)` of one that is copied."""
-    return f"{key} (from {value.key})" if isinstance(value, From) else f"{key}={value}"
+    return f"{key} (from {value.words})" if isinstance(value, From) else f"{key}={value}"
 
 
 def ends(model: Model) -> dict[str, Any]:

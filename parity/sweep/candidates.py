@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from parity.sweep.filling import DEFAULT_THETA, From, Scaling
+from parity.sweep.filling import DEFAULT_THETA, From, Scaling, fits
 from parity.sweep.sources import Field
 from parity.sweep.traps import ACTIVATIONS, leaves, proposed, value_at
 
@@ -151,7 +151,7 @@ def _alike(name: str, value: Any, fields: list[Field]) -> list[str]:
     close = [
         field.name
         for field in fields
-        if field.name != "model_type"
+        if field.name != "model_type" and fits(field, name, value)
         if field.default is None
         or isinstance(field.default, type(value))
         or _both_numbers(field.default, value)

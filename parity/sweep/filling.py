@@ -40,6 +40,11 @@ class From:
 
     key: str
 
+    @property
+    def words(self) -> str:
+        """Where the value is from."""
+        return self.key
+
     def value(self, config: Mapping[str, Any]) -> Any:
         """What it is in a configuration."""
         above, slash, below = self.key.partition("/")
@@ -93,6 +98,11 @@ class Times(From):
 
     times: int = 4
 
+    @property
+    def words(self) -> str:
+        """The product."""
+        return f"{self.times} * {self.key}"
+
     def value(self, config: Mapping[str, Any]) -> Any:
         """A number."""
         found = value_at(config, self.key)
@@ -106,6 +116,11 @@ class Layers(From):
     kind: str = ""
     numbers: bool = False
     """As 0 and 1."""
+
+    @property
+    def words(self) -> str:
+        """The list, and the kind that is looked for."""
+        return f"{self.key}, where it is {self.kind}"
 
     def value(self, config: Mapping[str, Any]) -> Any:
         """A list with an entry for each layer."""
@@ -242,6 +257,12 @@ def _by_layer(config: Mapping[str, Any], numbers: bool) -> Iterator[Layers]:
 def meaning_of(name: str) -> str:
     """What a setting of this name is a measure of; empty where its name does not tell."""
     return next((word for word, pattern in MEANINGS if re.fullmatch(pattern, name)), "")
+
+
+def fits(field: Field, name: str, value: Any) -> bool:
+    """Whether the value of a setting may be meant by a field: of its type, and a measure of the same."""
+    kind, meanings = _plain(field.kind), {meaning_of(field.name), meaning_of(name)}
+    return (not kind or of_kind(kind, value)) and len(meanings - {""}) < 2
 
 
 def _plain(kind: str) -> str:

@@ -77,7 +77,8 @@ class Unloaded:
             found = self.bench.logits("subject", other)
             literal = self._in_words(edits, model)
             if found.values is None:
-                vain.append(f"{literal}: {'it fails' if not found.missing else 'it does not load'}")
+                fails = "it does not load" if found.missing else "it loads, and computing fails"
+                vain.append(f"{literal}: {fails}")
                 continue
             gap = apart(found, reference)
             if gap <= loose and self.bench.patched(edits).ask(LOGITS, "", model)[0].green:
