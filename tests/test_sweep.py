@@ -209,6 +209,13 @@ def test_what_a_file_demands_is_taken_from_what_is_there():
     assert filling.resolved(found, moved)["rope_theta"] == 5.0
 
 
+def test_a_default_is_said_to_stand_where_it_stands():
+    fields = of_python(sys.executable).fields("smollm3")
+    config = {"rope_parameters": {"rope_theta": 2e6}}
+    tried = list(candidates.by_default(["rope_parameters.rope_theta"], config, fields))
+    assert tried == [(", the default of rope_theta in models/llama.py", {"rope_parameters.rope_theta": 10000})]  # fmt: skip
+
+
 # Whole cells, with planted misreadings -----------------------------------------------------------
 
 

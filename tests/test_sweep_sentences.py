@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from parity.errors import CaptureError
 from parity.paths.mlx.loading import explained
 from parity.sweep import candidates, examine
 from parity.sweep.answers import Answer, Cause, Cell
@@ -18,6 +19,7 @@ from parity.sweep.examine import Examiner
 from parity.sweep.explain import Explainer
 from parity.sweep.filling import Whole, lacking, options, resolved, ways
 from parity.sweep.models import Architecture, Model
+from parity.sweep.run import _code
 from parity.sweep.shrink import shrunk
 from parity.sweep.sources import Field, Sources, of_python
 from parity.sweep.traps import Configuration, Configurations, Trap, changed
@@ -51,7 +53,7 @@ class Toy(Bench):
         return Answer(question, configuration, verdict, reason, tolerance=1e-6), None
 
     def versions(self, model):
-        return {"mlx": "1"}
+        return {}
 
 
 class Folders:
@@ -117,6 +119,11 @@ def test_a_guess_has_the_type_and_the_meaning_of_what_is_demanded():
     assert of("is_moe_layer", "List[bool]") == [[True, False], [False, True]]
     assert of("zero_expert_type", "str") == [] and of("topk_method", "str", ["aux"]) == ["aux"]
     assert of("linear_attn_config", "Dict[str, Any]") == []
+    alike = {"rope_head_theta": 1000, "block_size_ratio": 0.5, "block_sizes": True, "block_size_2": 7.5}  # fmt: skip
+    for name in ("rope_head_dim", "block_size"):
+        found = options(Field(name, required=True, kind="int"), {**CONFIG, **alike}, {}, [])
+        values = resolved(dict(enumerate(found)), {**CONFIG, **alike}).values()
+        assert not any(v in (1000, 0.5, 7.5) or v is True for v in values), name
 
 
 def test_a_setting_is_written_under_names_of_its_own_type_and_meaning_alone():
@@ -163,7 +170,12 @@ def test_what_differs_after_a_guess_is_no_cause_unless_the_value_does_not_matter
     assert "block_dim=64: it loads and differs" in cause.sentence
     _, cause, edits = plain(toy(["block_dim: int"], needing("block_dim"), lambda config: 0.5))
     assert edits and "once it loads" in cause.sentence
-    assert any("does not matter" in proof for proof in cause.proofs)
+    assert "the value does not matter, with block_dim=129" in cause.fix
+
+
+def test_texts_are_those_that_a_file_compares_a_setting_with():
+    found = of_python(sys.executable).compared("glm_moe_dsa")
+    assert "noaux_tc" in found["topk_method"] and found["scoring_func"] == [""]
 
 
 def test_a_setting_that_has_no_value_is_named(toy):
@@ -184,6 +196,15 @@ def test_two_causes_are_claimed_where_both_sides_agree_without_them(toy):
 
 
 def test_what_an_edit_put_there_is_not_said_to_be_there():
+    class Fails:
+        def capture(self, *_):
+            raise CaptureError("mlx-lm does not load the model: x; named there, the configuration has width=3")  # fmt: skip
+
+    column = Column("1", "mlx", Fails(), of_python(sys.executable))
+    model = Folders().model("", CONFIG)
+    bench = Bench("llama", column, Folders())
+    assert "has width=3" in bench.logits("subject", model).error
+    assert bench.patched({"width": 3}).logits("subject", model).error.endswith(": x")
     error = "x; named there, the configuration has hybrid_layer_pattern=null"
     assert without_keys(error, ["hybrid_layer_pattern"]) == "x"
     assert without_keys(error, ["rope_theta"]) == error
@@ -204,7 +225,8 @@ def test_an_edit_sets_single_keys_or_follows_the_configuration(toy):
 
 def test_a_trap_inside_a_text_model_is_found_where_it_was_saved():
     after = {**CONFIG, "hidden_act": "gelu", "architectures": ["Other"]}
-    assert as_saved(["text_config.hidden_act"], CONFIG, after)[1] == {"hidden_act": "gelu"}
+    more = {**after, "hidden_size": 48}
+    assert as_saved(["text_config.hidden_act"], CONFIG, more)[1] == {"hidden_act": "gelu"}
     assert as_saved(["text_config.other"], CONFIG, after) == ({"hidden_act": "silu"}, {"hidden_act": "gelu"})  # fmt: skip
     assert as_saved(["text_config.other"], CONFIG, CONFIG) == ({}, {})
 
@@ -240,8 +262,8 @@ def test_names_of_tensors_are_whole(tmp_path):
 
 
 def test_names_of_arguments_are_whole_and_a_cut_text_has_none(tmp_path):
-    names = [f"'swa_number_{n}'" for n in range(40)]
-    error = loading(TypeError(f"missing 40 required positional arguments: {', '.join(names)}"), "{}", tmp_path)  # fmt: skip
+    names = ", ".join(f"'swa_number_{n}'" for n in range(40))
+    error = loading(TypeError(f"missing 40 required positional arguments: {names}"), "{}", tmp_path)
     assert named_in(error).split(", ")[-1] == "swa_number_39"
     assert named_in("Missing 2 parameters: model.embed.weight, model.lay …") == ""
     assert named_in("Missing 1 parameters: model.layers.N.A_log.") == "layers.N.A_log"
@@ -294,8 +316,6 @@ def rope(config):
 
 
 def test_what_cannot_be_asked_with_an_edit_is_said_so(toy, monkeypatch):
-    """Lists of factors that do not fit once another setting is edited: the one setting is not acquitted."""
-
     def reference(config):
         if config["rope_parameters"]["rope_type"] == "longrope":
             if factor(config) == 1.0:
@@ -326,7 +346,6 @@ def test_ties_agree_without_an_edit_only_where_they_do(toy, monkeypatch):
 
 
 def test_a_value_is_told_or_not_told(toy, monkeypatch):
-    """Not both in one sentence, and what is not known is not called a misreading."""
     monkeypatch.setattr(Explainer, "_place", lambda self, model: "with theta 7 it agrees")
     bench = toy([], lambda c: factor(c) + 1, factor)
     before = Folders().model("", changed(CONFIG, {"rope_parameters.partial_rotary_factor": 0.5}))
@@ -336,13 +355,6 @@ def test_a_value_is_told_or_not_told(toy, monkeypatch):
     cause, _ = Explainer(bench).setting(trap, before, after, answer)
     assert "with theta 7 it agrees" in cause.sentence
     assert "could not be told" not in cause.sentence and "read otherwise" not in cause.sentence
-
-
-def test_a_default_is_said_to_stand_where_it_stands():
-    fields = of_python(sys.executable).fields("smollm3")
-    config = {"rope_parameters": {"rope_theta": 2e6}}
-    tried = list(candidates.by_default(["rope_parameters.rope_theta"], config, fields))
-    assert tried == [(", the default of rope_theta in models/llama.py", {"rope_parameters.rope_theta": 10000})]  # fmt: skip
 
 
 def test_a_module_whose_input_differs_is_not_at_fault():
@@ -368,6 +380,20 @@ def test_an_architecture_that_is_saved_under_another_type_says_whose_file_ran():
     model = Folders().model("", {"model_type": "llama4_text"})
     assert examiner._saved(cell, model) == "llama4_text"
     assert "models/llama4.py was not asked" in cell.remark and cell.file == "llama4_text.py"
-    unserved = Folders().model("", {"model_type": "qwen3_5_text"})
-    cell = Cell("qwen3_5", "1", file="qwen3_5.py")
+    cell, unserved = Cell("llama4", "1", file="llama4.py"), Folders().model("", {"model_type": "x"})
     assert examiner._saved(cell, unserved) == "" and not cell.remark
+
+
+def test_sentences_of_other_code_are_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("parity.__file__", str(tmp_path / "__init__.py"))
+    names = [f"sweep/{name}.py" for name in ("unloaded", "filling", "explain", "wording", "rest")]
+    for name in (*names, "paths/mlx/loading.py", "report/page.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    for name in (*names, "paths/mlx/loading.py"):
+        before = _code()
+        (tmp_path / name).write_text("2")
+        assert _code() != before, name
+    before = _code()
+    (tmp_path / "report/page.py").write_text("2")
+    assert _code() == before

@@ -98,11 +98,16 @@ class Sources:
         return found
 
     def compared(self, kind: str) -> dict[str, list[str]]:
-        """Setting → texts that the file of a model type, or one that it imports, compares it with."""
+        """Setting → texts that the file of a model type, or one that it imports, compares it with.
+
+        One that is declared and nowhere read has the empty text: any would do.
+        """
         found: dict[str, list[str]] = {}
-        file = self.file(kind)
+        file, read = self.file(kind), set[str]()
         for _, tree in _with_imports(file, set()) if file else ():
             for node in ast.walk(tree):
+                if isinstance(node, ast.Attribute):
+                    read.add(node.attr)
                 if not isinstance(node, ast.Compare):
                     continue
                 sides = [node.left, *node.comparators]
@@ -110,7 +115,7 @@ class Sources:
                 texts = [s.value for s in sides if isinstance(s, ast.Constant)]
                 for name in names:
                     found.setdefault(name, []).extend(t for t in texts if isinstance(t, str))
-        return found
+        return found | {f.name: [""] for f in self.fields(kind) if f.name not in read}
 
     def place(self, kind: str, word: str) -> str:
         """`models/llama.py, line 12: ...` of the first line that names a word; empty if none does."""

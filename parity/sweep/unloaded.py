@@ -155,9 +155,7 @@ class Unloaded:
             return None
         left, _ = patched.plain(model, again, full)
         cause, found = self._with(model, subject, edits, {}, left)
-        cause.proofs.append(
-            f"the value does not matter: with {in_words(others)} mlx-lm's logits are the same bits"
-        )
+        cause.fix += f"; the value does not matter, with {in_words(others)} mlx-lm's logits are the same bits"
         return cause, found
 
     def _with(
