@@ -95,7 +95,7 @@ def _keys(source: str) -> dict[str, Any]:
 def _place(error: Exception, keys: dict[str, Any]) -> str:
     """Where in mlx-lm's model files it was raised; keys that the message or that line of code names.
 
-    Where the message names values of theirs as well, only those keys.
+    Where the message has values of theirs as well, only those keys; then a variable's name is enough.
     """
     frames = [
         frame
@@ -107,10 +107,17 @@ def _place(error: Exception, keys: dict[str, Any]) -> str:
         last = frames[-1]
         line = linecache.getline(last.filename, last.lineno or 0).strip()
         where = f"; models/{Path(last.filename).name}, line {last.lineno}: `{line}`"
-    words = _identifiers(str(error)) | set(re.findall(r"\.([A-Za-z_]\w*)", line))
-    words |= set(re.findall(r"""["'](\w+)["']""", line))
+    words = _identifiers(str(error))
+    for attribute, text in re.findall(r"""\.([A-Za-z_]\w*)|["'](\w+)["']""", line):
+        words.add(attribute or text)
+    variables, given = set(re.findall(r"[A-Za-z_]\w+", line)), str(error).split()
     named = {key: value for key, value in keys.items() if key.rpartition(".")[2] in words}
-    quoted = {key: value for key, value in named.items() if str(value) in str(error).split()}
+    quoted = {
+        key: value
+        for key, value in keys.items()
+        if str(value) in given
+        and (key in named or (isinstance(value, str) and key.rpartition(".")[2] in variables))
+    }
     shown = [f"{key}={json.dumps(value)[:80]}" for key, value in (quoted or named).items()]
     return where + (f"; named there, the configuration has {', '.join(shown)}" if shown else "")
 
