@@ -199,7 +199,9 @@ def _proposed(
     name, meaning, kind = field.name, meaning_of(field.name), _plain(field.kind)
     held = {".".join(path): value for path, value in leaves(config) if value is not None}
     fitting = [key for key, value in held.items() if of_kind(kind, value)]
-    exact = [k for k, v in held.items() if _last(k) == name and (not kind or of_kind(kind, v))]
+    # A file may annotate a setting as `int` that is a fraction: the same name is enough for numbers.
+    same_kind = "float" if kind == "int" else kind
+    exact = [k for k, v in held.items() if _last(k) == name and (not kind or of_kind(same_kind, v))]
     near = [key for key in _near(name, fitting) if meaning_of(_last(key)) == meaning]
     theirs = full.get(name)
     if exact or theirs is not None:
