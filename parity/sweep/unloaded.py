@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 NAMED = 4
 """Edits that were tried in vain, of which a sentence names so many."""
+SHORT = 120
+"""Characters of one that is named beside the first."""
 SECOND = 2
 """Edits that make it load of which it is asked what is left to differ."""
 
@@ -194,7 +196,8 @@ class Unloaded:
         if closed:
             cause.sentence += f"; there was no value to try for {', '.join(closed)}"
         if vain:
-            more = f", and {len(vain) - NAMED} more" if len(vain) > NAMED else ""
-            listed = "; ".join(vain[:NAMED])
+            named = vain[:1] + [v for i, v in enumerate(vain) if 0 < i < NAMED and len(v) < SHORT]
+            more = f", and {len(vain) - len(named)} more" if len(vain) > len(named) else ""
+            listed = "; ".join(named)
             cause.sentence += f"; no value that was tried made both agree ({listed}{more})"
         return cause
