@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from parity.cli import main
 from parity.report import sweep_files
-from parity.sweep import candidates
+from parity.sweep import candidates, filling
 from parity.sweep.answers import Answer, Cause, Cell
 from parity.sweep.changes import Change, changes, halved
 from parity.sweep.columns import installed
@@ -198,12 +198,22 @@ def test_rope_settings_are_tried_in_the_older_spelling():
 
 
 def test_what_a_file_demands_is_taken_from_what_is_there():
-    fields = [Field("num_experts", required=True), Field("rope_theta", required=True)]
+    fields = [
+        Field("num_experts", required=True, kind="int"),
+        Field("rope_theta", required=True, kind="float"),
+    ]
     config = {**LLAMA, "num_local_experts": 4}
-    found = candidates.completing(config, fields, {"num_experts": 4})
-    assert candidates.resolved(found, config) == {"num_experts": 4, "rope_theta": 10_000.0}
+    found = filling.ways(config, filling.lacking(config, fields), {"num_experts": 4}, {})[0]
+    assert filling.resolved(found, config) == {"num_experts": 4, "rope_theta": 10_000.0}
     moved = changed(config, {"rope_parameters.rope_theta": 5.0})
-    assert candidates.resolved(found, moved)["rope_theta"] == 5.0
+    assert filling.resolved(found, moved)["rope_theta"] == 5.0
+
+
+def test_a_default_is_said_to_stand_where_it_stands():
+    fields = of_python(sys.executable).fields("smollm3")
+    config = {"rope_parameters": {"rope_theta": 2e6}}
+    tried = list(candidates.by_default(["rope_parameters.rope_theta"], config, fields))
+    assert tried == [(", the default of rope_theta in models/llama.py", {"rope_parameters.rope_theta": 10000})]  # fmt: skip
 
 
 # Whole cells, with planted misreadings -----------------------------------------------------------

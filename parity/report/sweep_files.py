@@ -153,9 +153,10 @@ def markdown(shown: Page) -> str:
     lines += [f"| {name} | {value} |" for name, value in shown.versions.items()]
     lines += ["", "## Causes", ""]
     for row in shown.rows:
-        if not row.reasons:
+        if not (row.reasons or row.remark):
             continue
         lines += [f"### {row.architecture.name}", ""]
+        lines += [f"{row.remark}.", ""] * bool(row.remark)
         for reason in row.reasons:
             name = f"**{reason.cause.name}**: " if reason.cause.name else ""
             where = "; ".join(reason.where)

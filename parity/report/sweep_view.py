@@ -69,6 +69,8 @@ class Row:
     answers: list[tuple[str, Answer]]
     """Column and answer, of the newest column that has some."""
     file: str
+    remark: str = ""
+    """Of which file the answers are, where it is not that of the architecture's own name."""
 
     @property
     def red(self) -> bool:
@@ -141,7 +143,8 @@ def _row(architecture: Architecture, found: Found) -> Row:
             cells.append((column, [_square(cell, q) for q in shown], ""))
     newest = asked[-1] if asked else None
     answers = [(newest.release, answer) for answer in newest.answers] if newest else []
-    return Row(architecture, cells, _reasons(asked), answers, newest.file if newest else "")
+    file, remark = (newest.file, newest.remark) if newest else ("", "")
+    return Row(architecture, cells, _reasons(asked), answers, file, remark)
 
 
 def _square(cell: Cell, question: str) -> Square:

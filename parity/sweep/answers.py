@@ -27,6 +27,15 @@ class Cause:
     fix: str = ""
     proofs: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        """A setting without a name is a mistake of the search.
+
+        Raises:
+            ValueError: It is one.
+        """
+        if self.kind == "setting" and not self.name:
+            raise ValueError(f"a setting without a name: {self.sentence}")
+
 
 @dataclass
 class Answer:
@@ -65,6 +74,8 @@ class Cell:
     """The file of mlx-lm that serves the architecture."""
     note: str = ""
     """Why there are no answers."""
+    remark: str = ""
+    """Of which file the answers are, where it is not that of the architecture's own name."""
     seconds: float = 0.0
 
     def of(self, question: str) -> list[Answer]:

@@ -19,10 +19,11 @@ from parity.names import canonical
 from parity.recipe import Recipe
 from parity.record import Record
 from parity.sweep.answers import Answer
-from parity.sweep.candidates import From, resolved
+from parity.sweep.filling import From, resolved
 from parity.sweep.models import Model, Store, text
 from parity.sweep.questions import GRADIENT, STAGES, TOKENS, targets
-from parity.sweep.sources import Sources
+from parity.sweep.sources import Field, Sources
+from parity.sweep.wording import without_keys
 from parity.trace import Array, Trace
 
 REFERENCE = "hf"
@@ -64,11 +65,34 @@ class Bench:
     other: dict[str, Any] = field(default_factory=dict)
     """The same of the reference's, where nothing makes the subject agree."""
     target: dict[str, list[str]] = field(default_factory=dict)
+    kind: str = ""
+    """The model type under which transformers saves the architecture, where mlx-lm has a file for that."""
 
     def patched(self, edits: Mapping[str, Any], other: Mapping[str, Any] | None = None) -> Bench:
-        """The same with further edits of the subject's configuration, or of the reference's."""
-        changed = {**self.other, **(other or {})}
-        return replace(self, patch={**self.patch, **edits}, other=changed, target={})
+        """The same with further edits of the subject's configuration, or of the reference's.
+
+        Raises:
+            TypeError: An edit is a mapping: it would take away what another configuration has inside.
+        """
+        patch, changed = {**self.patch, **edits}, {**self.other, **(other or {})}
+        for key, value in (*patch.items(), *changed.items()):
+            if isinstance(value, Mapping):
+                raise TypeError(f"the edit of {key} is a whole mapping: set single keys, or a From")
+        return replace(self, patch=patch, other=changed, target={})
+
+    @property
+    def served(self) -> str:
+        """The model type whose file of mlx-lm runs the models."""
+        return self.kind or self.architecture
+
+    def fields(self) -> list[Field]:
+        """Settings that this file declares, with those of files that it imports."""
+        return self.column.sources.fields(self.served)
+
+    @property
+    def under(self) -> str:
+        """`with …: ` of a sentence that rests on edits; empty where there are none."""
+        return f"with {self.patches()}: " if self.is_patched else ""
 
     @property
     def is_patched(self) -> bool:
@@ -117,6 +141,7 @@ class Bench:
             record = run_cell(self.column.engine, cell)
         top = next((m for m in record.metrics if m.verdict is record.verdict), None)
         verdict, reason = str(record.verdict), _with_last_words(record.reason, record.detail)
+        reason = without_keys(reason, [*self.patch, *self.other])
         if verdict == "error" and reason.startswith(f"path {REFERENCE!r}: "):
             verdict, reason = "skip", f"transformers cannot be asked: {reason}"
         if adapted and not chosen and verdict != "error":
@@ -171,9 +196,11 @@ class Bench:
         except Unsupported as error:  # mlx-lm has no model of this type
             return Logits(None, str(error), True)
         except (CaptureError, UnmatchedNames) as error:
+            # What an edit put into config.json must not be read back as what the configuration has.
+            words = without_keys(str(error), [*self.patch, *self.other])
             return Logits(
                 None,
-                _with_last_words(str(error), getattr(error, "detail", "")),
+                _with_last_words(words, getattr(error, "detail", "")),
                 "does not load" in str(error),
             )
         return Logits(trace.arrays["logits.0"])
@@ -196,7 +223,7 @@ class Bench:
 
 def shown(key: str, value: Any) -> str:
     """An edit in words; `rope_theta (from rope_parameters.rope_theta)` of one that is copied."""
-    return f"{key} (from {value.key})" if isinstance(value, From) else f"{key}={value}"
+    return f"{key} (from {value.words})" if isinstance(value, From) else f"{key}={value}"
 
 
 def ends(model: Model) -> dict[str, Any]:

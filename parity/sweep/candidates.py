@@ -5,14 +5,12 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from parity.sweep.filling import DEFAULT_THETA, From, Scaling, fits
 from parity.sweep.sources import Field
 from parity.sweep.traps import ACTIVATIONS, leaves, proposed, value_at
 
-DEFAULT_THETA = 10_000.0
-"""What loaders take that find no rope theta."""
 MOST = 14
 """Candidates that are tried for one fix."""
 
@@ -20,7 +18,7 @@ MOST = 14
 def instead(
     key: str, before: Any, after: Any, config: Mapping[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Values that a side may compute with in the place of `after`: (in words, edits).
+    """Values that a side may compute with in the place of `after`: (what is to be added in words, edits).
 
     Args:
         key: Dotted key of the setting.
@@ -28,55 +26,52 @@ def instead(
         after: The value that it is set to.
         config: The configuration that holds it.
     """
-    yield f"{key}={_shown(before)}", {key: before}
+    yield "", {key: before}
     if isinstance(after, Mapping):
         for name, value in _flat(after).items():
             inner = f"{key}.{name}"
             usual = value_at(before, name) if isinstance(before, Mapping) else None
             if usual is not None and usual != value:
-                yield f"{inner}={_shown(usual)}", {inner: usual}
+                yield "", {inner: usual}
         theta = _flat(after).keys() & {"rope_theta"}
         if theta:
-            yield f"{key}.rope_theta={DEFAULT_THETA:g}", {f"{key}.rope_theta": DEFAULT_THETA}
+            yield "", {f"{key}.rope_theta": DEFAULT_THETA}
             if isinstance(before, Mapping):
-                yield (
-                    f"{key} as usual with rope_theta={DEFAULT_THETA:g}",
-                    {key: {**before, "rope_theta": DEFAULT_THETA}},
-                )
+                yield "", {key: {**before, "rope_theta": DEFAULT_THETA}}
     elif key.endswith("rope_theta"):
-        yield f"{key}={DEFAULT_THETA:g}", {key: DEFAULT_THETA}
+        yield "", {key: DEFAULT_THETA}
         for path, value in leaves(config):
             other = ".".join(path)
             if path[-1] == "rope_theta" and other != key and value != after:
-                yield f"{key}={value:g}, the value of {other}", {key: value}
+                yield f", the value of {other}", {key: value}
 
 
 def by_default(
     keys: Iterable[str], config: Mapping[str, Any], fields: list[Field]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Settings at the value that a file takes where it finds none of that name."""
-    defaults = {f.name: f.default for f in fields if isinstance(f.default, (int, float, str))}
+    """Settings at the value that a file takes where it finds none of that name, as `instead` gives them."""
+    defaults = {f.name: f for f in fields if isinstance(f.default, (int, float, str))}
     for key in keys:
         last = key.rpartition(".")[2]
-        if last in defaults and defaults[last] != value_at(config, key):
-            value = defaults[last]
-            yield f"{key}={_shown(value)}, the default of {last} in its own file", {key: value}
+        if last in defaults and defaults[last].default != value_at(config, key):
+            field = defaults[last]
+            yield f", the default of {last} in models/{field.file}", {key: field.default}
 
 
-def any_setting(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def any_setting(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Every setting of a configuration at another value, one at a time."""
     for trap in proposed(config):
-        yield trap.name, dict(trap.changes)
+        yield dict(trap.changes)
     for path, value in leaves(config):
         key = ".".join(path)
         if path[-1] == "rope_theta" and value != DEFAULT_THETA:
-            yield f"{key}={DEFAULT_THETA:g}", {key: DEFAULT_THETA}
+            yield {key: DEFAULT_THETA}
         if value in ACTIVATIONS:
             for other in ACTIVATIONS:
                 if other != value:
-                    yield f"{key}={other}", {key: other}
+                    yield {key: other}
         if isinstance(value, float) and value not in (0.0, 1.0) and "rope" not in path[-1]:
-            yield f"{key}=1.0", {key: 1.0}
+            yield {key: 1.0}
 
 
 def readable(
@@ -135,44 +130,6 @@ def _ropes(outer: str, rope: Mapping[str, Any], known: set[str]) -> list[dict[st
     return [edits for edits in found if edits]
 
 
-@dataclass(frozen=True)
-class From:
-    """The value of another key of the same configuration, or the quotient of two (`a/b`)."""
-
-    key: str
-
-    def value(self, config: Mapping[str, Any]) -> Any:
-        """What it is in a configuration."""
-        above, slash, below = self.key.partition("/")
-        found = value_at(config, above)
-        if not slash:
-            return found
-        other = value_at(config, below)
-        return found // other if isinstance(found, int) and isinstance(other, int) else None
-
-
-@dataclass(frozen=True)
-class Scaling(From):
-    """The rope settings at a key in the spelling before transformers 5."""
-
-    def value(self, config: Mapping[str, Any]) -> Any:
-        """A mapping with the kind under `type` as well."""
-        rope = value_at(config, self.key)
-        if not isinstance(rope, Mapping):
-            return None
-        kept = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
-        return {**kept, "type": kept.get("rope_type", "default")}
-
-
-HEAD_WIDTH = From("hidden_size/num_attention_heads")
-"""What libraries take for the width of a head that is not given."""
-
-
-def resolved(edits: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Edits with the values that they have in a configuration."""
-    return {k: v.value(config) if isinstance(v, From) else v for k, v in edits.items()}
-
-
 def relative(edits: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Edits that copy a value of the configuration, so that they hold when that value is moved."""
     held = {".".join(path): value for path, value in leaves(config)}
@@ -187,100 +144,6 @@ def relative(edits: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, A
     return found
 
 
-def completing(
-    config: Mapping[str, Any], fields: list[Field], full: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Values for settings that a file demands and a configuration does not have, from those most alike.
-
-    Args:
-        config: The configuration as it was saved.
-        fields: What the file declares.
-        full: Attributes of the configuration as transformers has it, by the names of those fields.
-    """
-    held = {".".join(path): value for path, value in leaves(config) if value is not None}
-    found: dict[str, Any] = {}
-    for field in fields:
-        name = field.name
-        if not field.required or name in config or name == "model_type":
-            continue
-        fitting = {key: value for key, value in held.items() if _of_kind(field.kind, value)}
-        exact = [key for key in fitting if key.rpartition(".")[2] == name]
-        near = [
-            key
-            for key in _near(name, [*fitting])
-            if full.get(name) is None or full[name] == fitting[key]
-        ]
-        if exact or (near and name != "head_dim"):
-            found[name] = From([*exact, *near][0])
-        elif full.get(name) is not None:
-            found[name] = full[name]
-        elif name == "head_dim":
-            found[name] = HEAD_WIDTH
-    return found
-
-
-def lifted(config: Mapping[str, Any], fields: list[Field]) -> dict[str, Any]:
-    """Settings that a file declares at the top and a configuration holds in its text model alone."""
-    text = config.get("text_config")
-    if not isinstance(text, Mapping):
-        return {}
-    return {
-        field.name: From(f"text_config.{field.name}")
-        for field in fields
-        if field.name not in config and not isinstance(text.get(field.name), (Mapping, type(None)))
-    }
-
-
-def _of_kind(kind: str, value: Any) -> bool:
-    """Whether a value fits an annotation, as far as that is a plain type."""
-    if "Dict" in kind or "dict" in kind:
-        return False  # leaves are no mappings
-    plain: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
-    if kind not in plain:
-        return True
-    return isinstance(value, plain[kind]) and (kind == "bool") == isinstance(value, bool)
-
-
-def open_switches(
-    config: Mapping[str, Any], fields: list[Field], known: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Every way to set what a file demands and nothing gives a value for: switches, and numbers by 1."""
-    lacking = [
-        field
-        for field in fields
-        if field.required and field.name not in config and field.name not in known
-    ]
-    ways: list[dict[str, Any]] = [{}]
-    for field in lacking:
-        ways = [{**way, field.name: value} for way in ways for value in _values(field, config)]
-    return ways[:32]
-
-
-def _values(field: Field, config: Mapping[str, Any]) -> list[Any]:
-    """What may be meant by a setting of which only the kind is known."""
-    held = {".".join(path): value for path, value in leaves(config)}
-    numbers = {
-        k: v for k, v in held.items() if isinstance(v, (int, float)) and not isinstance(v, bool)
-    }
-    if field.kind == "bool":
-        return [False, True]
-    if field.kind == "float":
-        return [From(key) for key in numbers if "rope_" in key][:4] or [1.0]
-    if field.kind == "int":
-        rope = [From(key) for key, value in numbers.items() if "rope_" in key and value > 1][:2]
-        return [*rope, *[From(key) for key in numbers if "position" in key][:1], 1]
-    return [None]
-
-
-def _near(name: str, keys: list[str]) -> list[str]:
-    lasts = {key.rpartition(".")[2]: key for key in keys}
-    close = difflib.get_close_matches(name, list(lasts), n=3, cutoff=0.6)
-    tokens = set(name.split("_"))
-    shared = sorted(lasts, key=lambda last: -len(tokens & set(last.split("_"))))
-    more = [last for last in shared if len(tokens & set(last.split("_"))) >= 2]
-    return [lasts[last] for last in dict.fromkeys([*close, *more])]
-
-
 def _alike(name: str, value: Any, fields: list[Field]) -> list[str]:
     """Fields of similar names whose default is of the same kind, the most similar first."""
     if isinstance(value, (Mapping, list)):
@@ -288,6 +151,7 @@ def _alike(name: str, value: Any, fields: list[Field]) -> list[str]:
     close = [
         field.name
         for field in fields
+        if field.name != "model_type" and fits(field, name, value)
         if field.default is None
         or isinstance(field.default, type(value))
         or _both_numbers(field.default, value)

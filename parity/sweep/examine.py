@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from parity.bisect.locate import locate
 from parity.sweep.answers import ABSENT, NOT_ASKED, Answer, Cause, Cell
 from parity.sweep.bench import Bench, Column
 from parity.sweep.explain import Explainer
 from parity.sweep.maker import NotMade
 from parity.sweep.models import Architecture, Model, Store
-from parity.sweep.questions import CACHE, GRADIENT, LOADS, LOGITS, QUESTIONS, TOKENS
+from parity.sweep.questions import LOADS, LOGITS, QUESTIONS
+from parity.sweep.rest import REST, Rest
 from parity.sweep.traps import Configuration, Trap, changed
-
-REST = "traps that agree"
-"""The configuration of those traps that are not the cause of a red cell."""
 
 
 @dataclass
@@ -47,7 +44,6 @@ class Examiner:
             cell.answers = [Answer(question, "", ABSENT, cell.note) for question in self.wanted]
             return cell
         cell.file = file.name
-        bench = Bench(name, self.column, self.store)
         configurations = [
             c
             for c in self.architecture.found.made
@@ -57,6 +53,7 @@ class Examiner:
         ]
         plain, *others = configurations
         base = self.store.model(name, plain.config)
+        bench = Bench(name, self.column, self.store, kind=self._saved(cell, base))
         first = self._logits(cell, bench, plain, base)
         greens = [(plain, base)] if first.green else []
         if first.red:
@@ -69,12 +66,25 @@ class Examiner:
         for configuration in others:
             found = self._other(cell, bench, base, plain, configuration, patched=bool(first.red))
             greens += found
-        self._rest(cell, bench, greens, base, plain)
+        Rest(bench, plain, base, self.wanted).ask(cell, greens)
         if self.chosen:
             cell.answers = [a for a in cell.answers if a.configuration in (*self.chosen, REST)]
         cell.answers = [answer for answer in cell.answers if answer.question in self.wanted]
         cell.seconds = time.perf_counter() - started
         return cell
+
+    def _saved(self, cell: Cell, model: Model) -> str:
+        """The model type that transformers saves, where mlx-lm serves it by another file; noted in the cell."""
+        name, kind = self.architecture.name, str(model.config.get("model_type", ""))
+        file = self.column.sources.file(kind)
+        if file is None or file.name == cell.file:
+            return ""
+        cell.remark = (
+            f"transformers saves the causal model of {name} as {kind}: mlx-lm runs models/{file.name}, "
+            f"models/{cell.file} was not asked"
+        )
+        cell.file = file.name
+        return kind
 
     def _logits(
         self, cell: Cell, bench: Bench, configuration: Configuration, model: Model
@@ -125,7 +135,9 @@ class Examiner:
 
     def _attributes(self, model: Model) -> Mapping[str, Any]:
         """What transformers has under the names that the file of mlx-lm declares."""
-        names = [field.name for field in self.column.sources.fields(self.architecture.name)]
+        kind = str(model.config.get("model_type", ""))
+        served = kind if self.column.sources.file(kind) else self.architecture.name
+        names = [field.name for field in self.column.sources.fields(served)]
         try:
             return self.store.maker.ask("parsed", config=model.config, names=names)
         except NotMade:
@@ -150,7 +162,7 @@ class Examiner:
         except NotMade as error:
             cell.answers.append(Answer(LOGITS, configuration.name, "not asked", str(error)))
             return []
-        bare = Bench(bench.architecture, bench.column, bench.store) if patched else bench
+        bare = replace(bench, patch={}, other={}, target={}) if patched else bench
         answer = self._logits(cell, bare, configuration, model)
         if answer.green:
             return [(configuration, model)]
@@ -169,32 +181,37 @@ class Examiner:
                 return []
             again, _ = bench.ask(LOGITS, configuration.name, model)
             name = ", ".join(filter(None, (cause.name for cause in plains.causes)))
+            agrees = bench.ask(LOGITS, plain.name, base)[0].green
+            what = "as in the plain configuration" if agrees else "the plain configuration differs"
             if again.green:
-                words = f"as in the plain configuration: with {bench.patches()} both sides agree here as well"
+                words = f"{what}: with {bench.patches()} both sides agree here as well"
                 answer.causes.append(Cause("follows", name, words))
                 return [(configuration, model)]
-            words = (
-                f"as in the plain configuration, and more: with {bench.patches()} they differ still"
-            )
+            if not again.red:
+                words = (
+                    "the plain configuration is red already, see there; with "
+                    f"{bench.patches()} this one could not be asked: {again.reason}"
+                )
+            elif agrees:
+                words = f"{what}, and more: with {bench.patches()} they differ still"
+            else:
+                words = (
+                    f"{what} and nothing was found that makes it agree; with {bench.patches()} this one differs "
+                    "as well, and what its own settings add could not be told"
+                )
             answer.causes.append(Cause("follows", name, words))
+            if not agrees:
+                return []
         return self._traps(bench, base, plain, configuration, answer)
 
     def _traps(
         self, bench: Bench, base: Model, plain: Configuration, configuration: Configuration, answer: Answer
     ) -> list[tuple[Configuration, Model]]:  # fmt: skip
         """Which traps part the two sides by themselves; the others together, if they agree."""
-        if not bench.ask(LOGITS, plain.name, base)[0].green:
-            answer.causes.append(
-                Cause(
-                    "follows",
-                    "plain",
-                    "the plain configuration differs as well, and nothing was found that makes it agree",
-                )
-            )
-            return []
         if configuration.ties:
+            edited = f", with {bench.patches()}" if bench.is_patched else ""
             words = (
-                "with different scores of the experts (the plain configuration) both sides agree, with equal "
+                f"with different scores of the experts (the plain configuration{edited}) both sides agree, with equal "
                 "scores of all experts they do not: which of equally scored experts are taken is not the same"
             )
             answer.causes.append(Cause("module", "the router's choice among ties", words))
@@ -238,7 +255,7 @@ class Examiner:
         except NotMade:
             return [], {}
         alone, _ = bench.ask(LOGITS, "plain", model)
-        if not alone.red:
+        if alone.green or (not alone.red and not bench.is_patched):
             return [], {}
         cause, edits = Explainer(bench).setting(trap, base, model, alone)
         return [cause], edits
@@ -267,116 +284,14 @@ class Examiner:
                 answer.causes.append(cause)
                 return
             before, model = f"{before}, {trap.name}", next_model
-        answer.causes.append(
-            Cause(
-                "unknown",
-                "",
-                "no setting alone makes the difference, and none in the order in which they were added",
-            )
+        words = (
+            "no setting alone makes the difference, and none in the order in which they were added"
+            if len(configuration.traps) > 1
+            else "the only setting was red, and was not when it was asked again"
         )
-
-    def _rest(
-        self,
-        cell: Cell,
-        bench: Bench,
-        greens: list[tuple[Configuration, Model]],
-        base: Model,
-        plain: Configuration,
-    ) -> None:
-        """Gradient, cache and tokens on the configuration with most traps whose logits agree."""
-        best: tuple[Configuration, Model] | None = None
-        for configuration, model in sorted(greens, key=lambda found: -len(found[0].traps)):
-            if configuration.name == REST:
-                answer, _ = bench.ask(LOGITS, REST, model)
-                if not answer.green:
-                    continue
-                cell.answers.append(answer)
-            best = (configuration, model)
-            break
-        for question in (GRADIENT, CACHE, TOKENS):
-            if question not in self.wanted:
-                continue
-            if best is None:
-                reason = "no configuration was found on whose logits both sides agree"
-                cell.answers.append(Answer(question, plain.name, "not asked", reason))
-                continue
-            configuration, model = best
-            answer, record = bench.ask(question, configuration.name, model)
-            if bench.is_patched:
-                answer.reason += f" (asked with {bench.patches()})"
-            cell.answers.append(answer)
-            if answer.red:
-                answer.causes += self._elsewhere(
-                    bench, question, configuration, model, answer, record, base, cell
-                )
-
-    def _elsewhere(
-        self, bench: Bench, question: str, configuration: Configuration, model: Model,
-        answer: Answer, record: Any, base: Model, cell: Cell,
-    ) -> list[Cause]:  # fmt: skip
-        """Causes of a red cell whose logits agree."""
-        if answer.verdict == "error":
-            return [Cause("error", "", answer.reason)]
-        sentence = record.reason
-        if question in (GRADIENT, CACHE):
-            where = bench.cell(
-                question, model, bench.recipe(model, **_targets(bench, question, model))
-            )
-            sentence = locate(bench.column.engine, where, record).sentence or record.reason
-        found = [Cause("module", "", sentence)]
-        caches = [a for a in cell.of(CACHE) if a.red and a.configuration == configuration.name]
-        if question == TOKENS and caches:
-            found.append(
-                Cause(
-                    "follows",
-                    CACHE,
-                    "the KV cache of the same configuration differs, and tokens are generated through it",
-                )
-            )
-        culprits = self._parting(bench, question, configuration, base)
-        return [*found, *culprits]
-
-    def _parting(
-        self, bench: Bench, question: str, configuration: Configuration, base: Model
-    ) -> list[Cause]:
-        """Which traps, each alone, turn the question red."""
-        if not configuration.traps:
-            return []
-        alone, _ = bench.ask(question, "plain", base)
-        if alone.red:
-            return [
-                Cause(
-                    "module",
-                    "",
-                    "the plain configuration is red in the same question: it is not the traps",
-                )
-            ]
-        causes = []
-        plain = self.architecture.found.made[0]
-        for trap in configuration.traps:
-            try:
-                model = self.store.model(
-                    self.architecture.name, changed(plain.config, trap.changes)
-                )
-            except NotMade:
-                continue
-            found, _ = bench.ask(question, "plain", model)
-            if found.red:
-                causes.append(
-                    Cause(
-                        "setting",
-                        ", ".join(trap.changes),
-                        f"{trap.name} alone makes the difference, without it both sides agree: {found.reason}",
-                    )
-                )
-        return causes or [Cause("unknown", "", "none of the traps alone makes the difference")]
+        answer.causes.append(Cause("unknown", "", bench.under + words))
 
 
 def _same(reason: str) -> str:
     """An error without the values of the configuration that it quotes."""
     return reason.partition("; named there")[0]
-
-
-def _targets(bench: Bench, question: str, model: Model) -> Mapping[str, Any]:
-    chosen = bench.targets(model) if question in (GRADIENT, TOKENS) else []
-    return {"lora__target_modules": chosen} if chosen else {}

@@ -5,41 +5,32 @@ Nothing is looked up: a sentence is said only of what a run has shown.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from parity.bisect.locate import locate
 from parity.sweep.answers import Answer, Cause
 from parity.sweep.bench import Bench, Logits, apart, equal
-from parity.sweep.candidates import (
-    HEAD_WIDTH,
-    any_setting,
-    by_default,
-    completing,
-    instead,
-    lifted,
-    open_switches,
-    readable,
-    relative,
-    resolved,
-    switches,
-)
+from parity.sweep.candidates import any_setting, by_default, instead, readable, relative, switches
+from parity.sweep.filling import resolved
 from parity.sweep.models import Model
 from parity.sweep.questions import LOGITS
-from parity.sweep.sources import Field
 from parity.sweep.tensors import kinds, zeroed
-from parity.sweep.traps import Trap, leaves, value_at
+from parity.sweep.traps import Trap, changed, leaves, value_at
+from parity.sweep.unloaded import Unloaded
 from parity.sweep.wording import (
+    as_saved,
     compressed,
     differing,
     in_words,
     leaf_keys,
     loading_error,
     module_named,
-    named_in,
 )
 
-LOADING = "does not load"
+SETTINGS = 60
+"""Settings that are tried at another value for a plain configuration."""
 
 
 class Explainer:
@@ -51,13 +42,9 @@ class Explainer:
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
-        self.kind = bench.architecture
-        self.release = bench.column.name
+        self.kind = bench.served
         self.other: dict[str, Any] = {}
         """Edits of the reference's configuration that make both agree where none of the subject's does."""
-
-    def _fields(self) -> list[Field]:
-        return self.bench.column.sources.fields(self.kind)
 
     # A setting by which two sides part ------------------------------------------------------------
 
@@ -76,37 +63,42 @@ class Explainer:
             The cause, and edits of the subject's configuration that take it away (maybe none).
         """
         subject, reference = (self.bench.logits(s, model) for s in ("subject", "reference"))
-        usual = {key: value_at(plain.config, key) for key in trap.changes}
-        there = {key: value_at(model.config, key) for key in trap.changes}
+        under = self.bench.under
+        usual, there = as_saved(trap.changes, plain.config, model.config)
         moved = differing(usual, there)
+        if not moved:
+            words = f"{under}with {trap.name} both sides differ, and transformers saves the same config.json without it"
+            return Cause("unknown", "", words), {}
         names = compressed(moved)
-        olds = {k: v[0] for k, v in moved.items()}
-        before = in_words({k: v for k, v in olds.items() if v is not None} or olds)
-        after = in_words({k: v[1] for k, v in moved.items()})
-        proofs = [f"without it both sides agree; with {trap.name} they do not: {answer.reason}"]
+        before, after = _both_in_words(moved)
+        proofs = [f"{under}without it both sides agree; with {trap.name}: {answer.reason}"]
         if subject.values is None:
-            return self._unloaded(trap, plain, model, subject, reference, answer.tolerance, proofs)
+            return self._unloaded(there, plain, model, subject, reference, answer.tolerance, proofs)
         said = []
         if self._unread(model, usual, subject):
             said.append(
                 f"mlx-lm takes no notice of {names}: with {before} instead its logits are the same bits"
             )
             proofs += self._named(list(moved))
+        if reference.values is None or not answer.red:
+            said.append(f"{self._whose()} cannot be asked: {reference.error or answer.reason}")
+            return Cause("setting", names, under + "; ".join(said), "", proofs), {}
         tolerance = answer.tolerance
         used = self._used(model, there, usual, subject, tolerance)
         if used:
             said.append(used)
         fix, edits = self._fix(model, there, reference, tolerance)
         if not said:
-            place = self._place(model)
             said.append(
-                f"{names} is read otherwise: what value mlx-lm computes with could not be told"
-                + (f"; {place}" if place else "")
+                f"both sides differ with {after} and not with {before}; "
+                + (self._place(model) or "what mlx-lm makes of it could not be told")
             )
-        cause = Cause(
-            "setting", names, "; ".join([*said, f"transformers computes with {after}"]), fix, proofs
-        )
-        return cause, edits
+        else:
+            said.append(f"transformers computes with {after}")
+        return Cause("setting", names, under + "; ".join(said), fix, proofs), edits
+
+    def _whose(self) -> str:
+        return "transformers with its edited config.json" if self.bench.other else "transformers"
 
     def _unread(self, model: Model, usual: Mapping[str, Any], subject: Logits) -> bool:
         other = self.bench.store.edited(model, usual)
@@ -136,23 +128,34 @@ class Explainer:
         subject: Logits,
         tolerance: float,
     ) -> str:
-        tried: list[tuple[str, dict[str, Any]]] = [(in_words(usual), dict(usual))]
+        tried: list[tuple[str, dict[str, Any]]] = [("", dict(usual))]
         for key, value in there.items():
             tried += list(instead(key, usual[key], value, model.config))
         keys = [key for value in there for key in leaf_keys(value, there[value])]
-        tried += list(by_default(keys, model.config, self._fields()))
-        for words, edits in tried:
+        tried += list(by_default(keys, model.config, self.bench.fields()))
+        return next((words for words, _ in self._alike(model, tried, subject, tolerance)), "")
+
+    def _alike(
+        self, model: Model, tried: Iterable[tuple[str, dict[str, Any]]], subject: Logits, tolerance: float
+    ) -> Iterator[tuple[str, dict[str, Any]]]:  # fmt: skip
+        """Edits with which transformers gives mlx-lm's logits, as a sentence; what it was handed is said."""
+        for note, edits in tried:
             other = self.bench.store.edited(model, edits)
             left = apart(self.bench.logits("reference", other), subject)
             if left <= tolerance:
-                return f"mlx-lm computes as transformers does with {words} (greatest |Δ| {left:.2g}, {tolerance:.2g} allowed)"
-        return ""
+                handed = changed(other.config, resolved(self.bench.other, other.config))
+                words = in_words({key: value_at(handed, key) for key in edits}) + note
+                yield (
+                    f"mlx-lm computes as transformers does with {words} "
+                    f"(greatest |Δ| {left:.2g}, {tolerance:.2g} allowed)",
+                    edits,
+                )
 
     def _fix(
         self, model: Model, there: Mapping[str, Any], reference: Logits, tolerance: float
     ) -> tuple[str, dict[str, Any]]:
         sources = self.bench.column.sources
-        tried = readable(there, model.config, self._fields(), sources.words(self.kind))
+        tried = readable(there, model.config, self.bench.fields(), sources.words(self.kind))
         for edits in tried:
             if self._agrees(model, edits, reference, tolerance):
                 words = (
@@ -170,16 +173,15 @@ class Explainer:
     # What does not load ----------------------------------------------------------------------------
 
     def _unloaded(
-        self, trap: Trap, plain: Model, model: Model, subject: Logits, reference: Logits,
+        self, there: Mapping[str, Any], plain: Model, model: Model, subject: Logits, reference: Logits,
         tolerance: float, proofs: list[str],
     ) -> tuple[Cause, dict[str, Any]]:  # fmt: skip
         tolerance = tolerance or self._tolerance(plain)
-        sentence = f"with {trap.name} {loading_error(subject.error)}"
-        proofs = [*proofs, *self._named(list(trap.changes))]
-        fix, edits = self._fix(
-            model, {k: value_at(model.config, k) for k in trap.changes}, reference, tolerance
-        )
-        return Cause("loading", ", ".join(trap.changes), sentence, fix, proofs), edits
+        edits = f", and {self.bench.patches()}," if self.bench.is_patched else ""
+        sentence = f"with {in_words(there)}{edits} {loading_error(subject.error)}"
+        proofs = [*proofs, *self._named(list(there))]
+        fix, found = self._fix(model, there, reference, tolerance)
+        return Cause("loading", ", ".join(there), sentence, fix, proofs), found
 
     def _tolerance(self, model: Model) -> float:
         answer, _ = self.bench.ask(LOGITS, "", model)
@@ -201,26 +203,27 @@ class Explainer:
         if reference.values is None:
             return Cause("unknown", "", f"transformers fails: {reference.error}"), {}
         if subject.values is None:
-            return self._plain_unloaded(model, subject, reference, usual)
+            search = Unloaded(self.bench, Explainer)
+            cause, edits = search.explain(
+                model, subject, reference, usual, self._ropes(model, True)
+            )
+            self.other = search.other
+            return cause, edits
         tolerance = answer.tolerance
         keys = [".".join(path) for path, _ in leaves(model.config)]
-        defaults = by_default(keys, model.config, self._fields())
-        for words, edits in [*defaults, *self._single(any_setting(model.config))]:
-            other = self.bench.store.edited(model, edits)
-            left = apart(self.bench.logits("reference", other), subject)
-            if left <= tolerance:
-                key, theirs = ", ".join(edits), edits
-                fix, edits = self._plain_fix(model, reference, tolerance)
-                self.other = {} if fix else theirs
-                return Cause(
-                    "setting", key,
-                    f"mlx-lm computes as transformers does with {words} (greatest |Δ| {left:.2g}, {tolerance:.2g} allowed), "
-                    f"transformers with {in_words({k: value_at(model.config, k) for k in key.split(', ')})}",
-                    fix,
-                ), edits  # fmt: skip
+        tried = list(by_default(keys, model.config, self.bench.fields()))
+        tried += [("", edits) for edits in itertools.islice(any_setting(model.config), SETTINGS)]
+        for words, theirs in self._alike(model, tried, subject, tolerance):
+            fix, edits = self._plain_fix(model, reference, tolerance)
+            self.other = {} if fix else theirs
+            sentence = f"{words}, transformers with {in_words({k: value_at(model.config, k) for k in theirs})}"
+            return Cause("setting", ", ".join(theirs), sentence, fix), edits
         fix, edits = self._plain_fix(model, reference, tolerance)
         if fix:
-            sentence = f"{', '.join(edits)} is read otherwise: with what value mlx-lm computes could not be told"
+            sentence = (
+                f"both sides differ unless {', '.join(edits)} of mlx-lm's config.json is another; "
+                "what mlx-lm computes with as it is could not be told"
+            )
             return Cause("setting", ", ".join(edits), sentence, fix), edits
         place = self._place(model)
         if found := self._unused(model, subject, reference, tolerance):
@@ -232,17 +235,12 @@ class Explainer:
             "unknown", "", "no single setting explains it, and no module could be named"
         ), {}
 
-    def _single(
-        self, tried: Iterable[tuple[str, dict[str, Any]]]
-    ) -> Iterable[tuple[str, dict[str, Any]]]:
-        return list(tried)[:60]
-
     def _plain_fix(
         self, model: Model, reference: Logits, tolerance: float
     ) -> tuple[str, dict[str, Any]]:
         """An edit of the subject's configuration under which it agrees: switches, and other spellings."""
         tried = [(in_words(edits), edits) for edits in self._ropes(model)]
-        tried += switches(model.config, self._fields())
+        tried += switches(model.config, self.bench.fields())
         for shown, edits in tried:
             if self._agrees(model, edits, reference, tolerance):
                 return f"with {shown} in config.json mlx-lm agrees with transformers", relative(
@@ -263,7 +261,7 @@ class Explainer:
                 k: v for k, v in config.items() if isinstance(v, Mapping) and k.startswith("rope")
             }
             ropes |= {f"{above}{k}": v for k, v in found.items()}
-        tried = readable(ropes, model.config, self._fields(), words)
+        tried = readable(ropes, model.config, self.bench.fields(), words)
         if whatever and "rope_scaling" in words:
             tried += [
                 {
@@ -276,69 +274,6 @@ class Explainer:
                 if "rope_type" in rope
             ]
         return tried
-
-    def _plain_unloaded(
-        self, model: Model, subject: Logits, reference: Logits, usual: Mapping[str, Any]
-    ) -> tuple[Cause, dict[str, Any]]:
-        from parity.judge.noise import EPS, HEADROOM
-
-        assert reference.values is not None
-        size = float(abs(reference.values).max())
-        loose = HEADROOM * 8 * size * EPS["float32"]  # confirmed by a cell of its own below
-        own = self.bench.column.sources.own_fields(self.kind)
-        known = completing(model.config, own, usual)
-        tried = [{**known, **way} for way in open_switches(model.config, own, known)]
-        tried.append({**known, **lifted(model.config, own)})
-        tried += [{**known, **relative(edits, model.config)} for edits in self._ropes(model, True)]
-        if model.config.get("model_type") != self.kind:
-            # transformers saves the text model of a larger one under a type of its own.
-            tried.append({"model_type": self.kind, "text_config": model.config})
-        if any(field.name == "head_dim" for field in own) and "head_dim" not in model.config:
-            tried.append({**known, "head_dim": HEAD_WIDTH})
-        tried += [{**tried[0], **edits} for _, edits in switches(model.config, self._fields())]
-        loading: list[dict[str, Any]] = []
-        rest: tuple[dict[str, Any], str] | None = None  # the first edits that do not help, and why
-        for edits in filter(None, tried):
-            other = self.bench.store.edited(model, resolved(edits, model.config))
-            found = self.bench.logits("subject", other)
-            if found.values is None:
-                rest = rest or (resolved(edits, model.config), found.error)
-                continue
-            if apart(found, reference) <= loose and self._green(model, edits):
-                return self._loaded(
-                    model, subject, edits, "it loads and agrees with transformers"
-                ), edits
-            loading.append(edits)
-        if not loading:
-            cause = Cause("loading", named_in(subject.error), loading_error(subject.error))
-            if rest and loading_error(rest[1]) != loading_error(subject.error):
-                cause.sentence += f"; with {in_words(rest[0])} filled in {loading_error(rest[1])}"
-            return cause, {}
-        # What is left once it loads has a cause of its own.
-        edits = loading[0]
-        patched = Explainer(self.bench.patched(edits))
-        again, _ = patched.bench.ask(LOGITS, "", model)
-        if again.green:
-            return self._loaded(
-                model, subject, edits, "it loads and agrees with transformers"
-            ), edits
-        left, more = patched.plain(model, again, usual)
-        self.other = patched.other
-        cause = self._loaded(model, subject, edits, "it loads, and does not agree yet")
-        cause.sentence += f"; once it loads: {left.sentence}"
-        cause.name = ", ".join(filter(None, [cause.name, left.name]))
-        cause.fix += f"; then {left.fix}" if left.fix else ""
-        return cause, {**edits, **more}
-
-    def _green(self, model: Model, edits: Mapping[str, Any]) -> bool:
-        return self.bench.patched(edits).ask(LOGITS, "", model)[0].green
-
-    def _loaded(
-        self, model: Model, subject: Logits, edits: Mapping[str, Any], outcome: str
-    ) -> Cause:
-        literal = in_words(resolved(edits, model.config))
-        fix = f"with {literal} in config.json as well {outcome}"
-        return Cause("loading", ", ".join(edits), loading_error(subject.error), fix)
 
     # Tensors -------------------------------------------------------------------------------------
 
@@ -381,3 +316,10 @@ class Explainer:
         if answer.verdict != "diverge":
             return ""
         return locate(self.bench.column.engine, cell, record).sentence
+
+
+def _both_in_words(moved: Mapping[str, tuple[Any, Any]]) -> tuple[str, str]:
+    """Settings before and after; those that are not there before are left out, unless none is."""
+    olds = {key: value[0] for key, value in moved.items()}
+    before = in_words({k: v for k, v in olds.items() if v is not None} or olds)
+    return before, in_words({key: value[1] for key, value in moved.items()})

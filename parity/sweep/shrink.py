@@ -77,6 +77,8 @@ PERIODS = r".*(period|interval|step|every|frequency|sliding_window_pattern|layer
 NOT_TEXT = r".*(vision|audio|image|video|speech).*"
 SERVED = ("id2label", "label2id", "transformers_version", "_name_or_path", "architectures", "dtype")
 """Keys that say nothing of the model."""
+RANDOM = r".*(dropout|pdrop|drop_path|layerdrop|jitter).*"
+"""What a library draws at random while it trains: a gradient under it is another one each time."""
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -158,6 +160,8 @@ def completed(config: Mapping[str, Any], kinds: list[str]) -> dict[str, Any]:
 def _tiny(key: str, value: Any, layers: int) -> Any:
     if key in TOKENS:
         return TOKENS[key]
+    if re.fullmatch(RANDOM, key) and isinstance(value, (int, float)):
+        return type(value)(0)
     if isinstance(value, bool) or not isinstance(value, int):
         # A setting that is off by default stays off.
         return value

@@ -23,6 +23,8 @@ class Field:
     required: bool = False
     kind: str = ""
     """Its annotation as it is written."""
+    file: str = ""
+    """The name of the file in which it stands."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,12 @@ class Sources:
         """Settings that the file of a model type declares, those of files that it imports as well."""
         file = self.file(kind)
         seen: dict[str, Field] = {}
-        for text in _with_imports(file, set()) if file else ():
+        for place, text in _with_imports(file, set()) if file else ():
             for node in ast.walk(text):
                 if isinstance(node, ast.ClassDef) and node.name.endswith(("Args", "Config")):
                     for line in node.body:
                         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-                            field = _field(line)
+                            field = _field(line, place.name)
                             seen.setdefault(field.name, field)
         return list(seen.values())
 
@@ -75,7 +77,7 @@ class Sources:
         for node in parsed(file).body if file else ():
             if isinstance(node, ast.ClassDef) and node.name == "ModelArgs":
                 return [
-                    _field(line)
+                    _field(line, file.name if file else "")
                     for line in node.body
                     if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
                 ]
@@ -85,7 +87,7 @@ class Sources:
         """Names and text constants in the file of a model type and in those that it imports."""
         found: set[str] = set()
         file = self.file(kind)
-        for tree in _with_imports(file, set()) if file else ():
+        for _, tree in _with_imports(file, set()) if file else ():
             for node in ast.walk(tree):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):
                     found.add(node.value)
@@ -94,6 +96,26 @@ class Sources:
                 elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                     found.add(node.target.id)
         return found
+
+    def compared(self, kind: str) -> dict[str, list[str]]:
+        """Setting → texts that the file of a model type, or one that it imports, compares it with.
+
+        One that is declared and nowhere read has the empty text: any would do.
+        """
+        found: dict[str, list[str]] = {}
+        file, read = self.file(kind), set[str]()
+        for _, tree in _with_imports(file, set()) if file else ():
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Attribute):
+                    read.add(node.attr)
+                if not isinstance(node, ast.Compare):
+                    continue
+                sides = [node.left, *node.comparators]
+                names = [s.attr for s in sides if isinstance(s, ast.Attribute)]
+                texts = [s.value for s in sides if isinstance(s, ast.Constant)]
+                for name in names:
+                    found.setdefault(name, []).extend(t for t in texts if isinstance(t, str))
+        return found | {f.name: [""] for f in self.fields(kind) if f.name not in read}
 
     def place(self, kind: str, word: str) -> str:
         """`models/llama.py, line 12: ...` of the first line that names a word; empty if none does."""
@@ -145,13 +167,13 @@ def _names(file: Path) -> set[str]:
     return found
 
 
-def _with_imports(file: Path, seen: set[Path]) -> list[ast.Module]:
-    """A file and the model files that it imports from its own folder."""
+def _with_imports(file: Path, seen: set[Path]) -> list[tuple[Path, ast.Module]]:
+    """A file and the model files that it imports from its own folder, with their trees."""
     if file in seen or not file.is_file():
         return []
     seen.add(file)
     tree = parsed(file)
-    found = [tree]
+    found = [(file, tree)]
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level == 1:
             names = [node.module] if node.module else [alias.name for alias in node.names]
@@ -160,10 +182,10 @@ def _with_imports(file: Path, seen: set[Path]) -> list[ast.Module]:
     return found
 
 
-def _field(line: ast.AnnAssign) -> Field:
+def _field(line: ast.AnnAssign, file: str) -> Field:
     assert isinstance(line.target, ast.Name)
     try:
         default = ast.literal_eval(line.value) if line.value is not None else None
     except ValueError:
         default = None
-    return Field(line.target.id, default, line.value is None, ast.unparse(line.annotation))
+    return Field(line.target.id, default, line.value is None, ast.unparse(line.annotation), file)

@@ -7,17 +7,28 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from parity.sweep.shrink import SERVED
+from parity.sweep.traps import value_at
+
 
 def named_in(error: str) -> str:
-    """The settings or kinds of tensors that an error of loading is about."""
+    """The settings or kinds of tensors that an error of loading is about; empty of one that is cut."""
+    if error.endswith("…"):
+        return ""
     if "required positional argument" in error:
         return ", ".join(re.findall(r"'(\w+)'", error.partition("argument")[2].partition(";")[0]))
     found = re.search(r"(?:Received|Missing) \d+ parameters[^:]*: ([^;]+)", error)
     if found:
-        lasts = [re.sub(r"\.\d+(?=\.)", ".N", name.strip(" .…")) for name in found[1].split(",")]
-        return ", ".join(dict.fromkeys(".".join(last.split(".")[-2:]) for last in lasts if last))
+        names = [re.sub(r" \(\d+\)$", "", name.strip(" .")) for name in found[1].split(",")]
+        return ", ".join(dict.fromkeys(_end(name) for name in names if name))
     found = re.search(r"for parameter (\S+?)\.?(?:;|$)", error)
     return found[1] if found else ""
+
+
+def _end(name: str) -> str:
+    """The last two parts of a tensor's name; of `layers.N.A_log` that has no module all three."""
+    parts = name.split(".")
+    return ".".join(parts[-3:] if parts[-2:-1] == ["N"] else parts[-2:])
 
 
 def leaf_keys(key: str, value: Any) -> list[str]:
@@ -56,18 +67,51 @@ def differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, 
     return found
 
 
+def as_saved(
+    keys: Iterable[str], before: Mapping[str, Any], after: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The values of settings in two configurations as they were saved.
+
+    A text model that is saved by itself has its settings at the top. Where none of the settings is found
+    moved under its name, all that moved is given; both are empty where the files are the same.
+    """
+    names = [
+        key if value_at(before, key) is not None or value_at(after, key) is not None
+        else key.removeprefix("text_config.")
+        for key in keys
+    ]  # fmt: skip
+    usual = {key: value_at(before, key) for key in names}
+    there = {key: value_at(after, key) for key in names}
+    if differing(usual, there):
+        return usual, there
+    every = dict.fromkeys(k for k in (*before, *after) if k not in SERVED)
+    found = differing({k: before.get(k) for k in every}, {k: after.get(k) for k in every})
+    return {k: v[0] for k, v in found.items()}, {k: v[1] for k, v in found.items()}
+
+
 def module_named(sentence: str) -> str:
-    """The module that a sentence of the module search names; empty where it names none."""
-    for start in ("first bad module ", "and the output of ", "and the input of "):
-        if start in sentence:
-            return sentence.partition(start)[2].split(":")[0].split(" ")[0].rstrip(",;")
-    return ""
+    """The module that a sentence of the module search names; empty where it names none.
+
+    Of one whose input differs already it is what comes before it.
+    """
+    starts = {"first bad module ": "", "and the output of ": "", "and the input of ": "before "}
+    found = [(sentence.index(start), start) for start in starts if start in sentence]
+    if not found:
+        return ""
+    _, start = min(found)
+    return starts[start] + sentence.partition(start)[2].split(":")[0].split(" ")[0].rstrip(",;")
 
 
 def loading_error(text: str) -> str:
     """An error of loading without what stands before it, said of mlx-lm."""
     _, found, rest = text.partition("mlx-lm does not load the model: ")
-    return f"mlx-lm does not load it: {rest}" if found else text
+    return (f"mlx-lm does not load it: {rest}" if found else text).rstrip(".")
+
+
+def without_keys(error: str, keys: Iterable[str]) -> str:
+    """An error without what the configuration has, where a key of that was put there by an edit."""
+    start, tail, named = error.partition("; named there, the configuration has ")
+    return start if tail and any(f"{key}=" in named for key in keys) else error
 
 
 def in_words(values: Mapping[str, Any]) -> str:

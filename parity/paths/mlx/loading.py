@@ -8,6 +8,7 @@ import json
 import linecache
 import re
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from typing import Any
 from parity import resources
 from parity.errors import Unsupported
 from parity.recipe import Recipe
+
+LONGEST = 4000
+"""Characters of an error that are shown."""
 
 
 def loaded(source: str) -> tuple[Any, Any, dict[str, Any]]:
@@ -61,7 +65,16 @@ def explained(source: str) -> Iterator[None]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    """An error in one line, every name in it whole.
+
+    A list of tensors has each kind once: `model.layers.N.mlp.up_proj.weight (2)` of those of two layers.
+    """
+    text = " ".join(str(error).split())
+    listed = re.fullmatch(r"((?:Received|Missing) \d+ parameters[^:]*: )(.+?)\.?", text)
+    if listed:
+        kinds = Counter(re.sub(r"\.\d+(?=\.)", ".N", name) for name in listed[2].split(", "))
+        return listed[1] + ", ".join(f"{k} ({n})" if n > 1 else k for k, n in kinds.items())
+    return text if len(text) <= LONGEST else f"{text[:LONGEST].rpartition(' ')[0]} …"
 
 
 def _keys(source: str) -> dict[str, Any]:
@@ -80,9 +93,9 @@ def _keys(source: str) -> dict[str, Any]:
 
 
 def _place(error: Exception, keys: dict[str, Any]) -> str:
-    """Where in mlx-lm's model files it was raised; keys that the message or that line names.
+    """Where in mlx-lm's model files it was raised; keys that the message or that line of code names.
 
-    Where the message names values of theirs as well, only those keys.
+    Where the message has values of theirs as well, only those keys; then a variable's name is enough.
     """
     frames = [
         frame
@@ -94,8 +107,22 @@ def _place(error: Exception, keys: dict[str, Any]) -> str:
         last = frames[-1]
         line = linecache.getline(last.filename, last.lineno or 0).strip()
         where = f"; models/{Path(last.filename).name}, line {last.lineno}: `{line}`"
-    words = set(re.findall(r"[A-Za-z_]\w+", f"{line} {error}"))
+    words = _identifiers(str(error))
+    for attribute, text in re.findall(r"""\.([A-Za-z_]\w*)|["'](\w+)["']""", line):
+        words.add(attribute or text)
+    variables, given = set(re.findall(r"[A-Za-z_]\w+", line)), str(error).split()
     named = {key: value for key, value in keys.items() if key.rpartition(".")[2] in words}
-    quoted = {key: value for key, value in named.items() if str(value) in str(error).split()}
+    quoted = {
+        key: value
+        for key, value in keys.items()
+        if str(value) in given
+        and (key in named or (isinstance(value, str) and key.rpartition(".")[2] in variables))
+    }
     shown = [f"{key}={json.dumps(value)[:80]}" for key, value in (quoted or named).items()]
     return where + (f"; named there, the configuration has {', '.join(shown)}" if shown else "")
+
+
+def _identifiers(message: str) -> set[str]:
+    """Words that a message marks as names: in quotes, or before an `=`; others are prose."""
+    marked = re.findall(r"""["'`](\w+)["'`]|\b(\w+)=(?!=)""", message)
+    return {quoted or given for quoted, given in marked}
