@@ -84,6 +84,9 @@ def test_a_small_difference_does_not_hide_what_stands_behind_it(engine, small):
     """Each layer begins with a norm that is off, and no logit shows it."""
     found = place(engine, "search_faults:SmallBeforeLarge", "hf", small)
     assert found.name == "layers.0.self_attn"
+    # Of each layer the first alone is listed, and said to be that.
+    firsts = found.sentence.partition("first off in it: ")[2].partition(";")[0]
+    assert "norm in" in firsts and "o_proj" not in firsts, firsts
     # Which norms stand out beside the first depends on the rounding of the machine.
     given, _, behind = found.sentence.partition("; with the reference's values at ")[2].partition(
         " of each layer, "

@@ -187,10 +187,7 @@ _ALL = (
                 "module", "arguments",
             ),
             scalar("order", _NAMES, "modules in the order of calls", "modules"),
-            scalar(
-                "own_dropout", float,
-                "greatest probability of a dropout of the model's own, which is off here", "dropout",
-            ),
+            scalar("own_dropout", float, "greatest dropout of the model's own, off here", "dropout"),
         ),
         reads=(*_ADAPTED, "mask.", "train.gradient_checkpointing", "train.autocast"),
         ignores=("mask.prompt",),

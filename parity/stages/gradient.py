@@ -10,6 +10,7 @@ import numpy as np
 from parity.judge.compare import compare, compare_exact, compare_group
 from parity.judge.noise import HEADROOM, distance
 from parity.names import is_factor
+from parity.record import Metric
 from parity.stages import experts
 from parity.stages.context import Comparison, Context, Pair
 from parity.stages.inputs import common_rows
@@ -33,9 +34,7 @@ class Gradient:
         result = Comparison(facts={"vocabulary": context.vocabulary})
         for pair, what in self.pairs(context):
             a, b = pair.subject, pair.reference
-            for key, name in (("loss", "loss"), ("norm", "global norm")):
-                metric = compare(key, a.arrays[key], b.arrays[key], pair.noise)
-                result.metrics.append(metric.model_copy(update={"name": f"{name}, {what}"}))
+            result.metrics += loss_and_norm(pair, what)
             counts = np.array([a.scalars["tokens"]]), np.array([b.scalars["tokens"]])
             result.metrics.append(compare_exact(f"supervised tokens, {what}", *counts))
             tensors = a.group("gradient"), b.group("gradient")
@@ -71,6 +70,13 @@ class Gradient:
         names = ("B = 0", "B ≠ 0") if low_rank else ("weights as loaded", "weights moved")
         for what, adapter in zip(names, (init, filled(init, rng)), strict=True):
             yield rows.with_group("adapter", adapter), what
+
+
+def loss_and_norm(pair: Pair, what: str) -> Iterator[Metric]:
+    """Both scalars of one gradient, named for the adapter that it is of."""
+    for key, name in (("loss", "loss"), ("norm", "global norm")):
+        metric = compare(key, pair.subject.arrays[key], pair.reference.arrays[key], pair.noise)
+        yield metric.model_copy(update={"name": f"{name}, {what}"})
 
 
 def reduction_facts(subject: Trace, reference: Trace, what: str) -> dict[str, float]:

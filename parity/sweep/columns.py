@@ -73,22 +73,7 @@ def of_package(engine: Engine, subject: str, span: Range, count: int) -> Columns
     """
     if span.package != PACKAGE:
         raise UsageError(f"--package {span.package}: a sweep runs releases of {PACKAGE}")
-    named = releases(span)
-
-    def planned(version: str) -> Planned:
-        option = f"--package {PACKAGE}=={version}"
-
-        def make() -> Column:
-            kind = resolve(subject)
-            extra = sorted(set(kind.packages) - {"torch", PACKAGE})
-            place = environment(
-                PACKAGE, version, engine.cache, extra, False, kind.without_dependencies
-            )
-            return _elsewhere(engine, subject, version, place, of_python(place.python), option)
-
-        return Planned(version, option, make)
-
-    return _chosen(named, count, planned)
+    return _chosen(releases(span), count, lambda version: _release(engine, subject, version))
 
 
 def one_release(engine: Engine, subject: str, version: str) -> Columns:
@@ -98,21 +83,19 @@ def one_release(engine: Engine, subject: str, version: str) -> Columns:
 
 def of_package_exactly(engine: Engine, subject: str, versions: list[str]) -> Columns:
     """These releases and no others."""
+    return Columns([_release(engine, subject, version) for version in versions])
 
-    def planned(version: str) -> Planned:
-        option = f"--package {PACKAGE}=={version}"
 
-        def make() -> Column:
-            kind = resolve(subject)
-            extra = sorted(set(kind.packages) - {"torch", PACKAGE})
-            place = environment(
-                PACKAGE, version, engine.cache, extra, False, kind.without_dependencies
-            )
-            return _elsewhere(engine, subject, version, place, of_python(place.python), option)
+def _release(engine: Engine, subject: str, version: str) -> Planned:
+    option = f"--package {PACKAGE}=={version}"
 
-        return Planned(version, option, make)
+    def make() -> Column:
+        kind = resolve(subject)
+        extra = sorted(set(kind.packages) - {"torch", PACKAGE})
+        place = environment(PACKAGE, version, engine.cache, extra, False, kind.without_dependencies)
+        return _elsewhere(engine, subject, version, place, of_python(place.python), option)
 
-    return Columns([planned(version) for version in versions])
+    return Planned(version, option, make)
 
 
 def of_repo(engine: Engine, subject: str, repo: Path, good: str, bad: str, count: int) -> Columns:

@@ -13,7 +13,7 @@ from parity.names import canonical, layer_of
 from parity.record import Metric
 from parity.stages.context import Comparison, Context, Pair, Stage
 from parity.stages.decode import MARGINS, ids_metric, margins_of
-from parity.stages.gradient import Gradient, filled
+from parity.stages.gradient import Gradient, filled, loss_and_norm
 from parity.stages.inputs import common_rows
 from parity.stages.kv_cache import TRIMMED, TURNS, KvCache
 from parity.stages.logits import Logits
@@ -63,9 +63,7 @@ class SweepGradient(Gradient):
         result = Comparison()
         for pair, what in self.pairs(context):
             a, b = pair.subject, pair.reference
-            for key, name in (("loss", "loss"), ("norm", "global norm")):
-                metric = compare(key, a.arrays[key], b.arrays[key], pair.noise)
-                result.metrics.append(metric.model_copy(update={"name": f"{name}, {what}"}))
+            result.metrics += loss_and_norm(pair, what)
             counts = np.array([a.scalars["tokens"]]), np.array([b.scalars["tokens"]])
             result.metrics.append(compare_exact("supervised tokens", *counts))
             result.metrics.append(_tensors(pair))
