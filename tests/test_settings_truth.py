@@ -7,7 +7,7 @@ import pytest
 
 from parity.cells.cell import Cell
 from parity.cells.run import run_cell
-from parity.paths import measured
+from parity.paths import loss_settings, measured
 from parity.paths.registry import knobs
 from parity.record import Verdict
 from parity.report.text import describe
@@ -181,7 +181,7 @@ def test_clips_are_told_from_what_they_leave():
 
 
 def weights(rule):
-    for ids, lengths in measured.loss_batches():
+    for ids, lengths in loss_settings.loss_batches():
         steps = np.arange(1, ids.shape[1])
         mask = (steps < lengths[:, 1:]).astype(float)
         yield mask / rule(mask, lengths), lengths
@@ -203,7 +203,7 @@ def weights(rule):
     ],
 )
 def test_denominators_are_told_from_weights(rule, name):
-    assert measured.denominator(weights(rule)).startswith(name)
+    assert loss_settings.denominator(weights(rule)).startswith(name)
 
 
 def test_the_seed_in_effect_is_the_last_before_the_draw():

@@ -198,12 +198,8 @@ def _tried(
 
 
 def _behind(
-    context: Context,
-    rows: Trace,
-    seen: ForwardComparison,
-    firsts: list[Event],
-    found: _Found | None,
-) -> _Found | None:
+    context: Context, rows: Trace, seen: ForwardComparison, firsts: list[Event], found: _Found | None
+) -> _Found | None:  # fmt: skip
     """What makes more of the error than what stands before it in its layer, if anything does."""
     alike: set[tuple[str, str]] = set()
     for _ in range(BEHIND):

@@ -25,7 +25,8 @@ from parity.paths.hf.live import (
     trainable,
 )
 from parity.paths.hf.modules import module_outputs
-from parity.paths.measured import denominator, loss_batches, padding, unknown
+from parity.paths.loss_settings import denominator, loss_batches, padding
+from parity.paths.measured import unknown
 from parity.paths.quantized import by_setting
 from parity.recipe import Recipe
 from parity.trace import Array, Trace

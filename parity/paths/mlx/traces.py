@@ -11,7 +11,7 @@ import numpy as np
 from parity.names import canonical
 from parity.paths.batches import input_batches
 from parity.paths.describe import row_digests, single, without_adapter
-from parity.paths.measured import denominator, loss_batches, padding
+from parity.paths.loss_settings import denominator, loss_batches, padding
 from parity.paths.mlx import live as _mlx
 from parity.paths.mlx import modules as _mlx_modules
 from parity.paths.mlx.live import Batch, Loss, Setup, to_numpy

@@ -19,7 +19,8 @@ from parity.paths.hf import readback
 from parity.paths.hf.live import IGNORED, Batch
 from parity.paths.hf.observed import seeding
 from parity.paths.hf.path import HfPath
-from parity.paths.measured import denominator, loss_batches, seed_facts, unknown
+from parity.paths.loss_settings import denominator, loss_batches
+from parity.paths.measured import seed_facts, unknown
 from parity.paths.plugin.on_torch.arrays import OwnBatch
 from parity.paths.plugin.on_torch.facts import training_facts
 from parity.paths.plugin.on_torch.parts import NoSchedule, operations
