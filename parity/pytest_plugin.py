@@ -79,7 +79,8 @@ def _choose_device(config: pytest.Config) -> None:
 
 def _matrix(config: pytest.Config, stage: str) -> Matrix:
     from parity import recipe as recipes
-    from parity.capture.engine import check_run, knobs
+    from parity.capture.checks import check_run
+    from parity.capture.engine import knobs
     from parity.cells import matrix as runs
     from parity.errors import UsageError
     from parity.stages import find

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -67,6 +68,12 @@ class Moody(TrainingPath):
         return trace
 
 
+class Twin(NumpyAdamW):
+    """The same under another name."""
+
+    name = "twin"
+
+
 class FaultyStill(Faulty):
     """The same in a process of its own."""
 
@@ -117,3 +124,20 @@ class NotInstalled(MlxPath):
 
     name = "not-installed"
     packages = (*MlxPath.packages, "a-trainer-of-mine")
+
+
+class Asleep(TrainingPath):
+    """Its settings take a minute; it leaves a file when its process ends."""
+
+    name = "asleep"
+    framework = "numpy"
+    honours = Faulty.honours
+
+    def config(self, recipe, inputs):
+        (self.cache / "asleep").touch()
+        time.sleep(60)
+        return Trace()
+
+    def defaults(self, recipe, inputs):
+        atexit.register((self.cache / "ended").touch)
+        return Trace()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -166,3 +169,18 @@ def test_a_path_that_does_not_seed_does_not_repeat_itself_in_a_shared_process(em
             for attempt in ("-1", "-2")
         ]
     assert drawn[0] != drawn[1]
+
+
+def test_what_is_registered_for_the_end_of_a_process_is_done(empty_cache):
+    with Engine(cache=empty_cache) as engine:
+        engine.capture("tests.faulty_paths:Asleep", "defaults", Recipe(), Trace())
+        assert not (empty_cache / "ended").exists()
+    assert (empty_cache / "ended").exists()
+
+
+@pytest.mark.parametrize(("request_line", "code"), [("", 0), ("no request", 1)])
+def test_a_process_says_how_it_ended(empty_cache, request_line, code):
+    command = [sys.executable, "-m", "parity.capture.worker", "numpy", str(empty_cache)]
+    done = subprocess.run(command, input=request_line, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert ("JSONDecodeError" in done.stderr) == bool(code)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from parity.bisect.ahead import ahead
 from parity.bisect.answer import against
 from parity.bisect.fewer_steps import STEPS, Oracle, minimal, shortest
 from parity.bisect.likelihood import likelihood, of_parts
@@ -130,23 +131,24 @@ class CauseSearch:
         cell = self.cell(stage, names, parts, steps)
         changed = cell.recipe.override(cell.changes.get("subject", {})).digest()
         self._recipes.add(f"{cell.subject} {changed}")
-        return run_cell(self.engine, cell, repeat=not self.steady)
+        return run_cell(self.engine, cell, repeat=not self.steady, deciding=True)
 
     def search(self) -> SearchReport:
         """Runs the whole search."""
         started = time.perf_counter()
         report = SearchReport(self.subject, self.reference, differing=len(self.changes))
         mine = self.recipe.override(self.changes)
-        self.steady, report.repeats = repeats(self.engine, self.subject, mine)
-        for text in report.repeats:
-            self.notice(text)
-        config = self._visit(self.stages[0], report)
-        report.settings = list(_settings(config).values())
-        if not config.metrics:
-            report.skipped.append(f"{config.stage}: {config.reason}")
-        self._stages(report)
-        if report.verdict == AGREE:
-            self._conclude(report)
+        with ahead(self.engine, [self.cell(stage, self.rest) for stage in self.stages]):
+            self.steady, report.repeats = repeats(self.engine, self.subject, mine)
+            for text in report.repeats:
+                self.notice(text)
+            config = self._visit(self.stages[0], report)
+            report.settings = list(_settings(config).values())
+            if not config.metrics:
+                report.skipped.append(f"{config.stage}: {config.reason}")
+            self._stages(report)
+            if report.verdict == AGREE:
+                self._conclude(report)
         report.runs, report.seconds = len(self._recipes), time.perf_counter() - started
         return report
 
@@ -178,7 +180,7 @@ class CauseSearch:
 
     def _again(self, stage: Stage, report: SearchReport, record: Record) -> Record:
         """A divergence that the subject shows once more; what does not repeat itself is none."""
-        again = run_cell(self.engine, self.cell(stage, self.rest), repeat=True)
+        again = run_cell(self.engine, self.cell(stage, self.rest), repeat=True, deciding=True)
         if again.verdict is not record.verdict:
             report.path[-1].verdict, report.path[-1].reason = str(again.verdict), again.reason
         return again
@@ -392,12 +394,3 @@ def _settings(config: Record) -> Settings:
     """What differs in the effective configuration, by its key; not what differs by nature."""
     bad = (m for m in config.metrics if m.gate and m.verdict is Verdict.DIVERGE and m.note)
     return {metric.name: metric.note for metric in bad}
-
-
-def shipped(
-    engine: Engine, subject: str, reference: str, recipe: Recipe
-) -> tuple[Recipe, dict[str, Any]]:
-    """The reference's recipe as it is shipped, and what the subject's differs in."""
-    theirs = engine.shipped(reference, recipe)
-    mine = engine.shipped(subject, recipe)
-    return theirs, {name: value for name, (value, _) in mine.difference(theirs).items()}

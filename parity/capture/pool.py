@@ -75,7 +75,7 @@ class Pool:
         self.jobs = jobs
         self._idle: list[Worker] = []  # the one used last comes last
         self._lent: Counter[Group] = Counter()
-        self._working: list[Worker] = []
+        self._working: dict[Worker, int] = {}  # with the thread that uses it
         self._stopped = False
         self._alone: dict[str, str] = {}
         self._started = 0
@@ -93,7 +93,7 @@ class Pool:
         group = group_of(spec, kind, python, spec in self._alone)
         worker = self._take(spec, group)
         with self._returned:
-            self._working.append(worker)
+            self._working[worker] = threading.get_ident()
         try:
             if self._stopped:
                 worker.kill()
@@ -123,6 +123,13 @@ class Pool:
             for worker in (*self._idle, *self._working):
                 worker.kill()
             self._returned.notify_all()
+
+    def drop(self, thread: int) -> None:
+        """Kills the worker that a thread uses, if any: nobody wants its answer any more."""
+        with self._returned:
+            for worker, user in self._working.items():
+                if user == thread:
+                    worker.kill()
 
     def _refuse_if_stopped(self) -> None:
         if self._stopped:
@@ -182,7 +189,7 @@ class Pool:
         ended: list[Worker] = []
         with self._returned:
             self._lent[worker.group] -= 1
-            self._working.remove(worker)
+            del self._working[worker]
             if worker.changed and not worker.group.alone:
                 # The call itself was served by a process that nobody had changed.
                 self._alone[spec] = in_words(worker.changed)

@@ -7,6 +7,7 @@ the answers.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes.util
 import json
@@ -338,4 +339,9 @@ def _carry_out(path: TrainingPath, request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    code = [1]
+    # What is registered first runs last: taking the libraries of a framework down takes up to a second,
+    # and on a Mac may kill the process.
+    atexit.register(lambda: os._exit(code[0]))
     serve(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
+    code[0] = 0

@@ -14,7 +14,8 @@ from typing import Any
 from parity import __version__, timing
 from parity.capture import machine
 from parity.capture.bundle import is_bundle, opened
-from parity.capture.engine import Declared, Engine, Source, declared, not_installed, shipped
+from parity.capture.checks import not_installed
+from parity.capture.engine import Declared, Engine, Source, declared, shipped
 from parity.capture.keys import git_state
 from parity.cells.cell import Cell, reproduce
 from parity.cells.matrix import Matrix
@@ -32,7 +33,11 @@ ROUNDS = 3  # times that a cell is run for want of one environment
 
 
 def run_cell(
-    engine: Engine, cell: Cell, repeat: bool = False, sources: Mapping[str, Source] | None = None
+    engine: Engine,
+    cell: Cell,
+    repeat: bool = False,
+    sources: Mapping[str, Source] | None = None,
+    deciding: bool = False,
 ) -> Record:
     """Runs one cell; whatever goes wrong in it becomes its record.
 
@@ -45,10 +50,11 @@ def run_cell(
         repeat: Run the subject of a cell that diverges once more: what does not repeat itself is no
             evidence.
         sources: What answers captures, by side; see `sources_of`.
+        deciding: Leave out what no verdict depends on.
     """
     sources, found = sources or sources_of(engine, cell), dict[str, str]()
     for _ in range(ROUNDS):
-        record, mixed = _round(engine, cell, repeat, sources)
+        record, mixed = _round(engine, cell, repeat, sources, deciding)
         again = {side: spec_of(cell, side) for side in mixed}
         if not mixed or any(map(is_bundle, again.values())):
             break
@@ -67,13 +73,13 @@ def run_cell(
 
 
 def _round(
-    engine: Engine, cell: Cell, repeat: bool, sources: Mapping[str, Source]
+    engine: Engine, cell: Cell, repeat: bool, sources: Mapping[str, Source], deciding: bool
 ) -> tuple[Record, dict[str, list[str]]]:
     """The record of one run, and what differs between the environments of a side's captures."""
     started = time.perf_counter()
     result, verdict, reason, detail = Comparison(), None, "", ""
     mixed: dict[str, list[str]] = {}
-    context = context_of(engine, cell, sources, mixed)
+    context = replace(context_of(engine, cell, sources, mixed), deciding=deciding)
     # What a path saved it may well read otherwise.
     itself = cell.subject == cell.reference and not isinstance(cell.stage, Exchange)
     if itself and not cell.changes:

@@ -161,8 +161,8 @@ def matrix(model: str, paths: tuple[str, ...], as_json: bool, timeout: float) ->
     from itertools import product
 
     from parity.adapters.convert import convert
+    from parity.capture.checks import check as find_wrong_use
     from parity.capture.engine import Engine
-    from parity.capture.engine import check as find_wrong_use
     from parity.cells.cell import Cell
     from parity.cells.run import run_cell
     from parity.files import to_json

@@ -49,6 +49,7 @@ def audit(
     """  # noqa: D301
     from parity.audit.audit import WRONG, Auditor, Status
     from parity.audit.moves import moves, named
+    from parity.capture import checks
     from parity.capture import engine as engines
     from parity.errors import UsageError
     from parity.files import to_json
@@ -56,7 +57,7 @@ def audit(
     from parity.recipe import parse_setting
     from parity.report import audit as report
 
-    engines.check_fitness(path)
+    checks.check_fitness(path)
     names = [part.strip() for name in factors for part in name.split(",")]
     known = [move.factor for move in moves(resolve(path))]
     if lost := [name for name in names if not any(named(f, name) for f in known)]:
@@ -93,10 +94,11 @@ def check_path(path: str, timeout: float) -> None:
       parity check-path mlx-lm
     """  # noqa: D301
     from parity.audit.fitness import Examiner
+    from parity.capture import checks
     from parity.capture import engine as engines
     from parity.report import audit as report
 
-    engines.check_fitness(path)
+    checks.check_fitness(path)
     with engines.Engine(timeout=timeout) as engine:
         examiner = Examiner(engine, path, lambda found: click.echo(report.check(found)))
         found = examiner.examine()

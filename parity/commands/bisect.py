@@ -154,10 +154,10 @@ def _search(
     """Runs the search, prints the answer, and returns the verdict."""
     from parity.bisect import check
     from parity.bisect.answer import answer
-    from parity.bisect.causes import CauseSearch, shipped
+    from parity.bisect.causes import CauseSearch
     from parity.capture import capacity
+    from parity.capture.checks import check as find_wrong_use
     from parity.capture.engine import Engine
-    from parity.capture.engine import check as find_wrong_use
     from parity.report.search_files import save
     from parity.report.search_progress import Lines, shown
     from parity.stages import STAGES, find
@@ -178,7 +178,9 @@ def _search(
                 cell = _cell(subject, reference, shared, changes, origin, probe or "02")
                 return _versions(engine, cell, out, display, spans=spans, **versions)
             if as_shipped:
-                shared, own = shipped(engine, subject, reference, shared)
+                mine = engine.shipped(subject, shared)
+                shared = engine.shipped(reference, shared)
+                own = {name: value for name, (value, _) in mine.difference(shared).items()}
                 changes = {**own, **changes}
             display.notice(f"{len(changes)} factors differ: {', '.join(changes) or 'none'}")
             report = CauseSearch(

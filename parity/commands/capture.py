@@ -55,6 +55,7 @@ def capture(
       parity run --subject mlx.bundle --reference hf.bundle       ... judged anywhere
     """  # noqa: D301
     from parity import recipe as recipes
+    from parity.capture import checks
     from parity.capture import engine as engines
     from parity.capture.bundle import SUFFIX, is_bundle, name_of
     from parity.cells import collect
@@ -74,7 +75,7 @@ def capture(
         shared,
         origin=recipe,
     )
-    engines.check_run(path, matrix.references, shared)
+    checks.check_run(path, matrix.references, shared)
     cells, of = matrix.cells(), collect.of_subject if reference else collect.of_reference
     with (
         progress.counted(len(cells)) as (done, notice),

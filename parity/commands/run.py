@@ -97,7 +97,7 @@ def run(
     """  # noqa: D301
     from parity import recipe as recipes
     from parity import timing
-    from parity.capture import capacity, storage
+    from parity.capture import capacity, checks, storage
     from parity.capture import engine as engines
     from parity.capture.bundle import name_of
     from parity.cells import matrix as runs
@@ -125,7 +125,7 @@ def run(
         changes,
         recipe,
     )
-    engines.check_run(subject, matrix.references, shared)
+    checks.check_run(subject, matrix.references, shared)
     known = expectations.chosen(
         name_of(subject), map(name_of, matrix.references), expected, no_expected
     )

@@ -12,8 +12,8 @@ from parity.bisect.answer import answer
 from parity.bisect.causes import CauseSearch
 from parity.bisect.result import SearchReport
 from parity.bisect.versions import VersionSearch
+from parity.capture.checks import check as find_wrong_use
 from parity.capture.engine import Engine
-from parity.capture.engine import check as find_wrong_use
 from parity.capture.environments import parse_range
 from parity.cells.cell import Cell
 from parity.cells.run import run_cell

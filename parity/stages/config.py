@@ -56,7 +56,8 @@ class Config:
         gates = len(TITLES) - len(aside)
         result.metrics.insert(0, _compared(gates, lacking, a, b))
         result.findings += self._dropped(context, a, b)
-        result.findings += self._shipped(context)
+        if not context.deciding:
+            result.findings += self._shipped(context)
         return result
 
     def _dropped(self, context: Context, *sides: Settings) -> list[str]:

@@ -229,6 +229,7 @@ class Context:
         both: Runs one method on both sides at once.
         own_factors: Factors that the code of either side decides, whatever a recipe has: the recipe's value
             is compared, and no other is asked for.
+        deciding: Leave out what no verdict depends on, such as each path as it is shipped.
     """
 
     recipe: Recipe
@@ -244,6 +245,7 @@ class Context:
     again: Capture
     both: Callable[..., tuple[Trace, Trace]]
     own_factors: tuple[str, ...] = ()
+    deciding: bool = False
     notes: dict[str, None] = field(default_factory=dict)
     """Filled with what is to be known of the inputs, in sentences."""
 

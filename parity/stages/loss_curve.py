@@ -61,8 +61,9 @@ class LossCurve:
             )
         if across(context):
             result.findings += _decayed(context)
-        result.metrics.append(self._completion(context, adapters))
-        self._shipped(context, result)
+        if not context.deciding:
+            result.metrics.append(self._completion(context, adapters))
+            self._shipped(context, result)
         return result
 
     def _completion(
