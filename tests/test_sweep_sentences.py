@@ -345,6 +345,22 @@ def test_ties_agree_without_an_edit_only_where_they_do(toy, monkeypatch):
     assert "(the plain configuration) both sides agree" in cell.answers[-1].causes[-1].sentence
 
 
+@pytest.mark.parametrize("least", [("hidden_size",), ("num_attention_heads", "hidden_size")])
+def test_of_settings_that_are_moved_together_those_that_matter_are_named(toy, monkeypatch, least):
+    moved = {"num_attention_heads": 3, "hidden_size": 48, "qk_rope_head_dim": 4}
+
+    def subject(config):
+        return float(all(config[key] == moved[key] for key in least))
+
+    def traps(config):
+        return Configuration("traps", changed(config, moved), [Trap("odd head count", moved)])
+
+    cell = examined(toy, monkeypatch, subject, lambda config: 0.0, traps)
+    (cause,) = cell.answers[-1].causes
+    assert cause.name.split(", ") == list(least)
+    assert all(f"{key}={moved[key]}" in cause.sentence for key in least)
+
+
 def test_a_value_is_told_or_not_told(toy, monkeypatch):
     monkeypatch.setattr(Explainer, "_place", lambda self, model: "with theta 7 it agrees")
     bench = toy([], lambda c: factor(c) + 1, factor)

@@ -257,8 +257,27 @@ class Examiner:
         alone, _ = bench.ask(LOGITS, "plain", model)
         if alone.green or (not alone.red and not bench.is_patched):
             return [], {}
+        trap, model, alone = self._least(bench, plain, trap, model, alone)
         cause, edits = Explainer(bench).setting(trap, base, model, alone)
         return [cause], edits
+
+    def _least(
+        self, bench: Bench, plain: Configuration, trap: Trap, model: Model, answer: Answer
+    ) -> tuple[Trap, Model, Answer]:
+        """Of settings that are moved together those without any of which the two sides do not part so."""
+        for key in tuple(trap.changes):
+            rest = {name: value for name, value in trap.changes.items() if name != key}
+            if not rest or not answer.red:
+                continue
+            fewer = Trap(trap.kind, rest)
+            try:
+                other = self.store.model(self.architecture.name, changed(plain.config, rest))
+            except NotMade:
+                continue
+            found, _ = bench.ask(LOGITS, "plain", other)
+            if found.verdict == answer.verdict:
+                trap, model, answer = fewer, other, found
+        return trap, model, answer
 
     def _together(
         self,
