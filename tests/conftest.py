@@ -38,8 +38,12 @@ def empty_cache(engine, tmp_path):
 
 @pytest.fixture(scope="session")
 def small():
-    """A few steps on the tiny Gemma 3."""
-    return Recipe().override({"train.steps": 6, "optim.lr": 3e-3})
+    """A few steps on the tiny Gemma 3.
+
+    Nothing is compiled: MLX's kernels take a C++ compiler about a second each, and hundreds of them more
+    time than all tests. Tests in which a compiled step matters say so.
+    """
+    return Recipe().override({"train.steps": 6, "optim.lr": 3e-3, "train.compile": False})
 
 
 @pytest.fixture

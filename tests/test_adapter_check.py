@@ -421,6 +421,7 @@ def by_mlx_lm(*words):
     )
 
 
+@pytest.mark.long
 def test_an_adapter_for_a_quantized_base(saved, tmp_path, engine):
     base = tmp_path / "quantized"
     words = ["--hf-path", resources.model_dir(MODEL), "--mlx-path", base, "-q", "--q-bits", "4"]
@@ -447,6 +448,7 @@ def test_an_adapter_for_a_quantized_base(saved, tmp_path, engine):
     )
 
 
+@pytest.mark.long
 def test_an_adapter_for_a_mixture_of_experts(experts, tmp_path, engine):
     folder, base = tmp_path / "adapter", str(experts)
     words = ["--train", "--data", resources.data_dir("hello"), "--iters", "2", "--batch-size", "2"]

@@ -69,6 +69,7 @@ def test_a_cache_is_asked_of_the_base_where_no_target_exists(joined, run):
     )
 
 
+@pytest.mark.long
 def test_settings_are_compared_where_no_target_exists(joined, run):
     record = run("00", joined)
     assert record.verdict == "inconclusive", describe(record)

@@ -47,6 +47,7 @@ def test_what_a_clip_swallowed_by_the_loop_does_elsewhere_is_said(engine):
     assert norm.methods["optimizer_step"].endswith("like hf")
 
 
+@pytest.mark.long
 def test_a_knob_of_its_own_has_an_effect_or_none(engine):
     found = audited(engine, "HasKnobs", "own")
     by_name = {finding.factor: finding for finding in found.findings}
@@ -123,6 +124,7 @@ def test_knobs_that_releases_of_unsloth_swallowed_are_named(engine, uv):
         assert all("beside unsloth.explicit_clip=False" in f.notes for f in clips)
 
 
+@pytest.mark.long
 def test_a_default_that_is_not_what_is_in_effect(engine):
     """Left open, the clip of unsloth-zoo is none in its options and on in its steps."""
     if not importlib.util.find_spec("unsloth_zoo"):

@@ -96,7 +96,7 @@ def lines(engine, path):
             f"{State.UNKNOWN} parts: loader, wiring, batching, loss, clip, optimizer, saver, reader, fuse cannot be "
             "swapped",
         ]),
-        ("tests.fitness_paths:OneOrder", [
+        long("tests.fitness_paths:OneOrder", [
             f"{State.WRONG} seed: seeds 3407 and 5 give one order of the data",
             f"{State.GOOD} seed: another seed gives another adapter",
         ]),

@@ -30,7 +30,7 @@ def search(engine, recipe, changes, subject="mlx", reference="mlx-lm", probes=()
         long("data.append_eos", False, "tokenization"),
         long("model.weights", "bfloat16", "logits"),
         long("mask.end_shift", 0, "supervised_positions"),
-        ("lora.rank", 4, "lora_init"),
+        long("lora.rank", 4, "lora_init"),
         long("optim.eps", 1e-4, "optimizer_step"),
         long("data.pad_multiple", 8, "loss_curve"),
     ],
@@ -51,6 +51,7 @@ def test_two_factors_that_matter_only_together(probes, engine, small):
     assert [set(c.factors) for c in report.causes] == [{"optim.clip", "optim.clip_value"}]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("probes", [("04", "06"), long(())], ids=["two", "all"])
 def test_causes_at_two_stages_are_both_found(probes, engine, small):
     changes = {**HARMLESS, "lora.scale": 4.0, "optim.weight_decay": 0.01}

@@ -113,6 +113,7 @@ def test_a_fault_in_one_backward_pass_is_placed(planted, says, reference, engine
         assert "1 of 252 tensors, only lora_b, only layer 9, only v_proj differ" in cause.sentence
 
 
+@pytest.mark.long
 def test_a_place_stands_out_from_what_is_rounded_otherwise_where_bits_decide(engine, small):
     """As on a GPU, where other operations beside a fault move the last bits of what is right."""
     report = search(engine, "tests.planted_paths:BadAmongRounding", "mlx-lm", small)
@@ -122,6 +123,7 @@ def test_a_place_stands_out_from_what_is_rounded_otherwise_where_bits_decide(eng
     assert [mark.name for mark in placed(report).walk if mark.off] == ["layers.4.mlp"]
 
 
+@pytest.mark.long
 def test_rounding_at_modules_is_no_place_of_a_fault_in_the_loop(engine, small):
     """The loop hands on a gradient too large; its loss, seen outside of it, rounds otherwise."""
     cell = Cell(GRADIENT, "tests.planted_paths:LoudLoopOfRoundingLoss", "mlx-lm", small)

@@ -146,6 +146,7 @@ def test_the_sentence_says_who_moved():
     )
 
 
+@pytest.mark.long
 def test_the_release_is_found_in_real_environments(here, uv, tmp_path):
     cell = Cell(Legacy(), "toy_paths:Packaging", "toy_paths:Fixed", Recipe())
     # What lies in the working directory must not hide the release.
@@ -338,6 +339,7 @@ def test_a_release_of_the_other_side_stays_where_a_repeat_captures_afresh(
         assert afresh._interpreter("unsloth@2026.5.3")[1] == str(place.python)
 
 
+@pytest.mark.long
 def test_a_finished_check_is_run_again_once_a_module_that_the_path_imports_was_edited(here, repo):
     repo, made = repo
     Path("toy_helper.py").write_text("def legacy(value):\n    return value\n")

@@ -77,6 +77,7 @@ def test_settings_of_its_own_are_its_word_alone(engine):
     assert re.match(r"1 of \d+ are known, by `config` of tests.settings_paths", counted.text)
 
 
+@pytest.mark.long
 def test_the_command(engine):
     done = CliRunner().invoke(main, ["check-path", "tests.third_party:NumpyAdamW"])
     assert done.exit_code == 0, done.output

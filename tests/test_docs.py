@@ -81,6 +81,7 @@ def test_the_tour_goes_as_it_is_told(tmp_path):
     assert "Newly fixed: 1" in page
 
 
+@pytest.mark.long
 def test_the_steps_of_the_workflow_by_hand(tmp_path):
     for name in ("constraints.txt", "pyproject.toml"):
         (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")

@@ -91,6 +91,7 @@ def test_what_writer_or_reader_loses_is_found(writer, reader, metric, words, eng
     assert words in record.reason
 
 
+@pytest.mark.long
 def test_a_reader_that_takes_files_without_their_effect_is_not_converted_for(engine, small):
     record = exchange(engine, small, "hf", "SwitchedOff")
     assert (record.verdict, way(record)) == (Verdict.DIVERGE, AS_WRITTEN)

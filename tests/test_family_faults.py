@@ -68,7 +68,7 @@ def test_a_fault_of_a_family_shows_first_at_its_stage(
     [
         ("HalfRouter", EXPERTS, "layers.5.mlp"),
         long("WrongGroups", PACKED, "embed_tokens"),
-        ("DeltaWithoutDecay", HYBRID, "layers.5.linear_attn"),
+        long("DeltaWithoutDecay", HYBRID, "layers.5.linear_attn"),
     ],
 )
 def test_the_module_that_computes_otherwise_is_named(
@@ -98,6 +98,7 @@ def test_dora_that_is_asked_for_and_left_out_is_told(reference, cell):
     assert any(metric.note.endswith(".m in the reference only") for metric in record.metrics)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("fault", "reference", "named"),
     [

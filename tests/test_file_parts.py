@@ -33,6 +33,7 @@ def needs(name):
         pytest.skip("needs unsloth-zoo")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",
     [
@@ -60,7 +61,12 @@ def test_files_that_a_reader_does_not_take_are_no_verdict(engine, few):
 
 BROKEN = [
     ("tests.round_trip_paths:NoScale", "saver", ROUND_TRIP, "scale 20 in the place of 2"),
-    ("tests.round_trip_paths:NotLoaded", "reader", ROUND_TRIP, "none has an adapter after loading"),
+    long(
+        "tests.round_trip_paths:NotLoaded",
+        "reader",
+        ROUND_TRIP,
+        "none has an adapter after loading",
+    ),
     long("tests.fuse_paths:AnotherScale", "fuse", FUSE, "logits after fusing"),
     long("tests.round_trip_paths:ZeroB", "saver", ROUND_TRIP, "B is zero"),
     long("tests.round_trip_paths:SavedInBfloat16", "saver", ROUND_TRIP, "rounded to bfloat16"),
@@ -129,6 +135,7 @@ def test_a_function_of_a_user_stands_for_a_part(function, part, stage, verdict, 
     assert record.verdict is verdict, describe(record)
 
 
+@pytest.mark.long
 def test_the_command_searches_one_probe(tmp_path):
     from click.testing import CliRunner
 

@@ -146,6 +146,7 @@ def test_a_part_and_a_factor_are_both_named(engine, small):
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("probes", [("09",), long(())], ids=["one", "all"])
 def test_a_factor_that_a_part_never_honours_is_taken_with_the_part(probes, engine, small):
     """mlx-lm has no option for the mask: only another loss shows that the mask is the cause."""

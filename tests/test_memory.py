@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from parity.capture import machine
 from parity.capture.engine import Engine
 from parity.cells.cell import Cell
@@ -37,6 +39,7 @@ def test_it_makes_no_environment_another():
     assert machine.differences(first, {**first, machine.PEAK_MEMORY: 2}) == []
 
 
+@pytest.mark.long
 def test_record_and_report_show_it_for_each_side(tmp_path):
     with Engine(tmp_path / "cache") as engine:
         cell = Cell(find("optimizer_step"), REFERENCE, "hf", Recipe())

@@ -246,6 +246,7 @@ def test_decoding_goes_beyond_a_sliding_window(engine, small):
     assert run_cell(engine, Cell(find("08"), "mlx", "hf", small)).verdict.green
 
 
+@pytest.mark.long
 def test_the_final_adapter_is_compared_across_frameworks(engine, small):
     record = run_cell(engine, Cell(find("07"), "tests.noisy_paths:ChangedAdapter", "hf", small))
     assert record.verdict is Verdict.DIVERGE, describe(record)
@@ -258,6 +259,7 @@ def test_the_final_adapter_is_compared_across_frameworks(engine, small):
 # Bits, or the floor
 
 
+@pytest.mark.long
 def test_a_side_that_does_not_repeat_itself_is_held_to_the_floor_and_the_record_says_why(
     engine, small
 ):

@@ -91,6 +91,7 @@ def test_the_cli_as_a_black_box_agrees_with_what_is_read_at_its_door(engine, sma
         np.testing.assert_array_equal(value, init[name] - gradient[name], err_msg=name)
 
 
+@pytest.mark.long
 def test_a_worker_gives_the_same_bits_again_and_after_other_work(engine, empty_cache, small):
     """One process lives through all seeds: nothing of one run may reach the next."""
     from parity.capture.engine import Engine

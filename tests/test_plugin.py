@@ -42,6 +42,7 @@ def test_a_function_needs_no_file():
     assert "mask.end_shift" in kind.own_factors
 
 
+@pytest.mark.long
 def test_a_loop_of_several_micro_batches_shows_the_norm_before_its_own_clip(engine, small):
     changes = {"optim.clip": "norm", "optim.clip_value": 0.3, "train.accumulation": 2}
     recipe = small.override({**changes, "train.steps": 2, "train.batch_size": 2})
@@ -148,6 +149,7 @@ def test_a_loop_of_ones_own_is_watched(engine, small):
     assert found["train.compile"] is False
 
 
+@pytest.mark.long
 def test_the_search_names_a_loss_that_is_given_as_a_function(engine, small):
     subject = f"mlx+loss={HERE}:padding_averaged"
     stages = tuple(map(find, ("00", "03")))

@@ -45,14 +45,18 @@ def test_what_a_path_on_mlx_refuses(path, method, says, engine, small):
 @pytest.mark.parametrize(
     ("path", "method", "says"),
     [
-        ("FromAList", "train", "does not train on the batches that are handed over: it draws them"),
-        (
+        long(
+            "FromAList",
+            "train",
+            "does not train on the batches that are handed over: it draws them",
+        ),
+        long(
             "Positioned",
             "train",
             "its batches hold position_ids, which cannot be told: give `batch=`",
         ),
         ("Swapping", "train", "its model is given other rows than those that were drawn before"),
-        (
+        long(
             "Decaying",
             "optimizer_step",
             "an update of it moves layers.* otherwise than its optimizer",

@@ -63,6 +63,7 @@ def test_a_wrong_stack_at_the_terminal_is_one_line():
     assert "give --subject hf" in result.output and "Traceback" not in result.output
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reference", ["hf", long("mlx-lm")])
 def test_padding_that_is_averaged_in_is_named(reference, engine, small):
     record = run(engine, "03", f"hf+loss={HERE}:averaged", small, reference)
@@ -126,6 +127,7 @@ def test_labels_that_its_own_batches_bring_count(engine, small):
     assert "the subject alone supervises" in describe(record)
 
 
+@pytest.mark.long
 def test_an_optimizer_and_a_clip(engine, small):
     assert run(engine, "06", f"{PATHS}:Adam", small).verdict.green
     record = run(engine, "06", f"hf+optimizer={HERE}:decayed", small)

@@ -65,7 +65,9 @@ def test_a_script_ends_in_the_bytes_of_its_bare_run(engine, small, tmp_path):
     assert any(value.any() for name, value in left.items() if "lora_B" in name)
 
 
-@pytest.mark.parametrize("stage", ["00", "03", long("05"), long("06"), long("07"), long("09")])
+@pytest.mark.parametrize(
+    "stage", ["00", long("03"), long("05"), long("06"), long("07"), long("09")]
+)
 def test_a_right_trainer_agrees(stage, engine, small):
     # Its collator pads to the longest row, and supervises nothing behind it.
     asked = {"mask.end_shift": 0, "data.pad_extra": 0, "data.pad_multiple": 1}
@@ -87,12 +89,14 @@ def test_it_can_be_the_reference_of_a_path_on_mlx(engine, small):
     assert "training rows are handed over as the subject tokenizes them" in record.findings
 
 
+@pytest.mark.long
 def test_what_is_wrong_with_one_is_named(engine, small):
     record = run(engine, "03", f"{HERE}:Averaging", small)
     assert record.verdict is Verdict.DIVERGE
     assert "the subject averages over padding" in describe(record)
 
 
+@pytest.mark.long
 def test_clip_and_accumulation_are_found_by_what_it_does(engine, small):
     recipe = small.override({"train.accumulation": 2, "train.batch_size": 3})
     found = engine.capture(f"{HERE}:Averaging", "config", recipe, Trace()).scalars
@@ -105,7 +109,7 @@ def test_clip_and_accumulation_are_found_by_what_it_does(engine, small):
 @pytest.mark.parametrize(
     ("name", "method", "says"),
     [
-        ("Without", "train", "no training was seen: it must call `backward`"),
+        long("Without", "train", "no training was seen: it must call `backward`"),
         ("Tired", "train", "made 2 updates where train.steps=6"),
         ("ByHand", "tokenization", "is run as a whole: its rows are seen in its batches"),
     ],

@@ -130,6 +130,7 @@ def test_a_right_trainer_agrees(stage, engine, small):
     assert record.verdict.green, describe(record)
 
 
+@pytest.mark.long
 def test_clip_and_accumulation_are_found_by_what_it_does(engine, small):
     recipe = small.override({"train.accumulation": 2, "train.batch_size": 3})
     found = engine.capture(f"{HERE}:Accumulating", "config", recipe, Trace()).scalars

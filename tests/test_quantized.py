@@ -88,7 +88,7 @@ def test_each_small_float_with_each_scale_is_worth_what_mlx_makes_of_it(mode, si
     np.testing.assert_array_equal(ours, d)
 
 
-@pytest.mark.parametrize("mode", ["mxfp4", long("mxfp8"), long("nvfp4")])
+@pytest.mark.parametrize("mode", [long("mxfp4"), long("mxfp8"), long("nvfp4")])
 def test_the_modes_of_small_floats_agree_with_torch(mode, cell):
     bits, size = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}[mode]
     changes = {"model__quantization": mode, "model__bits": bits, "model__group_size": size}
@@ -118,6 +118,7 @@ def test_a_quantized_base_is_bit_identical_with_the_command_line(probe, cell):
     assert record.verdict == "identical", describe(record)
 
 
+@pytest.mark.long
 def test_another_group_size_is_another_model(engine):
     """Wrong groups in the subject: found at the logits, and named by the configuration."""
     recipe = Recipe().override(PACKED)

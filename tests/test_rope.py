@@ -98,7 +98,7 @@ def test_equal_models_have_equal_frequencies(kind, made, engine, small):
 
 FAULTS = [
     long("default", {"rope_theta": 10_000.0}, "rope.frequencies", "rope_theta 10000"),
-    ("linear", {"rope_scaling": None}, "rope.frequencies", "(4 times)"),
+    long("linear", {"rope_scaling": None}, "rope.frequencies", "(4 times)"),
     long("llama3", {"rope_scaling": None}, "rope.frequencies", "rope_theta 500000"),
     long(
         "yarn", {"rope_scaling": None}, "rope.attention_scaling", "[1, 1] in the subject, [1.13863"

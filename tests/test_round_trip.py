@@ -45,12 +45,12 @@ FAULTS = [
         [ALL, "A and B are the same, scale 16 in the place of 2, times the rank"],
     ),
     long("ZeroB", UPDATE, [ALL, "B is zero"]),
-    ("LostB", UPDATE, [Q3, "B is zero"]),
+    long("LostB", UPDATE, [Q3, "B is zero"]),
     long("LostA", UPDATE, [Q3, "A differs"]),
     long("SavedInBfloat16", UPDATE, [ALL, "A and B are rounded to bfloat16"]),
     long("NextLayer", UPDATE, ["those of the layer +1 away", "of the layer -17 away"]),
-    ("NotLoaded", MODULES, ["none has an adapter after loading, 126 were handed over"]),
-    ("OtherForwardUnsaid", LOGITS, ["off from the live model's"]),
+    long("NotLoaded", MODULES, ["none has an adapter after loading, 126 were handed over"]),
+    long("OtherForwardUnsaid", LOGITS, ["off from the live model's"]),
 ]
 
 
@@ -89,12 +89,14 @@ def test_a_file_that_the_loader_refuses_is_an_error_that_names_the_tensor(engine
     assert "layers.3.self_attn.query.lora_a: not an adapter parameter" in record.reason
 
 
+@pytest.mark.long
 def test_alpha_that_peft_divides_again_is_named(engine, small):
     record = run(engine, small, "AlphaDivided", "hf")
     assert record.first_divergence["metric"] == UPDATE
     assert "scale 0.25 in the place of 2, divided by the rank" in record.reason
 
 
+@pytest.mark.long
 def test_an_adapter_that_takes_no_part_is_not_green(engine, small):
     record = run(engine, small, "SwitchedOff", "hf")
     found = subject_metrics(record)

@@ -16,6 +16,7 @@ PLANTED = "benchmarks.planted"
 FEW = {"train.steps": 2, "optim.lr": 3e-3}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reference", ["hf", long("mlx-lm")])
 def test_a_norm_that_is_reported_wrong_is_not_called_the_gradient(engine, small, reference):
     cell = Cell(
@@ -44,6 +45,7 @@ def test_a_loss_that_the_loop_reports_wrong_is_no_module(engine, small):
     assert not found.name
 
 
+@pytest.mark.long
 def test_a_cache_is_not_called_the_loop(engine, small):
     subject, stages = f"{PLANTED}.cache:second_turn_lost_path", (find("00"), find("10"))
     report = CauseSearch(engine, subject, "mlx-lm", small, {}, stages=stages).search()

@@ -81,11 +81,13 @@ def test_a_loop_that_trains_on_other_batches_than_it_draws(engine, small):
     assert "it is that of the batch drawn for step 4: the loop trains on that one" in found.sentence
 
 
+@pytest.mark.long
 def test_a_loop_that_draws_no_batch(engine, small):
     found = place(engine, small, "planted_paths:LazyLoop", "mlx-lm", **{"train.steps": 2})
     assert "step 2 of 2: the batches differ: the subject drew no batch for step 2" in found.sentence
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("planted", "says"),
     [
@@ -126,6 +128,7 @@ def test_a_clip_of_each_micro_batch_is_no_matter_of_the_report(engine, small):
     assert "only the report differs" not in found.sentence
 
 
+@pytest.mark.long
 def test_what_could_not_be_compared_is_said(engine, small):
     """With dropout no gradient can be taken again, so that only the batches are known to agree."""
     once = {"lora.dropout": 0.1, "train.steps": 2}

@@ -55,7 +55,7 @@ def test_agreement_of_some_stages_names_the_others(engine, few):
     ("subject", "reference", "code"),
     [
         long("tests.search_faults:Silent", "hf", 3),
-        ("tests.third_party:NumpyAdamW", "hf", 3),
+        long("tests.third_party:NumpyAdamW", "hf", 3),
         ("tests.faulty_paths:Faulty", "mlx-lm", 1),
     ],
 )
@@ -76,6 +76,7 @@ def test_a_seed_without_effect_comes_first(engine, few):
     assert "the seed of tests.search_faults:NoSeed has no effect" in answer(report).splitlines()[0]
 
 
+@pytest.mark.long
 def test_a_knob_without_effect_is_named(engine, few):
     subject = "tests.audit_paths:HasKnobs"
     shared = few.with_knobs(knobs([subject]))
@@ -101,6 +102,7 @@ def test_a_divergence_that_does_not_come_again_is_none(engine, few):
     assert "does not repeat itself" in answer(report)
 
 
+@pytest.mark.long
 def test_settings_that_come_and_go_with_the_cause_are_said(engine, few):
     changes = {"train.compile": False}
     report = search(engine, few, "tests.search_faults:OtherRate", changes=changes, probes=["06"])
@@ -129,6 +131,7 @@ def test_a_hybrid_that_fails_is_no_evidence(engine, few):
     assert "may not be minimal" in cause.sentence or "could not be found" in cause.sentence
 
 
+@pytest.mark.long
 def test_an_attention_fault_is_not_blamed_on_rope(engine, few):
     report = search(engine, few, "tests.search_faults:AttentionProduct", "hf", probes=["02"])
     assert "the input of layers.5.self_attn.o_proj (differs)" in answer(report)
@@ -138,6 +141,7 @@ def test_an_attention_fault_is_not_blamed_on_rope(engine, few):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reference", ["mlx-lm", long("hf")])
 def test_a_mean_over_padding_is_no_clip(reference, engine, few):
     cell = Cell(find("05"), "tests.search_faults:PaddedMean", reference, few)

@@ -89,7 +89,7 @@ def test_a_path_without_training_has_unknown_settings(engine, small):
     ("path", "key", "note"),
     [
         # It counts positions from one, which rotary embeddings do not know.
-        ("ports:positions_from_one_path", "rope.frequencies", ""),
+        long("ports:positions_from_one_path", "rope.frequencies", ""),
         # A and B together give no gradient from which micro-batches could be counted.
         ("starts:b_is_drawn_and_a_is_zero_path", "accumulation.steps", "unknown (the gradient at"),
     ],

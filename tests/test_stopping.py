@@ -80,6 +80,7 @@ def test_a_search_is_stopped(tmp_path, engine):
     assert not left
 
 
+@pytest.mark.long
 def test_an_audit_is_stopped(tmp_path, engine):
     logs = engine.cache / "logs"
     before = {*logs.glob("*")}

@@ -269,6 +269,7 @@ def test_a_process_that_dies_is_one_red_cell(engine):
     assert cells["qwen3"].verdict("logits") == "agree"
 
 
+@pytest.mark.long
 def test_a_type_that_is_not_known_does_not_load(engine):
     found = swept(
         engine,
@@ -283,6 +284,7 @@ def test_a_type_that_is_not_known_does_not_load(engine):
     assert all(answer.causes for answer in cell.answers if answer.red)
 
 
+@pytest.mark.long
 def test_what_is_finished_is_kept(engine):
     wanted, chosen = ("logits",), ("plain",)
     first = swept(engine, "mlx", "qwen3", wanted=wanted, chosen=chosen)

@@ -175,6 +175,7 @@ def test_a_prompt_is_masked_in_conversations(engine, small):
     assert ours.arrays["offset.0"] > 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reference", [long("hf"), "mlx-lm"])
 def test_what_differs_as_shipped_is_named(reference, engine, small):
     record = run_cell(engine, Cell(find("config"), "trl", reference, small))

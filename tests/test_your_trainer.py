@@ -50,7 +50,7 @@ NAMED = [(shlex.split(command)[-1], command) for command in COMMANDS]
 
 @pytest.mark.parametrize(
     "command",
-    [c if n in ("loss", "torch-loss") else long(c, id=n) for n, c in NAMED],
+    [c if n == "loss" else long(c, id=n) for n, c in NAMED],
     ids=[n for n, _ in NAMED],
 )
 def test_a_command_of_the_guide_gives_what_the_guide_quotes(command, folder):
