@@ -29,7 +29,7 @@ from parity.commands.report import report
 from parity.commands.run import run
 from parity.commands.show import contract, factors, list_, new_path
 from parity.commands.sweep import sweep
-from parity.errors import CaptureError, UnmatchedNames, Unsupported, UsageError
+from parity.errors import CaptureError, DiskFull, UnmatchedNames, Unsupported, UsageError
 
 
 class Group(click.Group):
@@ -49,6 +49,8 @@ class Group(click.Group):
         except (CaptureError, UnmatchedNames) as error:
             lines = [str(error), getattr(error, "detail", "").rstrip(), f"reproduce: {_command()}"]
             _exit(EXIT_MISSING, *filter(None, lines))
+        except DiskFull as error:
+            _exit(EXIT_MISSING, f"{error}; to go on: {_command()}")
         except click.exceptions.NoArgsIsHelpError:
             raise
         except click.UsageError as error:

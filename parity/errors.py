@@ -34,6 +34,10 @@ class UnmatchedNames(Exception):
     """Tensors that were handed over do not fit the path's own, by name: a divergence, no fault."""
 
 
+class DiskFull(BaseException):
+    """Nothing more can be kept: ends the command, whatever turns errors of single cells into answers."""
+
+
 NO_ANSWER = (Unsupported, CaptureError, UnmatchedNames)
 """What a question may end in without an answer, where what is known already stands without it."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,8 +14,11 @@ import pytest
 from click.testing import CliRunner
 from filelock import FileLock
 
+from parity import resources
+from parity.capture import growth as growth_module
 from parity.capture import storage
 from parity.capture.engine import Engine
+from parity.capture.growth import Growth
 from parity.cli import main
 from parity.errors import UsageError
 from parity.recipe import Recipe
@@ -195,7 +199,7 @@ def test_an_engine_uses_its_captures_and_makes_pruned_ones_again(tmp_path):
 def test_a_run_keeps_the_cache_below_its_limit_and_says_so(tmp_path, monkeypatch):
     old = capture(tmp_path, "a" * 24, 5, size=5_000_000)
     words = ["--reference", "mlx-lm", "--probes", "01", "--seeds", "1"]
-    env = {**os.environ, "PARITY_CACHE": str(tmp_path), storage.VARIABLE: "4MB"}
+    env = {**os.environ, "PARITY_CACHE": str(tmp_path), storage.VARIABLE: "100kB"}
     command = [sys.executable, "-m", "parity.cli", "run", *words, "--out", str(tmp_path / "run")]
     first, again = (
         subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -203,7 +207,7 @@ def test_a_run_keeps_the_cache_below_its_limit_and_says_so(tmp_path, monkeypatch
     )
     lines = [line for line in first.stderr.splitlines() if "from the cache" in line]
     assert len(lines) == 1, first.stderr
-    assert "it may hold 4 MB (PARITY_CACHE_LIMIT)" in lines[0]
+    assert "it may hold 100 kB (PARITY_CACHE_LIMIT)" in lines[0]
     assert not old.exists()
     assert "from the cache" not in again.stderr
     bad = subprocess.run(
@@ -211,6 +215,71 @@ def test_a_run_keeps_the_cache_below_its_limit_and_says_so(tmp_path, monkeypatch
     )
     assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
     assert "PARITY_CACHE_LIMIT 'much' is no size" in bad.stderr
+
+
+def test_captures_of_other_interpreters_count_and_go_as_well(tmp_path):
+    nested = tmp_path / "elsewhere" / "0123456789abcdef"
+    old, new = capture(nested, "a" * 24, 5), capture(tmp_path, "b" * 24, 1, manifest="n" * 16)
+    left(nested, "aa" + "1" * 22 + ".inputs")
+    (tmp_path / "loaded").mkdir()
+    for digit in "mn":
+        (tmp_path / "loaded" / f"{digit * 16}.json").write_text("{}")
+    found = storage.contents(tmp_path)
+    assert [entry.path for entry in found.entries["elsewhere"]] == [old]
+    assert len(found.left) == 1
+    assert (
+        storage.prune(tmp_path, 1e9).count == 1
+    )  # what was left behind; both manifests are needed
+    assert storage.prune(tmp_path, 1500).count == 2
+    assert not old.exists() and new.exists()
+    assert [*(tmp_path / "loaded").iterdir()] == [tmp_path / "loaded" / f"{'n' * 16}.json"]
+
+
+def test_a_long_command_gives_up_what_it_used_long_ago(tmp_path, monkeypatch):
+    with storage.in_use(tmp_path):
+        file = capture(tmp_path, "a" * 24)
+        storage.used(file)
+        storage.prune(tmp_path, 0)
+        assert file.exists()
+        monkeypatch.setattr(storage, "KEPT", -1.0)
+        storage.prune(tmp_path, 0)
+        assert not file.exists()
+
+
+def test_a_cache_is_measured_once_it_has_grown(tmp_path, monkeypatch):
+    monkeypatch.setenv(storage.VARIABLE, "100kB")
+    old = capture(tmp_path, "a" * 24, 5, size=200_000)
+    for _ in range(2):  # commands, each of which adds less than counts
+        growth = Growth(tmp_path)
+        growth.add(300)
+        growth.settle()
+        assert old.exists() and not growth.said
+    growth = Growth(tmp_path)
+    growth.add(900)
+    assert old.exists()
+    growth.settle()
+    assert not old.exists() and "removed" in next(iter(growth.said))
+
+
+def test_every_folder_of_the_cache_is_known(engine):
+    """What the tests have made so far, with the real commands."""
+    engine.capture(PATH, "defaults", Recipe(), Trace())
+    folders = {entry.name for entry in os.scandir(resources.cache()) if entry.is_dir()}
+    assert folders - {storage.LIVE, "test-adapters"} <= storage.KINDS.keys()
+
+
+def test_a_full_disk_ends_a_command_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("PARITY_CACHE", str(tmp_path))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(growth_module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    words = ["--subject", "tests.faulty_paths:Faulty", "--reference", PATH, "--probes", "06"]
+    out = tmp_path / "out"
+    done = CliRunner().invoke(main, ["run", *words, "--seeds", "1", "--out", str(out)])
+    assert done.exit_code == 3, done.output
+    last = done.stderr.splitlines()[-1]
+    assert "is full (1 kB are free)" in last and "parity cache prune" in last
+    assert "Traceback" not in done.output
+    assert not [*out.glob("records/*.json")]  # the cell is no error: it is run again
 
 
 def test_the_command(tmp_path, monkeypatch):

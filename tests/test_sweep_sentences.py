@@ -10,16 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from parity.errors import CaptureError
+from parity.errors import CaptureError, DiskFull
 from parity.paths.mlx.loading import explained
 from parity.sweep import candidates, examine
 from parity.sweep.answers import Answer, Cause, Cell
 from parity.sweep.bench import Bench, Column, Logits, equal
+from parity.sweep.columns import Columns
 from parity.sweep.examine import Examiner
 from parity.sweep.explain import Explainer
 from parity.sweep.filling import Whole, lacking, options, resolved, ways
 from parity.sweep.models import Architecture, Model
-from parity.sweep.run import _code
+from parity.sweep.run import Sweep, _code
 from parity.sweep.shrink import shrunk
 from parity.sweep.sources import Field, Sources, of_python
 from parity.sweep.traps import Configuration, Configurations, Trap, changed
@@ -413,3 +414,23 @@ def test_sentences_of_other_code_are_not_kept(tmp_path, monkeypatch):
     before = _code()
     (tmp_path / "report/page.py").write_text("2")
     assert _code() == before
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), DiskFull("the disk is full")])
+def test_a_cell_that_broke_is_asked_again(error, tmp_path, monkeypatch):
+    def fail(self):
+        raise error
+
+    monkeypatch.setattr(Examiner, "examine", fail)
+    monkeypatch.setattr(Sweep, "_store", lambda self: None)
+    (tmp_path / "models").mkdir()
+    column = Column("1", "mlx", None, Sources(tmp_path))
+    sweep = Sweep(Columns([]), tmp_path / "cache", 1)
+    architecture = Architecture("toy", "Toy", Configurations([], [], {}))
+    if isinstance(error, ValueError):
+        cell = sweep.cell(architecture, column)
+        assert "the search itself failed: ValueError: a bug" in cell.answers[0].causes[0].sentence
+    else:
+        with pytest.raises(DiskFull):
+            sweep.cell(architecture, column)
+    assert not [*(tmp_path / "cache").rglob("*.json")]

@@ -10,6 +10,7 @@ from dataclasses import replace
 from parity.capture.engine import Engine
 from parity.cells.cell import Cell
 from parity.cells.run import context_of, sources_of
+from parity.errors import DiskFull
 from parity.recipe import Recipe
 from parity.stages.context import Context
 from parity.trace import Trace
@@ -50,7 +51,7 @@ def _run(engine: Engine, cells: Iterable[Cell], over: threading.Event) -> None:
     for cell in cells:
         try:
             cell.stage.run(_alone(context_of(engine, cell, sources_of(engine, cell)), over))
-        except _Over:
+        except (_Over, DiskFull):  # the search meets it as well
             return
         except Exception:
             continue

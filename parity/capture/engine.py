@@ -19,10 +19,11 @@ from parity.capture import capacity, keys, machine, storage
 from parity.capture.bundle import is_bundle, opened
 from parity.capture.capacity import Jobs
 from parity.capture.environments import UnavailableVersion, pinned
+from parity.capture.growth import Growth, full
 from parity.capture.loaded import Check
 from parity.capture.pool import Pool
 from parity.capture.worker import openblas
-from parity.errors import CaptureError, UsageError
+from parity.errors import CaptureError, DiskFull, UsageError
 from parity.factors import Knobs
 from parity.paths import registry
 from parity.paths.contract import METHODS
@@ -77,6 +78,7 @@ class Engine:
         self.notice = notice or (lambda _: None)
         storage.check_writable(self.cache)
         openblas()  # what the variable names is looked for before any work
+        self.growth = Growth(self.shared)
         self._use = contextlib.ExitStack()
         self._use.enter_context(storage.in_use(self.cache))
         self.captured = 0  # captures that were run, not found in the cache
@@ -127,6 +129,8 @@ class Engine:
         with timing.span(timing.PROCESS, "end"):
             self._pool.close()
         self._use.close()
+        with timing.span(timing.WRITE, "cache"):
+            self.growth.settle()
 
     def source(self, spec: str, path: str = "") -> Source:
         """What answers captures of a path, or of another `path` whose captures a bundle holds."""
@@ -187,8 +191,8 @@ class Engine:
 
     def _run(self, spec: str, method: str, recipe: Recipe, inputs: Trace, slot: Path) -> Trace:
         source, output = slot.with_suffix(".inputs"), slot.with_suffix(".output")
-        inputs.save(source)
         try:
+            inputs.save(source)
             target, python = self._interpreter(spec)
             with (
                 timing.span(timing.WAIT, f"{spec}: {method}"),
@@ -201,7 +205,12 @@ class Engine:
             output.replace(file)
             trace = Trace.load(file)
             self._present[spec], self.loaded[manifest] = trace.environment, python
+            self.growth.add(file.stat().st_size)
             return trace
+        except (CaptureError, OSError) as error:
+            if why := full(self.cache):
+                raise DiskFull(why) from error
+            raise
         finally:
             source.unlink(missing_ok=True)
             output.unlink(missing_ok=True)

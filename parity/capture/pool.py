@@ -120,9 +120,12 @@ class Pool:
         """Kills all workers, also those at work; whoever waits for one or asks for another gets an error."""
         with self._returned:
             self._stopped = True
-            for worker in (*self._idle, *self._working):
+            idle, self._idle = self._idle, []
+            for worker in (*idle, *self._working):
                 worker.kill()
             self._returned.notify_all()
+        for worker in idle:  # who uses one of the others gives it back
+            worker.close()
 
     def drop(self, thread: int) -> None:
         """Kills the worker that a thread uses, if any: nobody wants its answer any more."""

@@ -1,7 +1,8 @@
 """What the cache holds, and what of it can go: the captures used least recently, and what killed runs left.
 
-Every command that captures holds a lock below `live/` as long as it runs. What is used since the oldest of
-them began, and what belongs to a capture under way, is never removed.
+Every command that captures holds a lock below `live/` as long as it runs. What was used since the oldest of
+them began, but for what none has used for a quarter of an hour, and what belongs to a capture under way, is
+never removed.
 """
 
 from __future__ import annotations
@@ -24,27 +25,46 @@ from parity.files import unwritable
 
 VARIABLE, DEFAULT = "PARITY_CACHE_LIMIT", "20GB"
 LIVE, CAPTURES, MANIFESTS, LOGS = "live", "captures", "loaded", "logs"
+ELSEWHERE = "elsewhere"
+"""Holds a cache of its own for each set of other interpreters, whose captures count as well."""
 KINDS = {
     CAPTURES: "captures",
+    ELSEWHERE: "captures of releases and commits",
     "bundles": "captures out of bundles",
     MANIFESTS: "manifests of what was loaded",
     "derived": "figures and statistics",
     "kernels": "compiled kernels",
     "checkpoints": "converted checkpoints",
+    "quantized": "quantized checkpoints",
     "models": "models out of packages",
+    "adapters": "adapters that were handed over",
+    "sweep": "models and finished cells of sweeps",
     "environments": "environments of releases",
     "snapshots": "snapshots of commits",
     "bisect": "ledgers of searches",
     LOGS: "logs",
 }
 """Folders of the cache and what lies in them; others are no part of it and are left alone."""
-LOCKED = ("kernels", "checkpoints", "models", "environments", "snapshots", "bisect")
+PRUNED = (CAPTURES, ELSEWHERE, "bundles")
+"""What goes by itself when the cache is above its limit."""
+LOCKED = (
+    "kernels",
+    "checkpoints",
+    "quantized",
+    "models",
+    "adapters",
+    "sweep",
+    "environments",
+    "snapshots",
+    "bisect",
+)
 """Of these it is not known which a live command uses: they stay as long as there is one."""
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{end}": base ** (power + 1)
     for end, base in (("B", 1000), ("iB", 1024))
     for power, prefix in enumerate(("k", "M", "G", "T"))
 }
+KEPT = 900.0  # seconds for which a live command is sure of what it used
 _WRITING = 3600.0  # seconds after which a file that was being written is left behind
 
 
@@ -157,11 +177,13 @@ def contents(cache: Path) -> Contents:
     left = [*_left_behind(cache)]
     gone = {entry.path for entry in left}
     for kind in KINDS:
-        found = (
-            _files(cache / kind)
-            if kind in (CAPTURES, "bundles", "derived")
-            else _items(cache / kind)
-        )
+        found: Iterator[Entry]
+        if kind == ELSEWHERE:
+            found = (entry for root in _roots(cache)[1:] for entry in _files(root / CAPTURES))
+        elif kind in (CAPTURES, "bundles", "derived"):
+            found = _files(cache / kind)
+        else:
+            found = _items(cache / kind)
         entries[kind] = [
             entry
             for entry in found
@@ -173,6 +195,8 @@ def contents(cache: Path) -> Contents:
 def prune(cache: Path, most: float, everything: bool = False) -> Pruned:
     """Removes what was left behind and the captures used least recently, until at most `most` bytes are left.
 
+    What a live command used goes as well where that was more than `KEPT` seconds ago: it can be captured again.
+
     Args:
         cache: Its folder.
         most: Bytes.
@@ -180,10 +204,10 @@ def prune(cache: Path, most: float, everything: bool = False) -> Pruned:
     """
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "prune.lock"):
-        found, since = contents(cache), _oldest_live(cache)
+        found, since = contents(cache), _sure_since(cache)
         removed = [entry for entry in found.left if _remove(entry)]
         size = found.size - sum(entry.size for entry in removed)
-        kinds = [kind for kind in KINDS if everything or kind in (CAPTURES, "bundles")]
+        kinds = [kind for kind in KINDS if everything or kind in PRUNED]
         if since < inf:
             kinds = [kind for kind in kinds if kind not in LOCKED]
         candidates = [e for k in kinds for e in found.entries[k] if e.used < since]
@@ -214,6 +238,12 @@ def keep_below(cache: Path, most: int) -> str:
         f"removed {done.count} files from the cache ({shown(done.size)}, those used least "
         f"recently): it may hold {shown(most)} ({VARIABLE})"
     )
+
+
+def _roots(cache: Path) -> list[Path]:
+    """Folders that hold captures: the cache, and one for each set of other interpreters."""
+    nested = sorted((cache / ELSEWHERE).iterdir()) if (cache / ELSEWHERE).is_dir() else []
+    return [cache, *nested]
 
 
 def _files(folder: Path) -> Iterator[Entry]:
@@ -250,8 +280,9 @@ def _used(stat: os.stat_result) -> float:
 
 def _left_behind(cache: Path) -> Iterator[Entry]:
     """What no process will use: of captures never finished, of files never written whole, of dead processes."""
-    alone = _oldest_live(cache) == inf
-    for entry in _files(cache / CAPTURES):
+    alone = _sure_since(cache) == inf
+    roots = _roots(cache)
+    for entry in (entry for root in roots for entry in _files(root / CAPTURES)):
         name = entry.path.name
         if name.startswith("."):
             if time.time() - entry.used > _WRITING:
@@ -261,20 +292,21 @@ def _left_behind(cache: Path) -> Iterator[Entry]:
                 yield entry
         elif entry.path.suffix in (".inputs", ".output") and _free(entry.path.with_suffix(".lock")):
             yield entry
-    for entry in _items(cache / LOGS):
+    for entry in (entry for root in roots for entry in _items(root / LOGS)):
         if (pid := re.search(r"-(\d+)\.log$", entry.path.name)) and not _alive(int(pid[1])):
             yield entry
-    for entry in _items(cache / LIVE):
+    for entry in (entry for root in roots for entry in _items(root / LIVE)):
         if _free(entry.path):
             yield entry
     if alone:  # kernels are compiled in the temporary folder of MLX's workers
         yield from (e for e in _items(cache / "kernels") if e.path.name.startswith("tmp"))
 
 
-def _oldest_live(cache: Path) -> float:
-    """When the oldest live command began, in seconds since 1970; infinite where there is none."""
+def _sure_since(cache: Path) -> float:
+    """Since when live commands are sure of what they used, in seconds since 1970; infinite where there is none."""
     held = [entry.path.stem for entry in _items(cache / LIVE) if not _free(entry.path)]
-    return min((int(name.rpartition("-")[2]) / 1e9 for name in held), default=inf)
+    began = min((int(name.rpartition("-")[2]) / 1e9 for name in held), default=inf)
+    return began if began == inf else max(began, time.time() - KEPT)
 
 
 def _free(file: Path) -> bool:
@@ -300,7 +332,8 @@ def _alive(pid: int) -> bool:
 
 def _unneeded_manifests(cache: Path, since: float) -> Iterator[Entry]:
     """Manifests of no capture."""
-    needed = {"hashes"} | {entry.path.stem.rpartition("-")[2] for entry in _files(cache / CAPTURES)}
+    captures = (entry for root in _roots(cache) for entry in _files(root / CAPTURES))
+    needed = {"hashes"} | {entry.path.stem.rpartition("-")[2] for entry in captures}
     for entry in _items(cache / MANIFESTS):
         if entry.path.stem not in needed and entry.used < since:
             yield entry

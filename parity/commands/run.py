@@ -108,7 +108,7 @@ def run(
     from parity.results import expected as expectations
     from parity.results.aggregate import aggregate
 
-    most = storage.limit()
+    storage.limit()  # what the variable says is looked at before any work
     references = references or runs.REFERENCES
     shared = recipes.load(recipe, settings, engines.knobs([subject, *references]))
     changes = runs.sides(
@@ -147,14 +147,12 @@ def run(
             records = run_matrix(matrix, engine, folder, room.busy, done, finished)
     except KeyboardInterrupt:
         records, stopped = finished, True
+    for sentence in engine.growth.said:
+        click.echo(sentence, err=True)
     records = [expectations.mark(record, known) for record in records]
     for record in records:
         if record.expected:
             record.save(folder / "records")
-    with timing.span(timing.WRITE, "cache"):
-        pruned = storage.keep_below(engine.cache, most) if engine.captured and not stopped else ""
-    if pruned:
-        click.echo(pruned, err=True)
     with timing.span(timing.COMPARE, "all records together"):
         result = aggregate(records, plan, known)
     with timing.span(timing.WRITE, "report"):

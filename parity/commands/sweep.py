@@ -120,6 +120,8 @@ def sweep(
             code = _run(running, columns, _listed(only), out, narrow)
         finally:
             running.close()
+    for sentence in engine.growth.said:
+        click.echo(sentence, err=True)
     sys.exit(code)
 
 

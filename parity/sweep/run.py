@@ -172,10 +172,11 @@ class Sweep:
                 cell = read(json.loads(file.read_text("utf-8")))
                 self.progress(cell, True)
                 return cell
+        whole = True
         try:
             cell = Examiner(architecture, column, self._store(), self.wanted, self.chosen).examine()
         except Exception as error:  # one broken cell must not end the sweep
-            reason = f"{type(error).__name__}: {error}"
+            reason, whole = f"{type(error).__name__}: {error}", False
             broken = Cause(
                 "tool",
                 "",
@@ -188,7 +189,8 @@ class Sweep:
                 [Answer("loads", "", "error", reason, causes=[broken])],
             )
         if not self.stopped.is_set():
-            write_atomically(file, json.dumps(cell.to_json(), indent=1).encode())
+            if whole:  # else it is asked again next time
+                write_atomically(file, json.dumps(cell.to_json(), indent=1).encode())
             self.progress(cell, False)
         return cell
 
