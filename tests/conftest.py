@@ -46,6 +46,12 @@ def small():
     return Recipe().override({"train.steps": 6, "optim.lr": 3e-3, "train.compile": False})
 
 
+@pytest.fixture(scope="session")
+def compiled(small):
+    """The same with a compiled step, as trainers run it."""
+    return small.override({"train.compile": True})
+
+
 @pytest.fixture
 def uv():
     """What makes environments; it is no dependency of the package."""

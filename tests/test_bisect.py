@@ -11,7 +11,7 @@ from parity.stages import find
 from tests.cost import long
 
 HARMLESS = {
-    "train.compile": False,
+    "train.compile": True,
     "data.max_length": 1024,
     "optim.clip_value": 7.0,
     "decode.max_completion_loss": 0.4,
@@ -46,7 +46,7 @@ def test_a_flipped_factor_is_found_alone(factor, value, stage, engine, small):
 @pytest.mark.parametrize("probes", [("06",), long(())], ids=["one", "all"])
 def test_two_factors_that_matter_only_together(probes, engine, small):
     recipe = small.override({"optim.clip_value": 1e6})
-    changes = {"optim.clip": "value", "optim.clip_value": 0.5, "train.compile": False}
+    changes = {"optim.clip": "value", "optim.clip_value": 0.5, "train.compile": True}
     report = search(engine, recipe, changes, probes=probes)
     assert [set(c.factors) for c in report.causes] == [{"optim.clip", "optim.clip_value"}]
 

@@ -17,6 +17,12 @@ from parity.trace import Trace
 
 
 @pytest.fixture(scope="module")
+def small(compiled):
+    """Watched as it is run: with a compiled step."""
+    return compiled
+
+
+@pytest.fixture(scope="module")
 def bare_cli(tmp_path_factory, small, engine):
     """The adapter that the plain command line saves, in a process nobody looks into."""
     folder = tmp_path_factory.mktemp("cli")

@@ -39,7 +39,8 @@ MLX, TORCH = "tests.user_trainers", "tests.torch_trainers"
     ],
 )
 def test_what_a_path_on_mlx_refuses(path, method, says, engine, small):
-    refused(engine, f"{MLX}:{path}", method, says, small, "mlx")
+    recipe = small.override({"train.compile": path == "Early"})
+    refused(engine, f"{MLX}:{path}", method, says, recipe, "mlx")
 
 
 @pytest.mark.parametrize(

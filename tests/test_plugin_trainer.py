@@ -73,12 +73,12 @@ def settings(recipe):
     }  # fmt: skip
 
 
-def test_a_compiled_script_ends_in_the_bytes_of_its_bare_run(engine, small, tmp_path):
+def test_a_compiled_script_ends_in_the_bytes_of_its_bare_run(engine, compiled, tmp_path):
     left = bare(
-        engine, "finetune", "train", model_path=resources.model_dir(small.model.source),
-        data=str(resources.data_dir(small.data.source)), out=str(tmp_path), **settings(small),
+        engine, "finetune", "train", model_path=resources.model_dir(compiled.model.source),
+        data=str(resources.data_dir(compiled.data.source)), out=str(tmp_path), **settings(compiled),
     )  # fmt: skip
-    trace = engine.capture("finetune_path:Finetune", "train", small, Trace())
+    trace = engine.capture("finetune_path:Finetune", "train", compiled, Trace())
     same_bytes(trace.group("adapter"), left)
 
 
@@ -131,14 +131,14 @@ def test_a_right_trainer_agrees(stage, engine, small):
 
 
 @pytest.mark.long
-def test_clip_and_accumulation_are_found_by_what_it_does(engine, small):
-    recipe = small.override({"train.accumulation": 2, "train.batch_size": 3})
+def test_clip_and_accumulation_are_found_by_what_it_does(engine, compiled):
+    recipe = compiled.override({"train.accumulation": 2, "train.batch_size": 3})
     found = engine.capture(f"{HERE}:Accumulating", "config", recipe, Trace()).scalars
     assert (found["clip.mode"], found["clip.value"]) == ("norm", 0.25)
     assert found["accumulation.weighting"] == "each in full"
     assert found["train.compile"] is True
     assert found["optim.class"] == "SGD"
-    eager = engine.capture(f"{HERE}:Eager", "config", small, Trace()).scalars
+    eager = engine.capture(f"{HERE}:Eager", "config", compiled, Trace()).scalars
     assert (eager["clip.mode"], eager["accumulation.steps"]) == ("none", 1)
     assert eager["train.compile"] is False
     assert eager["loss.denominator"] == "supervised tokens"

@@ -42,7 +42,11 @@ FAULTS = [
         {},
         {"clip.mode": "norm in the subject, none", "clip.value": "0.5 in the subject"},
     ),
-    ("Uncompiled", {}, {"train.compile": "False", "train.gradient_checkpointing": "True in the"}),
+    (
+        "Uncompiled",
+        {"train.compile": True},
+        {"train.compile": "False", "train.gradient_checkpointing": "True in the"},
+    ),
     long(
         "AveragesOverPadding", {}, {"loss.denominator": "all positions in the subject, supervised"}
     ),

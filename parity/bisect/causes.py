@@ -259,7 +259,7 @@ class CauseSearch:
             why_not = self._parts(stage, report, steps)
             if why_not is not None:
                 # No factor and no part explains it: the place inside the stage is named.
-                report.causes.append(self._place(stage, report, unproven=why_not))
+                self._found(report, self._place(stage, report, unproven=why_not))
                 report.verdict, report.reason = FOUND, ""
                 return False
         if self._known(stage, self.rest) is Answer.AGREES:
@@ -272,10 +272,15 @@ class CauseSearch:
             report.verdict, report.reason = INCONCLUSIVE, found.reason
             return False
         for names in found.causes:
-            report.causes.append(self._factors(stage, names, found.unproven.get(names, ())))
+            self._found(report, self._factors(stage, names, found.unproven.get(names, ())))
         causes = {name for names in found.causes for name in names}
         self.rest = tuple(name for name in self.rest if name not in causes)
         return bool(causes)
+
+    def _found(self, report: SearchReport, cause: Cause) -> None:
+        """Keeps a cause, and tells it at once: to look for others takes as long again."""
+        report.causes.append(cause)
+        self.notice(f"found: {cause.sentence}")
 
     def _minimal(
         self,
@@ -314,7 +319,7 @@ class CauseSearch:
             return [f"which part it is could not be found: {found.reason}"]
         for names in found.causes:
             parts = tuple(name.removeprefix(PART) for name in names)
-            report.causes.append(self._place(stage, report, parts, found.unproven.get(names, ())))
+            self._found(report, self._place(stage, report, parts, found.unproven.get(names, ())))
             self.parts -= set(parts)
         if not self._same(self.cell(stage, self.rest)):
             self._visit(stage, report)
@@ -332,12 +337,11 @@ class CauseSearch:
         record = self.record(stage, (), parts or None)
         report.path[-1].place = found = locate(self.engine, cell, record)
         place = found.sentence
-        what = f"{stage.name} (probe {stage.number:02d})"
+        probe = f"{stage.name} (probe {stage.number:02d})"
+        what = f"{probe} diverges under equal recipes"
         if parts:
             whose = " with ".join(self._whose(part, stage) for part in parts)
-            what = f"{whose} makes {what} diverge under equal recipes"
-        else:
-            what += " diverges under equal recipes"
+            what = f"{whose} makes {probe} diverge under equal recipes"
         words = [f"{what}: {place or record.reason}"]
         if parts:
             words.append(f"with that of {self.reference} it agrees")
