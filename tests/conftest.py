@@ -17,6 +17,8 @@ from parity import resources
 from parity.capture.engine import Engine
 from parity.recipe import Recipe
 
+FEW = Recipe().override({"train.steps": 6, "optim.lr": 3e-3})
+
 
 @pytest.fixture(scope="session")
 def engine():
@@ -43,13 +45,13 @@ def small():
     Nothing is compiled: MLX's kernels take a C++ compiler about a second each, and hundreds of them more
     time than all tests. Tests in which a compiled step matters say so.
     """
-    return Recipe().override({"train.steps": 6, "optim.lr": 3e-3, "train.compile": False})
+    return FEW.override({"train.compile": False})
 
 
 @pytest.fixture(scope="session")
-def compiled(small):
+def compiled():
     """The same with a compiled step, as trainers run it."""
-    return small.override({"train.compile": True})
+    return FEW
 
 
 @pytest.fixture

@@ -59,6 +59,7 @@ def test_causes_at_two_stages_are_both_found(probes, engine, small):
     assert [list(c.factors) for c in report.causes] == [["lora.scale"], ["optim.weight_decay"]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("probes", [("04", "06"), long(())], ids=["two", "all"])
 def test_harmless_changes_are_no_cause(probes, engine, small):
     report = search(engine, small, HARMLESS, probes=probes)

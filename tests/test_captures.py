@@ -103,6 +103,7 @@ def test_a_file_that_lies_elsewhere_counts_as_well(plugin, tmp_path):
         assert verdict(engine, plugin).verdict is Verdict.DIVERGE
 
 
+@pytest.mark.long
 def test_a_live_worker_is_not_used_once_its_code_is_edited(plugin, tmp_path, monkeypatch):
     monkeypatch.setattr(loaded.Check, "FRESH", 0.0)
     with Engine(tmp_path / "cache") as engine:

@@ -146,6 +146,7 @@ def test_a_ref_of_the_trainer_becomes_the_commit_that_all_jobs_install(tmp_path)
     assert (tmp_path / "plan" / "requirements.txt").read_text() == f"{where}{one}\n"
 
 
+@pytest.mark.long
 def test_the_newest_releases_that_fit_together_on_a_mac(tmp_path, uv):
     project = tmp_path / "pyproject.toml"
     needs = '"mlx>=0.30; sys_platform == \'darwin\'", "tabulate", "click"'

@@ -79,6 +79,7 @@ def test_the_module_that_computes_otherwise_is_named(
     assert place.name.startswith(module), place
 
 
+@pytest.mark.long
 @REFERENCES
 def test_the_module_that_passes_a_wrong_gradient_on_is_named(reference, engine, cell):
     made, record = cell("TransposedProduct", "05", PACKED, reference)

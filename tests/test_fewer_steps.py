@@ -70,6 +70,7 @@ def test_what_cannot_be_asked_in_few_steps_is_asked_in_all():
     assert [few for _, few in questions].count(0) > 2
 
 
+@pytest.mark.long
 def test_the_first_divergent_step_decides(engine, small):
     cell = Cell(find("07"), "mlx", "mlx-lm", small, {"subject": {"optim.lr": 1e-2}})
     record = run_cell(engine, cell)

@@ -26,6 +26,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("path", "reference", "where", "link"), FAULTS, ids=["ShiftedCache", "StaleCache", "UncutCache"]
 )

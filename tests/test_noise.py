@@ -274,6 +274,7 @@ def test_a_side_that_does_not_repeat_itself_is_held_to_the_floor_and_the_record_
     assert record.verdict is Verdict.DIVERGE, describe(record)
 
 
+@pytest.mark.long
 def test_sides_that_repeat_themselves_are_held_to_bits(engine, small):
     recipe, changes = small, {"subject": {"lora.scale": 2.0000002}}
     record = run_cell(engine, Cell(find("05"), "mlx", "mlx-lm", recipe, changes))

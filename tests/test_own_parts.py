@@ -61,6 +61,7 @@ def test_a_search_leaves_such_parts_with_their_loop(engine, small):
     assert search.cell(stage, (), ()).subject == "mlx-lm"
 
 
+@pytest.mark.long
 def test_settings_of_a_loss_that_it_does_not_train_with_are_unknown(engine, small):
     """They were read from the loss and the recipe that it inherits, and said to be in effect."""
     recipe = small.override({"train.accumulation": 2, "train.batch_size": 3})

@@ -110,7 +110,7 @@ def test_clip_and_accumulation_are_found_by_what_it_does(engine, small):
     ("name", "method", "says"),
     [
         long("Without", "train", "no training was seen: it must call `backward`"),
-        ("Tired", "train", "made 2 updates where train.steps=6"),
+        long("Tired", "train", "made 2 updates where train.steps=6"),
         ("ByHand", "tokenization", "is run as a whole: its rows are seen in its batches"),
     ],
 )

@@ -146,6 +146,7 @@ def test_a_profiled_worker_reports_its_time_and_computes_the_same(tmp_path, time
     assert timeline.spans == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", ["run", long("bisect")])
 def test_a_command_explains_its_wall_time(tmp_path, command):
     words = ["--subject", PATH, "--reference", "hf", "--set-subject", "optim.lr=0.5"]

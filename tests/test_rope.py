@@ -119,6 +119,7 @@ def test_other_frequencies_are_named_with_the_configuration(
     assert record.reason == found["rope.frequencies"]
 
 
+@pytest.mark.long
 def test_layers_without_a_rotary_embedding_have_none(made, engine, small):
     model = made("hybrid", HYBRID, {"rope_theta": 1_000_000.0, "block_dim": 64})
     changes = {"model.source": model, "lora.target_modules": ["q_proj", "v_proj"]}

@@ -231,6 +231,7 @@ else:
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name",
     [path if path == "mlx-lm" else long(path) for path in PATHS],

@@ -362,6 +362,21 @@ def test_of_settings_that_are_moved_together_those_that_matter_are_named(toy, mo
     assert all(f"{key}={moved[key]}" in cause.sentence for key in least)
 
 
+def test_each_of_several_that_matter_alone_is_a_cause(toy, monkeypatch):
+    moved = {"num_attention_heads": 3, "hidden_size": 48, "qk_rope_head_dim": 4}
+
+    def subject(config):
+        two = all(config[key] == moved[key] for key in ("num_attention_heads", "qk_rope_head_dim"))
+        return 2.0 * (config["hidden_size"] == 48) + two
+
+    def traps(config):
+        return Configuration("traps", changed(config, moved), [Trap("odd head count", moved)])
+
+    cell = examined(toy, monkeypatch, subject, lambda config: 0.0, traps)
+    names = {cause.name for cause in cell.answers[-1].causes}
+    assert names == {"hidden_size", "num_attention_heads, qk_rope_head_dim"}
+
+
 def test_a_value_is_told_or_not_told(toy, monkeypatch):
     monkeypatch.setattr(Explainer, "_place", lambda self, model: "with theta 7 it agrees")
     bench = toy([], lambda c: factor(c) + 1, factor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -250,34 +250,47 @@ class Examiner:
     def _explain(
         self, bench: Bench, base: Model, plain: Configuration, trap: Trap
     ) -> tuple[list[Cause], dict[str, Any]]:
-        try:
-            model = self.store.model(self.architecture.name, changed(plain.config, trap.changes))
-        except NotMade:
+        if (asked := self._asked(bench, plain, trap.changes)) is None:
             return [], {}
-        alone, _ = bench.ask(LOGITS, "plain", model)
+        model, alone = asked
         if alone.green or (not alone.red and not bench.is_patched):
             return [], {}
-        trap, model, alone = self._least(bench, plain, trap, model, alone)
-        cause, edits = Explainer(bench).setting(trap, base, model, alone)
-        return [cause], edits
+        causes, edits = list[Cause](), dict[str, Any]()
+        for piece, other, found in self._pieces(bench, plain, trap, model, alone):
+            cause, fixed = Explainer(bench).setting(piece, base, other, found)
+            causes.append(cause)
+            edits |= fixed
+        return causes, edits
 
-    def _least(
+    def _pieces(
         self, bench: Bench, plain: Configuration, trap: Trap, model: Model, answer: Answer
-    ) -> tuple[Trap, Model, Answer]:
-        """Of settings that are moved together those without any of which the two sides do not part so."""
-        for key in tuple(trap.changes):
-            rest = {name: value for name, value in trap.changes.items() if name != key}
-            if not rest or not answer.red:
-                continue
-            fewer = Trap(trap.kind, rest)
-            try:
-                other = self.store.model(self.architecture.name, changed(plain.config, rest))
-            except NotMade:
-                continue
-            found, _ = bench.ask(LOGITS, "plain", other)
-            if found.verdict == answer.verdict:
-                trap, model, answer = fewer, other, found
-        return trap, model, answer
+    ) -> Iterator[tuple[Trap, Model, Answer]]:
+        """Of settings that are moved together each set without any of which the two sides do not part so."""
+        first, rest = answer.verdict, dict(trap.changes)
+        while rest and answer.verdict == first:
+            for key in tuple(rest):
+                fewer = {name: value for name, value in rest.items() if name != key}
+                if not fewer or not answer.red:
+                    continue
+                found = self._asked(bench, plain, fewer)
+                if found is not None and found[1].verdict == first:
+                    rest, (model, answer) = fewer, found
+            yield Trap(trap.kind, rest), model, answer
+            left = {name: trap.changes[name] for name in trap.changes if name not in rest}
+            trap = Trap(trap.kind, left)
+            if not left or (found := self._asked(bench, plain, left)) is None:
+                return
+            rest, (model, answer) = dict(left), found
+
+    def _asked(
+        self, bench: Bench, plain: Configuration, changes: Mapping[str, Any]
+    ) -> tuple[Model, Answer] | None:
+        """The logits of the plain configuration with some settings moved; None where it cannot be built."""
+        try:
+            model = self.store.model(self.architecture.name, changed(plain.config, changes))
+        except NotMade:
+            return None
+        return model, bench.ask(LOGITS, "plain", model)[0]
 
     def _together(
         self,
