@@ -60,3 +60,13 @@ def test_make_targets_exist():
 def test_files_that_the_readme_names_exist():
     for name in re.findall(r"`((?:reports|fixtures|probes|benchmarks|\.github)/[\w./-]*)`", README):
         assert (ROOT / name).exists(), name
+
+
+def test_what_is_run_at_night_alone_is_long():
+    table = (ROOT / "tests" / "README.md").read_text(encoding="utf-8")
+    names = re.findall(
+        r"`(test_\w+\.py)`", table.partition("| file | behaviour |")[2].partition("\n\n")[0]
+    )
+    assert len(names) > 30
+    for name in names:
+        assert re.search(r"mark\.long|\blong\(", (ROOT / "tests" / name).read_text("utf-8")), name

@@ -129,7 +129,8 @@ class Engine:
         with timing.span(timing.PROCESS, "end"):
             self._pool.close()
         self._use.close()
-        with timing.span(timing.WRITE, "cache"):
+        # On a full disk what was captured is kept all the same.
+        with timing.span(timing.WRITE, "cache"), contextlib.suppress(OSError):
             self.growth.settle()
 
     def source(self, spec: str, path: str = "") -> Source:
