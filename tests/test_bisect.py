@@ -19,9 +19,9 @@ HARMLESS = {
 }
 
 
-def search(engine, recipe, changes, subject="mlx", reference="mlx-lm", probes=()):
+def search(engine, recipe, changes, subject="mlx", reference="mlx-lm", probes=(), **named):
     stages = {"stages": tuple(map(find, ("00", *probes)))} if probes else {}
-    return CauseSearch(engine, subject, reference, recipe, changes, **stages).search()
+    return CauseSearch(engine, subject, reference, recipe, changes, **stages, **named).search()
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,12 @@ def test_a_flipped_factor_is_found_alone(factor, value, stage, engine, small):
 def test_two_factors_that_matter_only_together(probes, engine, small):
     recipe = small.override({"optim.clip_value": 1e6})
     changes = {"optim.clip": "value", "optim.clip_value": 0.5, "train.compile": True}
-    report = search(engine, recipe, changes, probes=probes)
+    said = []
+    report = search(engine, recipe, changes, probes=probes, notice=said.append)
     assert [set(c.factors) for c in report.causes] == [{"optim.clip", "optim.clip_value"}]
+    found = [text for text in said if text.startswith("found: ")]
+    assert found == [f"found: {report.causes[0].sentence}"]
+    assert said.index(found[0]) > said.index("probe 06 optimizer_step: diverge")
 
 
 @pytest.mark.long

@@ -227,8 +227,7 @@ class Context:
         capture: Runs one method of one side.
         again: Runs it once more: what it gives is no copy of what it gave before.
         both: Runs one method on both sides at once.
-        own_factors: Factors that the code of either side decides, whatever a recipe has: the recipe's value
-            is compared, and no other is asked for.
+        own_factors: Factors that the code of either side decides: no value but the recipe's is asked for.
         deciding: Leave out what no verdict depends on, such as each path as it is shipped.
     """
 
@@ -252,9 +251,8 @@ class Context:
     @property
     def exact(self) -> bool:
         """Whether both sides do the same operations in the same framework."""
-        return all(
-            side["subject"] == side["reference"] for side in (self.frameworks, self.operations)
-        )
+        both = self.frameworks, self.operations
+        return all(found["subject"] == found["reference"] for found in both)
 
     @property
     def operations_aside(self) -> str:
