@@ -22,9 +22,9 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.
 def cache(context: click.Context, as_json: bool) -> None:
     """Show what the cache holds, or prune it.
 
-    Captures are kept by content, so that none is run twice. After a run that made captures, those
-    used least recently are removed until the cache holds at most $PARITY_CACHE_LIMIT (20GB).
-    $PARITY_CACHE names the folder.
+    Captures are kept by content, so that none is run twice. While a command
+    makes captures, those used least recently are removed, so that the cache
+    holds at most $PARITY_CACHE_LIMIT (20GB). $PARITY_CACHE names the folder.
 
     \b
     Examples:
@@ -61,7 +61,7 @@ def cache(context: click.Context, as_json: bool) -> None:
 def prune(size: str | None, everything: bool, as_json: bool) -> None:
     """Remove captures used least recently, and what killed commands left behind.
 
-    Captures that a running command has used since it began stay, whatever the limit. Kernels,
+    What a running command has used in the last quarter of an hour stays, whatever the limit. Kernels,
     checkpoints and environments are removed with --all alone, and only while no command runs.
 
     \b
