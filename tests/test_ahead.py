@@ -15,6 +15,7 @@ from parity.cells.run import run_cell
 from parity.recipe import Recipe
 from parity.record import Verdict
 from parity.stages import find
+from parity.stages.pair import Extent
 
 PATIENCE = 600  # turns of a tenth of a second until a test gives up
 
@@ -48,7 +49,7 @@ def test_the_reference_is_captured_and_not_again(two, told):
         wait_for(lambda: two.captured == 2)  # the stage has two sets of settings
     assert set(told) == {f"{REFERENCE}: optimizer_step"}
     told.clear()
-    assert run_cell(two, cell, deciding=True).verdict is Verdict.IDENTICAL
+    assert run_cell(two, cell, extent=Extent.VERDICT).verdict is Verdict.IDENTICAL
     assert told == ["tests.faulty_paths:Twin: optimizer_step"] * 2
 
 

@@ -16,8 +16,8 @@ from parity.names import LOGITS
 from parity.recipe import load as load_recipe
 from parity.resources import model_dir
 from parity.stages import find
-from parity.stages.context import Pair
 from parity.stages.gradient import Gradient
+from parity.stages.pair import Pair
 from parity.trace import Trace
 from tests.cost import long
 

@@ -25,7 +25,7 @@ from parity.judge.noise import (
 from parity.record import Verdict
 from parity.report.text import describe
 from parity.stages import find
-from parity.stages.context import Measured, Pair
+from parity.stages.pair import Measured, Pair
 from parity.trace import Trace
 from tests.cost import long
 

@@ -13,6 +13,7 @@ from parity.cells.run import context_of, sources_of
 from parity.errors import DiskFull
 from parity.recipe import Recipe
 from parity.stages.context import Context
+from parity.stages.pair import Extent
 from parity.trace import Trace
 
 PATIENCE = 0.5  # seconds that a capture may take to its end, which is kept
@@ -71,4 +72,4 @@ def _alone(context: Context, over: threading.Event) -> Context:
         trace = capture("reference", method, recipes["reference"], inputs)
         return trace, trace
 
-    return replace(context, capture=capture, both=both, deciding=True)
+    return replace(context, capture=capture, both=both, extent=Extent.VERDICT)

@@ -27,7 +27,7 @@ from parity.bisect.result import (
 from parity.bisect.silent import silent
 from parity.capture.engine import Engine
 from parity.cells.cell import Cell, reproduce
-from parity.cells.run import run_cell
+from parity.cells.run import REFEREE, run_cell
 from parity.judge.hints import hints, rope
 from parity.paths import parts as names_of_parts
 from parity.paths.demands import unmet
@@ -36,6 +36,7 @@ from parity.recipe import DEFAULT, Recipe
 from parity.record import Record, Verdict
 from parity.stages import STAGES
 from parity.stages.context import Stage
+from parity.stages.pair import Extent
 
 Names = Collection[str]
 Settings = dict[str, str]
@@ -125,13 +126,18 @@ class CauseSearch:
         )
 
     def record(
-        self, stage: Stage, names: Names, parts: Names | None = None, steps: int = 0
+        self,
+        stage: Stage,
+        names: Names,
+        parts: Names | None = None,
+        steps: int = 0,
+        extent: Extent = Extent.VERDICT,
     ) -> Record:
         """Runs that cell."""
         cell = self.cell(stage, names, parts, steps)
         changed = cell.recipe.override(cell.changes.get("subject", {})).digest()
         self._recipes.add(f"{cell.subject} {changed}")
-        return run_cell(self.engine, cell, repeat=not self.steady, deciding=True)
+        return run_cell(self.engine, cell, repeat=not self.steady, extent=extent)
 
     def search(self) -> SearchReport:
         """Runs the whole search."""
@@ -180,7 +186,8 @@ class CauseSearch:
 
     def _again(self, stage: Stage, report: SearchReport, record: Record) -> Record:
         """A divergence that the subject shows once more; what does not repeat itself is none."""
-        again = run_cell(self.engine, self.cell(stage, self.rest), repeat=True, deciding=True)
+        cell = self.cell(stage, self.rest)
+        again = run_cell(self.engine, cell, repeat=True, extent=Extent.VERDICT)
         if again.verdict is not record.verdict:
             report.path[-1].verdict, report.path[-1].reason = str(again.verdict), again.reason
         return again
@@ -256,6 +263,7 @@ class CauseSearch:
         """Adds the causes of a divergence at one stage; returns whether nothing of it is left."""
         steps = shortest(record, self.recipe, {*self.changes, *self.held})
         if self._known(stage, ()) is Answer.DIVERGES:
+            self.engine.warm(REFEREE)  # the place is told with the float64 run
             why_not = self._parts(stage, report, steps)
             if why_not is not None:
                 # No factor and no part explains it: the place inside the stage is named.
@@ -334,7 +342,7 @@ class CauseSearch:
     ) -> Cause:
         """The place inside a stage that diverges under equal recipes, in the parts named."""
         cell = self.cell(stage, (), parts or None)
-        record = self.record(stage, (), parts or None)
+        record = self.record(stage, (), parts or None, extent=Extent.SIDE)
         report.path[-1].place = found = locate(self.engine, cell, record)
         place = found.sentence
         probe = f"{stage.name} (probe {stage.number:02d})"

@@ -8,6 +8,7 @@ from parity.bisect.minimize import Answer, CouldNotAsk, Search, Watch, minimize
 from parity.bisect.result import FOUND
 from parity.recipe import Recipe
 from parity.record import Record, Verdict
+from parity.stages.loss_curve import LossCurve
 
 STEPS = "train.steps"
 
@@ -16,7 +17,7 @@ Oracle = Callable[[frozenset[str], int], Answer]
 
 
 def shortest(record: Record, recipe: Recipe, changed: Collection[str]) -> int:
-    """The first step that diverges in a record, where it comes in the first half of training; else 0.
+    """The first step that diverges in a loss curve, where it comes in the first half of training; else 0.
 
     Args:
         record: Of a cell that diverges.
@@ -24,6 +25,8 @@ def shortest(record: Record, recipe: Recipe, changed: Collection[str]) -> int:
         changed: Factors in which either side differs from it: where the number of steps is one of
             them, none can be left out.
     """
+    if record.stage != LossCurve.name:
+        return 0  # what has steps elsewhere does not train
     bad = (m.step for m in record.metrics if m.gate and m.verdict is Verdict.DIVERGE and m.step)
     step = min(bad, default=0)
     return step if STEPS not in changed and 2 * step <= recipe.train.steps else 0

@@ -12,9 +12,10 @@ from parity.judge.compare import compare_group
 from parity.judge.noise import HEADROOM
 from parity.names import LOGITS, layer_of
 from parity.record import Metric, Record
-from parity.stages.context import Context, Pair
+from parity.stages.context import Context
 from parity.stages.gradient import Gradient
 from parity.stages.logits import Logits
+from parity.stages.pair import Pair
 from parity.trace import Trace
 
 Metrics = Mapping[str, Metric]

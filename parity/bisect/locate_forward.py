@@ -18,8 +18,9 @@ from parity.judge.compare import compare, compare_group
 from parity.judge.noise import HEADROOM, distance
 from parity.names import layer_of
 from parity.record import Metric
-from parity.stages.context import Context, Pair
+from parity.stages.context import Context
 from parity.stages.logits import Logits
+from parity.stages.pair import Pair
 from parity.trace import Array, Trace
 
 Event = tuple[str, str]

@@ -21,8 +21,9 @@ from parity.errors import NO_ANSWER
 from parity.judge.compare import compare_group, compare_series
 from parity.judge.noise import EPS, HEADROOM, largest
 from parity.record import Metric
-from parity.stages.context import Context, Pair
+from parity.stages.context import Context
 from parity.stages.loss_curve import aligned_changes, aligned_inputs
+from parity.stages.pair import Pair
 from parity.trace import Array, Trace
 
 PLAIN = {

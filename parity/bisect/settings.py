@@ -15,7 +15,8 @@ from typing import Any
 from parity import resources
 from parity.errors import NO_ANSWER, UsageError
 from parity.judge.noise import HEADROOM, distance
-from parity.stages.context import Context, Pair
+from parity.stages.context import Context
+from parity.stages.pair import Pair
 from parity.trace import Trace
 
 WINDOW, WIDE = "sliding_window", 2**20

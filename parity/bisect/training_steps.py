@@ -7,7 +7,8 @@ from functools import cached_property
 
 import numpy as np
 
-from parity.stages.context import Context, Pair
+from parity.stages.context import Context
+from parity.stages.pair import Pair
 from parity.trace import Array, Trace
 
 SIDES = ("subject", "reference")

@@ -18,6 +18,7 @@ from parity import resources, timing
 from parity.capture import capacity, keys, machine, storage
 from parity.capture.bundle import is_bundle, opened
 from parity.capture.capacity import Jobs
+from parity.capture.checks import not_installed
 from parity.capture.environments import UnavailableVersion, pinned
 from parity.capture.growth import Growth, full
 from parity.capture.loaded import Check
@@ -224,6 +225,12 @@ class Engine:
         return bool(loaded) and all(
             self._check.holds(manifest, python) for manifest, python in loaded.items()
         )
+
+    def warm(self, spec: str) -> None:
+        """Starts the process of a path beside what is at work, where there is room for one."""
+        if self.jobs.busy > 1 and not_installed(spec) == "":
+            target, python = self._interpreter(spec)
+            self._pool.warm(spec, resolve(target), python)
 
     def renew(self, spec: str) -> None:
         """From now on uses captures of the environment alone that the path's process has now."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import threading
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +19,7 @@ from parity.errors import CaptureError
 from parity.paths.protocol import TrainingPath
 
 OWN = __name__.partition(".")[0]
+START = 1.0  # seconds that a process on MLX takes to start
 
 
 class Group(NamedTuple):
@@ -75,10 +78,11 @@ class Pool:
         self.jobs = jobs
         self._idle: list[Worker] = []  # the one used last comes last
         self._lent: Counter[Group] = Counter()
+        self._waited: defaultdict[Group, float] = defaultdict(float)  # seconds
         self._working: dict[Worker, int] = {}  # with the thread that uses it
         self._stopped = False
         self._alone: dict[str, str] = {}
-        self._started = 0
+        self._numbers = itertools.count(1)  # of logs
         self._returned = threading.Condition()
 
     @contextlib.contextmanager
@@ -106,6 +110,18 @@ class Pool:
             raise
         finally:
             self._give_back(spec, worker)
+
+    def warm(self, spec: str, kind: type[TrainingPath], python: str) -> None:
+        """Starts a worker unless there is one, whatever is at work: it imports its libraries by itself."""
+        group = group_of(spec, kind, python, spec in self._alone)
+        with self._returned:
+            there = self._lent[group] or any(worker.group == group for worker in self._idle)
+            if there or self._stopped:
+                return
+            self._idle.append(self._new(group))
+            ended = self._excess()
+        for worker in ended:
+            worker.close()
 
     def close(self) -> None:
         """Ends all workers."""
@@ -140,29 +156,47 @@ class Pool:
 
     def _take(self, spec: str, group: Group) -> Worker:
         ended: list[Worker] = []
-        number = 0
         with self._returned:
             self._returned.wait_for(lambda: self._stopped or self._may_work(group))
+            self._wait_for_one(group)
             self._refuse_if_stopped()
             found = self._fitting(spec, group, ended)
             self._lent[group] += 1
             if not found:
-                self._started += 1
-                number = self._started
                 ended += self._excess()
         for worker in ended:
             worker.close()
         if found:
             return found
         try:
-            name = "-".join([group.alone or group.framework, *group.modules])
-            log = f"{name.replace(':', '_').replace('/', '_')}-{os.getpid()}-{number}.log"
-            return Worker(group, self._cache, self._log_dir / log)
+            return self._new(group)
         except BaseException:
             with self._returned:
                 self._lent[group] -= 1
                 self._returned.notify_all()
             raise
+
+    def _new(self, group: Group) -> Worker:
+        name = "-".join([group.alone or group.framework, *group.modules])
+        log = f"{name.replace(':', '_').replace('/', '_')}-{os.getpid()}-{next(self._numbers)}.log"
+        return Worker(group, self._cache, self._log_dir / log)
+
+    def _wait_for_one(self, group: Group) -> None:
+        """Waits for a process of a group that is at work, as long as another would take to start.
+
+        That is all the waiting for one group together: then another one is worth its start.
+        """
+
+        def settled() -> bool:
+            busy = [w for w in self._working if w.group == group and w.loaded]
+            idle = any(worker.group == group for worker in self._idle)
+            return self._stopped or (self._may_work(group) and (idle or not busy))
+
+        began = time.monotonic()
+        left = START - self._waited[group]
+        if not self._returned.wait_for(settled, timeout=max(left, 0.0)):
+            self._returned.wait_for(lambda: self._stopped or self._may_work(group))
+        self._waited[group] += time.monotonic() - began
 
     def _may_work(self, group: Group) -> bool:
         """Whether another worker of a group may be at work now."""

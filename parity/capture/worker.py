@@ -265,14 +265,20 @@ def serve(framework: str, cache: Path, hidden: Collection[str] = ()) -> None:
     manifests = Manifests(cache)
     before: Footprint | None = None
     profile = timing.of_worker()
+    # Before anything is asked: who starts a process ahead of its need finds it ready.
+    lacking: Exception | None = None
+    try:
+        with timing.span(timing.IMPORT, framework):
+            prepare(framework)
+        before = Footprint()
+    except Exception as error:
+        lacking = error
     for line in sys.stdin:
         request = json.loads(line)
         answer: dict[str, Any] = {"status": "ok"}
         try:
-            if before is None:
-                with timing.span(timing.IMPORT, framework):
-                    prepare(framework)
-                before = Footprint()
+            if lacking:
+                raise lacking
             path = _path(request["path"], cache, paths)
             restart_generators()
             _carry_out(path, request)

@@ -18,8 +18,9 @@ from parity.cells.run import REFEREE, ROUNDS, context_of, run_cell, sources_of
 from parity.errors import NO_ANSWER, CaptureError, MissingCapture
 from parity.judge import noise
 from parity.recipe import Recipe
-from parity.stages.context import ROUNDED, Context, Pair
+from parity.stages.context import Context
 from parity.stages.logits import Logits
+from parity.stages.pair import ROUNDED, Pair
 from parity.trace import Trace
 
 Done = Callable[[], None]

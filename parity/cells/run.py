@@ -26,6 +26,7 @@ from parity.recipe import Recipe
 from parity.record import Record, Side, Verdict, conclude, first_divergence
 from parity.stages.context import Comparison, Context
 from parity.stages.exchange import Exchange
+from parity.stages.pair import Extent
 from parity.trace import Trace
 
 REFEREE = "hf"  # the path that runs in float64
@@ -37,7 +38,7 @@ def run_cell(
     cell: Cell,
     repeat: bool = False,
     sources: Mapping[str, Source] | None = None,
-    deciding: bool = False,
+    extent: Extent = Extent.RECORD,
 ) -> Record:
     """Runs one cell; whatever goes wrong in it becomes its record.
 
@@ -50,11 +51,11 @@ def run_cell(
         repeat: Run the subject of a cell that diverges once more: what does not repeat itself is no
             evidence.
         sources: What answers captures, by side; see `sources_of`.
-        deciding: Leave out what no verdict depends on.
+        extent: How much is asked.
     """
     sources, found = sources or sources_of(engine, cell), dict[str, str]()
     for _ in range(ROUNDS):
-        record, mixed = _round(engine, cell, repeat, sources, deciding)
+        record, mixed = _round(engine, cell, repeat, sources, extent)
         again = {side: spec_of(cell, side) for side in mixed}
         if not mixed or any(map(is_bundle, again.values())):
             break
@@ -73,13 +74,13 @@ def run_cell(
 
 
 def _round(
-    engine: Engine, cell: Cell, repeat: bool, sources: Mapping[str, Source], deciding: bool
+    engine: Engine, cell: Cell, repeat: bool, sources: Mapping[str, Source], extent: Extent
 ) -> tuple[Record, dict[str, list[str]]]:
     """The record of one run, and what differs between the environments of a side's captures."""
     started = time.perf_counter()
     result, verdict, reason, detail = Comparison(), None, "", ""
     mixed: dict[str, list[str]] = {}
-    context = replace(context_of(engine, cell, sources, mixed), deciding=deciding)
+    context = replace(context_of(engine, cell, sources, mixed), extent=extent)
     # What a path saved it may well read otherwise.
     itself = cell.subject == cell.reference and not isinstance(cell.stage, Exchange)
     if itself and not cell.changes:

@@ -21,6 +21,7 @@ from parity.paths.measured import known
 from parity.recipe import factor_names
 from parity.record import Metric, Verdict
 from parity.stages.context import Comparison, Context
+from parity.stages.pair import Extent
 from parity.stages.settings import BATCHES, INTERNAL, TITLES, Settings, same, sentence, short
 from parity.trace import Trace
 
@@ -56,7 +57,7 @@ class Config:
         gates = len(TITLES) - len(aside)
         result.metrics.insert(0, _compared(gates, lacking, a, b))
         result.findings += self._dropped(context, a, b)
-        if not context.deciding:
+        if context.extent is Extent.RECORD:
             result.findings += self._shipped(context)
         return result
 

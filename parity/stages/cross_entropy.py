@@ -8,8 +8,9 @@ import numpy as np
 
 from parity.judge.compare import compare, compare_exact, nothing
 from parity.record import Metric, Verdict
-from parity.stages.context import Comparison, Context, Pair
+from parity.stages.context import Comparison, Context
 from parity.stages.inputs import LENGTHS, loss_cases
+from parity.stages.pair import Pair
 
 TOKEN_LOSS = "token_loss"
 

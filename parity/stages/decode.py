@@ -11,8 +11,9 @@ import numpy as np
 from parity.judge.compare import compare, compare_exact, nothing
 from parity.judge.noise import HEADROOM, Noise, largest, listed
 from parity.record import Metric, Verdict
-from parity.stages.context import Comparison, Context, Pair
+from parity.stages.context import Comparison, Context
 from parity.stages.loss_curve import aligned_training, decode_inputs
+from parity.stages.pair import Extent, Pair
 from parity.trace import Array, Trace, first_difference
 
 MARGINS = "top-1/top-2 margins"
@@ -56,7 +57,8 @@ class GreedyDecode:
         key = "completion_loss"
         metric = compare(key, pair.subject.arrays[key], pair.reference.arrays[key], pair.noise)
         result.metrics.append(metric.model_copy(update={"name": "teacher-forced completion loss"}))
-        self._own(context, training, result)
+        if context.extent is Extent.RECORD:
+            self._own(context, training, result)
         return result
 
     def _own(self, context: Context, training: Pair, result: Comparison) -> None:

@@ -19,7 +19,8 @@ from parity.judge.noise import Noise
 from parity.judge.updates import Updates
 from parity.recipe import Recipe
 from parity.record import Metric, Verdict
-from parity.stages.context import Comparison, Context, Pair, measured
+from parity.stages.context import Comparison, Context, measured
+from parity.stages.pair import Pair
 from parity.stages.round_trip import RoundTrip, effect, loaded_adapter, loaded_logits, own_noise
 from parity.trace import Array, Trace
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from parity.judge.compare import compare, compare_exact
 from parity.record import Metric, Verdict
-from parity.stages.context import Comparison, Context, Pair
+from parity.stages.context import Comparison, Context
+from parity.stages.pair import Pair
 from parity.stages.round_trip import RoundTrip
 from parity.trace import Array, Trace
 

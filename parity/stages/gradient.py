@@ -12,8 +12,9 @@ from parity.judge.noise import HEADROOM, distance
 from parity.names import is_factor
 from parity.record import Metric
 from parity.stages import experts
-from parity.stages.context import Comparison, Context, Pair
+from parity.stages.context import Comparison, Context
 from parity.stages.inputs import common_rows
+from parity.stages.pair import Pair
 from parity.trace import Array, Trace
 
 LENGTHS = [9, 21, 30, 14]

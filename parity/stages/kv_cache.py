@@ -10,8 +10,9 @@ from parity.errors import Unsupported
 from parity.judge.compare import compare, compare_exact, side_off
 from parity.judge.noise import Noise, distance
 from parity.record import Metric, Verdict
-from parity.stages.context import Comparison, Context, Pair
+from parity.stages.context import Comparison, Context
 from parity.stages.gradient import filled
+from parity.stages.pair import Pair
 from parity.trace import Array, Trace
 
 TURNS = (11, 5, 30, 7, 8, 9, 70, 6)

@@ -11,7 +11,8 @@ from parity.judge.compare import compare, compare_exact, compare_group
 from parity.judge.noise import HEADROOM, distance
 from parity.names import each
 from parity.record import MODULE, Verdict
-from parity.stages.context import Comparison, Context, Pair
+from parity.stages.context import Comparison, Context
+from parity.stages.pair import Pair
 from parity.stages.routing import without_ties
 from parity.trace import Trace
 

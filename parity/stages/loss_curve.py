@@ -16,7 +16,8 @@ from parity.judge.noise import Noise, Sources
 from parity.names import each
 from parity.recipe import Recipe
 from parity.record import Metric, Verdict
-from parity.stages.context import Comparison, Context, Pair
+from parity.stages.context import Comparison, Context
+from parity.stages.pair import Extent, Pair
 from parity.trace import Array, Trace
 
 HALF_STEPS = 5  # as shipped, where half precision makes a step many times slower on Linux
@@ -61,7 +62,7 @@ class LossCurve:
             )
         if across(context):
             result.findings += _decayed(context)
-        if not context.deciding:
+        if context.extent is Extent.RECORD:
             result.metrics.append(self._completion(context, adapters))
             self._shipped(context, result)
         return result

@@ -11,7 +11,8 @@ from parity.judge.compare import compare_group
 from parity.judge.noise import largest
 from parity.judge.optimizers import in_effect
 from parity.record import Verdict
-from parity.stages.context import Comparison, Context, Pair
+from parity.stages.context import Comparison, Context
+from parity.stages.pair import Pair
 from parity.trace import Array, Trace
 
 STEPS = 5

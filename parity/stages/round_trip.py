@@ -13,9 +13,10 @@ from parity.judge.compare import compare, compare_exact, nothing
 from parity.judge.noise import PERTURBED, REFEREE, REPEATS, Noise
 from parity.judge.updates import Updates, compare_modules, compare_updates
 from parity.record import Metric, Verdict
-from parity.stages.context import Comparison, Context, Pair, measured
+from parity.stages.context import Comparison, Context, measured
 from parity.stages.gradient import filled
 from parity.stages.loss_curve import aligned_inputs
+from parity.stages.pair import Pair
 from parity.trace import Array, Trace
 
 ROWS, WIDTH = 2, 40

@@ -20,7 +20,8 @@ from parity.judge.compare import compare
 from parity.judge.noise import HEADROOM, Noise
 from parity.names import each
 from parity.record import Metric, Verdict
-from parity.stages.context import Context, Pair
+from parity.stages.context import Context
+from parity.stages.pair import Pair
 from parity.trace import Array, Trace
 
 ROUTERS = (".gate", ".router")

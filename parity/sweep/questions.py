@@ -11,12 +11,13 @@ import numpy as np
 from parity.judge.compare import compare, compare_exact, compare_group, nothing
 from parity.names import canonical, layer_of
 from parity.record import Metric
-from parity.stages.context import Comparison, Context, Pair, Stage
+from parity.stages.context import Comparison, Context, Stage
 from parity.stages.decode import MARGINS, ids_metric, margins_of
 from parity.stages.gradient import Gradient, filled, loss_and_norm
 from parity.stages.inputs import common_rows
 from parity.stages.kv_cache import TRIMMED, TURNS, KvCache
 from parity.stages.logits import Logits
+from parity.stages.pair import Pair
 from parity.sweep.models import text
 from parity.sweep.shrink import VOCABULARY
 from parity.trace import Trace
