@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from parity.capture.engine import AGAIN
 from parity.errors import CaptureError, UnmatchedNames, Unsupported
 from parity.recipe import Recipe
 from parity.trace import Array, Trace
@@ -71,7 +72,7 @@ def effect(run: Run, method: str, before: Recipe, after: Recipe, inputs: Trace) 
     """Runs a method with two recipes, and with the first once more."""
     try:
         first = run(method, before, inputs, "")
-        again = run(method, before, inputs, "-again")
+        again = run(method, before, inputs, AGAIN)
     except Unsupported as error:
         return Effect(absent=str(error))
     except (CaptureError, UnmatchedNames) as error:

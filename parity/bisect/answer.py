@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from parity.bisect.result import AGREE, IN_PART, INCONCLUSIVE, NOT_COMPARED, SearchReport
+from parity.paths import parts as names_of_parts
 
 
 def answer(report: SearchReport) -> str:
@@ -42,3 +43,26 @@ def verdict_lines(report: SearchReport) -> list[str]:
 def against(values: Mapping[str, tuple[Any, Any]]) -> str:
     """Factors with the subject's and the reference's value, in words."""
     return " together with ".join(f"{n} = {a!r} against {b!r}" for n, (a, b) in values.items())
+
+
+def whose(part: str, stage: str, own: Mapping[str, str], swapped: Collection[str]) -> str:
+    """A part of the subject in words; beside the loss curve the loop stands for all but the parts.
+
+    Args:
+        part: The part.
+        stage: Where it makes a difference.
+        own: Parts of the subject to the path that each is of.
+        swapped: Parts that could be the reference's as well.
+    """
+    idle = names_of_parts.idle(stage)
+    used = [p for p in names_of_parts.PARTS if p not in idle]
+    others = [p for p in used if p in swapped]
+    if part != names_of_parts.LOOP:
+        return f"the {names_of_parts.in_words(part)} of {own[part]}"
+    if stage == "loss_curve" and len(others) == len(used):
+        return f"the {part} of {own[part]}"
+    if not others:
+        return f"the code of {own[part]}"
+    *some, last = map(names_of_parts.in_words, others)
+    listed = f"{', '.join(some)} and {last}" if some else last
+    return f"the code of {own[part]} beside its {listed}"

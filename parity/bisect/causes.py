@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from parity.bisect.ahead import ahead
-from parity.bisect.answer import against
-from parity.bisect.fewer_steps import STEPS, Oracle, minimal, shortest
+from parity.bisect.answer import against, whose
+from parity.bisect.cheaper import STEPS, WHOLE, Asked, Oracle, cheapest, minimal
 from parity.bisect.likelihood import likelihood, of_parts
 from parity.bisect.locate import locate
 from parity.bisect.minimize import Answer, CouldNotAsk, Search, Watch
@@ -130,14 +130,13 @@ class CauseSearch:
         stage: Stage,
         names: Names,
         parts: Names | None = None,
-        steps: int = 0,
-        extent: Extent = Extent.VERDICT,
+        asked: Asked = WHOLE,
     ) -> Record:
         """Runs that cell."""
-        cell = self.cell(stage, names, parts, steps)
+        cell = self.cell(stage, names, parts, asked.steps)
         changed = cell.recipe.override(cell.changes.get("subject", {})).digest()
         self._recipes.add(f"{cell.subject} {changed}")
-        return run_cell(self.engine, cell, repeat=not self.steady, extent=extent)
+        return run_cell(self.engine, cell, repeat=not self.steady, extent=asked.extent)
 
     def search(self) -> SearchReport:
         """Runs the whole search."""
@@ -236,7 +235,7 @@ class CauseSearch:
         return cell.subject == cell.reference and not cell.changes
 
     def _ask(
-        self, stage: Stage, names: Names, parts: Names | None = None, steps: int = 0
+        self, stage: Stage, names: Names, parts: Names | None = None, asked: Asked = WHOLE
     ) -> Answer:
         """Whether the cell diverges.
 
@@ -245,7 +244,7 @@ class CauseSearch:
         """
         if self._same(self.cell(stage, names, parts)):
             return Answer.AGREES
-        record = self.record(stage, names, parts, steps)
+        record = self.record(stage, names, parts, asked)
         if record.verdict is Verdict.DIVERGE:
             return Answer.DIVERGES
         if record.verdict.green:
@@ -261,10 +260,10 @@ class CauseSearch:
 
     def _explain(self, stage: Stage, report: SearchReport, record: Record) -> bool:
         """Adds the causes of a divergence at one stage; returns whether nothing of it is left."""
-        steps = shortest(record, self.recipe, {*self.changes, *self.held})
+        cheap = cheapest(record, self.recipe, {*self.changes, *self.held})
         if self._known(stage, ()) is Answer.DIVERGES:
             self.engine.warm(REFEREE)  # the place is told with the float64 run
-            why_not = self._parts(stage, report, steps)
+            why_not = self._parts(stage, report, cheap)
             if why_not is not None:
                 # No factor and no part explains it: the place inside the stage is named.
                 self._found(report, self._place(stage, report, unproven=why_not))
@@ -274,7 +273,11 @@ class CauseSearch:
             return True
         weights = likelihood(stage.name, self.rest)
         found = self._minimal(
-            report, self.rest, lambda names, few: self._ask(stage, names, steps=few), steps, weights
+            report,
+            self.rest,
+            lambda names, asked: self._ask(stage, names, asked=asked),
+            cheap,
+            weights,
         )
         if found.verdict != FOUND:
             report.verdict, report.reason = INCONCLUSIVE, found.reason
@@ -295,16 +298,16 @@ class CauseSearch:
         report: SearchReport,
         names: Sequence[str],
         oracle: Oracle,
-        steps: int,
+        cheap: Asked,
         weights: Mapping[str, float] | None = None,
     ) -> Search:
         """Minimal sets of names, with all that was asked kept in the report."""
-        found = minimal(names, oracle, steps, self.recipe, weights, self.repeats, self.watch)
+        found = minimal(names, oracle, cheap, self.recipe, weights, self.repeats, self.watch)
         report.ledger += found.ledger
         report.path[-1].factors, report.path[-1].questions = tuple(names), found.questions
         return found
 
-    def _parts(self, stage: Stage, report: SearchReport, steps: int) -> list[str] | None:
+    def _parts(self, stage: Stage, report: SearchReport, cheap: Asked) -> list[str] | None:
         """Finds the parts that differ under equal recipes, and takes the reference's from there on.
 
         Returns:
@@ -317,10 +320,10 @@ class CauseSearch:
         found = self._minimal(
             report,
             [PART + part for part in suspects],
-            lambda names, few: self._ask(
-                stage, (), {name.removeprefix(PART) for name in names}, few
+            lambda names, asked: self._ask(
+                stage, (), {name.removeprefix(PART) for name in names}, asked
             ),
-            steps,
+            cheap,
             {PART + part: weight for part, weight in of_parts(stage.name, suspects).items()},
         )
         if found.verdict != FOUND:
@@ -342,14 +345,16 @@ class CauseSearch:
     ) -> Cause:
         """The place inside a stage that diverges under equal recipes, in the parts named."""
         cell = self.cell(stage, (), parts or None)
-        record = self.record(stage, (), parts or None, extent=Extent.SIDE)
+        record = self.record(stage, (), parts or None, Asked(extent=Extent.SIDE))
         report.path[-1].place = found = locate(self.engine, cell, record)
         place = found.sentence
         probe = f"{stage.name} (probe {stage.number:02d})"
         what = f"{probe} diverges under equal recipes"
         if parts:
-            whose = " with ".join(self._whose(part, stage) for part in parts)
-            what = f"{whose} makes {probe} diverge under equal recipes"
+            parts_of = " with ".join(
+                whose(part, stage.name, self._own, self._can) for part in parts
+            )
+            what = f"{parts_of} makes {probe} diverge under equal recipes"
         words = [f"{what}: {place or record.reason}"]
         if parts:
             words.append(f"with that of {self.reference} it agrees")
@@ -369,21 +374,6 @@ class CauseSearch:
         # With the place named, other settings of the model have been computed as well.
         drawn = hints(record, (rope,) if found.name else ())
         return Cause(stage.name, {}, sentence, parts, place, drawn, reproduce(cell))
-
-    def _whose(self, part: str, stage: Stage) -> str:
-        """A part of the subject in words; beside the loss curve the loop stands for all but the parts."""
-        idle = names_of_parts.idle(stage.name)
-        used = [p for p in names_of_parts.PARTS if p not in idle]
-        own, swapped = self._own[part], [p for p in used if p in self._can]
-        if part != names_of_parts.LOOP:
-            return f"the {names_of_parts.in_words(part)} of {own}"
-        if stage.name == "loss_curve" and len(swapped) == len(used):
-            return f"the {part} of {own}"
-        if not swapped:
-            return f"the code of {own}"
-        *some, last = map(names_of_parts.in_words, swapped)
-        listed = f"{', '.join(some)} and {last}" if some else last
-        return f"the code of {own} beside its {listed}"
 
     def _factors(self, stage: Stage, names: tuple[str, ...], unproven: Sequence[str]) -> Cause:
         record = self.record(stage, names)

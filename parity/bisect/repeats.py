@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from parity.capture.engine import Engine
+from parity.capture.engine import AGAIN, Engine
 from parity.errors import NO_ANSWER
 from parity.judge.noise import distance
 from parity.recipe import Recipe
@@ -30,7 +30,7 @@ def repeats(engine: Engine, subject: str, recipe: Recipe) -> tuple[bool, list[st
             continue
         words = []
         try:
-            again = engine.capture(subject, method, once, Trace(), "-again")
+            again = engine.capture(subject, method, once, Trace(), AGAIN)
             if difference := _difference(first, again):
                 words.append(
                     f"{subject} does not repeat itself: two runs of {method} with seed {seed} differ in {difference}"

@@ -33,6 +33,8 @@ from parity.recipe import PINNED, Recipe, kind_of
 from parity.trace import Trace
 
 TIMEOUT = 600.0  # seconds a capture may take
+AGAIN = "-again"
+"""The attempt that shows whether a path repeats itself; whoever asks that shares it."""
 
 
 class Source(Protocol):

@@ -15,7 +15,7 @@ from parity import __version__, timing
 from parity.capture import machine
 from parity.capture.bundle import is_bundle, opened
 from parity.capture.checks import not_installed
-from parity.capture.engine import Declared, Engine, Source, declared, shipped
+from parity.capture.engine import AGAIN, Declared, Engine, Source, declared, shipped
 from parity.capture.keys import git_state
 from parity.cells.cell import Cell, reproduce
 from parity.cells.matrix import Matrix
@@ -156,7 +156,7 @@ def _repeated(
     def capture(side: str, method: str, recipe: Recipe, inputs: Trace) -> Trace:
         if side != "subject":
             return context.capture(side, method, recipe, inputs)
-        return sources["subject"](method, recipe, inputs, "-again")
+        return sources["subject"](method, recipe, inputs, AGAIN)
 
     def both(method: str, recipes: Mapping[str, Recipe], inputs: Trace) -> tuple[Trace, Trace]:
         return (
@@ -233,7 +233,7 @@ def context_of(
         return note(side, answers[side](method, recipe, inputs))
 
     def again(side: str, method: str, recipe: Recipe, inputs: Trace) -> Trace:
-        return note(side, answers[side](method, recipe, inputs, "-repeat"))
+        return note(side, answers[side](method, recipe, inputs, AGAIN))
 
     def both(method: str, recipes: Mapping[str, Recipe], inputs: Trace) -> tuple[Trace, Trace]:
         subject, reference = engine.both(answers, method, recipes, inputs)

@@ -13,8 +13,9 @@ from parity.errors import CaptureError, MissingCapture, UnmatchedNames, Unsuppor
 from parity.judge import noise as sources
 from parity.judge.noise import REPEATS, perturb, running_sum_error
 from parity.names import each
+from parity.paths.contract import METHODS
 from parity.recipe import Recipe
-from parity.record import Metric
+from parity.record import Metric, Verdict
 from parity.stages.inputs import OPTIMIZES, REDUCES, loss_inputs, nudged
 from parity.stages.pair import Extent, Measured, Pair
 from parity.trace import Trace
@@ -77,6 +78,13 @@ class Context:
     extent: Extent = Extent.RECORD
     notes: dict[str, None] = field(default_factory=dict)
     """Filled with what is to be known of the inputs, in sentences."""
+
+    def decided(self, result: Comparison) -> bool:
+        """Whether what is asked is known, though there is more to compare."""
+        gates = (metric for metric in result.metrics if metric.gate)
+        return self.extent is Extent.DIFFERENCE and any(
+            metric.verdict is Verdict.DIVERGE for metric in gates
+        )
 
     @property
     def exact(self) -> bool:
@@ -167,6 +175,7 @@ class Context:
             return running_sum_error(logits, recipes["reference"].model.dtype)
 
         main = sources.REFEREE if self.has_referee else ""
+        trains = METHODS[method].read("train.compile", inputs)
         computed = recipes["reference"]
         dtype = computed.model.dtype
         return Pair(
@@ -179,7 +188,9 @@ class Context:
             main=main,
             measure=measure,
             reduction=reduction,
-            compiled_apart=lambda: self.compiled_apart,
+            # What does not read whether a step is compiled runs none that is.
+            compiled_apart=lambda: trains and self.compiled_apart,
+            trains=trains,
             extent=self.extent,
         )
 

@@ -43,6 +43,8 @@ class CrossEntropy:
         pairs = [pair]
         rng = np.random.default_rng([context.seed, self.number, 1])
         for case, logits in loss_cases(rng, context.vocabulary).items():
+            if context.decided(result):
+                break
             pairs.append(context.pair("cross_entropy", logits))
             result.metrics += losses(pairs[-1], f", {case}")
         result.facts |= padding_facts(pairs)

@@ -48,6 +48,8 @@ class Gradient:
             result.findings += proportional(facts, what)
             result.facts |= facts
             result.facts |= reduction_facts(a, b, what)
+            if context.decided(result):
+                break
         if any(recipe.lora.dropout for recipe in context.recipes.values()):
             result.findings.append("without dropout: its masks are no part of this stage")
         for side, trace in (("subject", pair.subject), ("reference", pair.reference)):

@@ -44,7 +44,7 @@ class Logits:
             if (ties := without_ties(context, inputs, result.metrics[1:])) is not None:
                 result.metrics[1:], words = ties
                 result.findings += words
-            else:
+            elif not context.decided(result):
                 result.findings += first_bad_module(context, inputs, result)
         result.findings += top_tokens(pair)
         return result

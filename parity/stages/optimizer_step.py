@@ -47,6 +47,8 @@ class OptimizerStep:
         result = Comparison()
         own = context.recipe.optim.weight_decay
         for decay, changes in ((own, {}), (DECAY, {"optim.weight_decay": DECAY})):
+            if context.decided(result):
+                break
             try:
                 if decided := [name for name in changes if name in context.own_factors]:
                     raise Unsupported(f"the code of a side decides {decided[0]}")

@@ -20,11 +20,13 @@ APART = "one side alone compiles its step, and"
 class Extent(IntEnum):
     """How much of a cell is asked."""
 
-    VERDICT = 0
+    DIFFERENCE = 0
+    """Whether the sides differ, where bits decide: not whether each repeats itself."""
+    VERDICT = 1
     """What its verdict depends on, and what a hint is drawn from."""
-    SIDE = 1
+    SIDE = 2
     """Also which side is off, by the float64 run, where bits decide."""
-    RECORD = 2
+    RECORD = 3
     """Also what is reported and decides nothing, such as each path as it is shipped."""
 
 
@@ -54,6 +56,8 @@ class Pair:
     reduction: Callable[[], float]
     compiled_apart: Callable[[], bool] = lambda: False
     """Whether only one side compiles its step."""
+    trains: bool = False
+    """Whether the capture is of training, which takes longest."""
     extent: Extent = Extent.RECORD
     _measured: dict[str, Measured] = field(default_factory=dict)
     _noises: dict[str, Noise] = field(default_factory=dict)
@@ -90,17 +94,23 @@ class Pair:
                 (sources.REFEREE, sources.PERTURBED), "not measured: bits are equal"
             )
             return Noise(exact=True, absent=equal)
+        if self.extent is Extent.DIFFERENCE:
+            undecided = (sources.REFEREE, sources.PERTURBED)
+            return Noise(exact=True, absent=dict.fromkeys(undecided, "not asked for: bits decide"))
         repeats, why, absent = self._repeats(group)
         if why:
             return replace(self._measured_noise(group, absent), repeats=repeats, why_floor=why)
         tells = self.extent >= Extent.SIDE
         referee = self._trace(sources.REFEREE, absent) if tells else None
-        absent[sources.REFEREE] = absent.get(sources.REFEREE, "not asked for: bits decide")
+        moved = self._trace(sources.PERTURBED, absent) if tells or not self.trains else None
+        for source, trace in ((sources.REFEREE, referee), (sources.PERTURBED, moved)):
+            if trace is None:
+                absent.setdefault(source, "not asked for: bits decide")
         return Noise(
             exact=True,
             referee=_arrays(referee, group),
             rounded_is_reference=False,
-            perturbed=_arrays(self._trace(sources.PERTURBED, absent), group),
+            perturbed=_arrays(moved, group),
             dtype=self.dtype,
             absent=absent,
         )

@@ -1,19 +1,48 @@
-"""A divergence of training is searched in the fewest steps that show it, and confirmed in all of them."""
+"""A divergence is searched by the cheapest question that shows it, and what is found confirmed by the whole.
+
+Training is asked in the fewest steps that show it. Where bits decide, no side is run once more for each
+question, to see whether it repeats itself.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple
 
 from parity.bisect.minimize import Answer, CouldNotAsk, Search, Watch, minimize
 from parity.bisect.result import FOUND
 from parity.recipe import Recipe
 from parity.record import Record, Verdict
 from parity.stages.loss_curve import LossCurve
+from parity.stages.pair import Extent
 
 STEPS = "train.steps"
 
-Oracle = Callable[[frozenset[str], int], Answer]
-"""Whether a set makes the runs differ in so many steps of training; 0: in the recipe's."""
+
+class Asked(NamedTuple):
+    """How much of a cell is asked."""
+
+    steps: int = 0
+    """Of training; 0: as many as the recipe has."""
+    extent: Extent = Extent.VERDICT
+
+
+WHOLE = Asked()
+Oracle = Callable[[frozenset[str], Asked], Answer]
+"""Whether a set makes the runs differ, as far as it is asked."""
+
+
+def cheapest(record: Record, recipe: Recipe, changed: Collection[str]) -> Asked:
+    """What shows the divergence of a record, which was asked as a whole.
+
+    Args:
+        record: Of a cell that diverges.
+        recipe: What it was run with.
+        changed: Factors in which either side differs from it.
+    """
+    repeats_itself = not any(metric.why_floor for metric in record.metrics)
+    extent = Extent.DIFFERENCE if repeats_itself else Extent.VERDICT
+    return Asked(shortest(record, recipe, changed), extent)
 
 
 def shortest(record: Record, recipe: Recipe, changed: Collection[str]) -> int:
@@ -35,7 +64,7 @@ def shortest(record: Record, recipe: Recipe, changed: Collection[str]) -> int:
 def minimal(
     names: Sequence[str],
     oracle: Oracle,
-    steps: int,
+    cheap: Asked,
     recipe: Recipe,
     weights: Mapping[str, float] | None = None,
     repeats: int = 1,
@@ -43,27 +72,28 @@ def minimal(
 ) -> Search:
     """Minimal sets of names, as `minimize` finds them.
 
-    What is found in a few steps is asked once more under the recipe itself: each set alone, what is
-    left of it without each of its members, and all others together. Where that does not hold, or nothing is found, all is asked under the recipe.
+    What is found cheaply is asked once more as a whole: each set alone, what is left of it without each
+    of its members, and all others together. Where that does not hold, or nothing is found, all is asked
+    as a whole.
 
     Args:
         names: What is searched.
         oracle: Says whether a set makes the runs differ.
-        steps: The few; 0: none.
-        recipe: Has the number of all.
+        cheap: How much of a cell shows the divergence.
+        recipe: Has the number of all steps.
         weights: How likely each is a cause.
         repeats: How often each question is asked.
         watch: Told of each question.
     """
-    if steps:
-        found = minimize(names, lambda asked: oracle(asked, steps), weights, repeats, watch)
+    if cheap != WHOLE:
+        found = minimize(names, lambda asked: oracle(asked, cheap), weights, repeats, watch)
         if found.verdict == FOUND and _confirmed(names, found, oracle):
-            said = f"asked in {steps} steps of training, and confirmed in all {recipe.train.steps}"
+            said = f"asked in {cheap.steps} steps of training, and confirmed in all {recipe.train.steps}"
             for entry in found.ledger:
-                if entry.changes in found.causes:
+                if entry.changes in found.causes and cheap.steps:
                     entry.evidence.append(said)
             return found
-    return minimize(names, lambda asked: oracle(asked, 0), weights, repeats, watch)
+    return minimize(names, lambda asked: oracle(asked, WHOLE), weights, repeats, watch)
 
 
 def _confirmed(names: Sequence[str], found: Search, oracle: Oracle) -> bool:
@@ -71,7 +101,7 @@ def _confirmed(names: Sequence[str], found: Search, oracle: Oracle) -> bool:
     less = [frozenset(cause) - {name} for cause in found.causes if len(cause) > 1 for name in cause]
     try:
         return all(
-            oracle(frozenset(cause), 0) is Answer.DIVERGES for cause in found.causes
-        ) and all(oracle(agreeing, 0) is Answer.AGREES for agreeing in (*less, rest))
+            oracle(frozenset(cause), WHOLE) is Answer.DIVERGES for cause in found.causes
+        ) and all(oracle(agreeing, WHOLE) is Answer.AGREES for agreeing in (*less, rest))
     except CouldNotAsk:
         return False
