@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from parity.bisect.result import AGREE, IN_PART, INCONCLUSIVE, NOT_COMPARED, SearchReport
 from parity.paths import parts as names_of_parts
+from parity.stages.context import Stage
 
 
 def answer(report: SearchReport) -> str:
@@ -43,6 +44,29 @@ def verdict_lines(report: SearchReport) -> list[str]:
 def against(values: Mapping[str, tuple[Any, Any]]) -> str:
     """Factors with the subject's and the reference's value, in words."""
     return " together with ".join(f"{n} = {a!r} against {b!r}" for n, (a, b) in values.items())
+
+
+def factors_make(
+    values: Mapping[str, tuple[Any, Any]], stage: Stage, reason: str, unproven: Iterable[str]
+) -> str:
+    """A cause in factors, with what was asked of it and what could not be."""
+    plural = "values" if len(values) > 1 else "value"
+    words = [
+        f"{against(values)} makes {stage.name} (probe {stage.number:02d}) diverge: {reason}",
+        f"with the reference's {plural} it agrees",
+    ]
+    return "; ".join([*words, *unproven])
+
+
+def made_by(
+    parts: Collection[str], stage: Stage, own: Mapping[str, str], swapped: Collection[str]
+) -> str:
+    """Whose parts make a stage diverge under equal recipes; see `whose`."""
+    probe = f"{stage.name} (probe {stage.number:02d})"
+    if not parts:
+        return f"{probe} diverges under equal recipes"
+    named = " with ".join(whose(part, stage.name, own, swapped) for part in parts)
+    return f"{named} makes {probe} diverge under equal recipes"
 
 
 def whose(part: str, stage: str, own: Mapping[str, str], swapped: Collection[str]) -> str:

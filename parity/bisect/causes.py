@@ -7,11 +7,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from parity.bisect.ahead import ahead
-from parity.bisect.answer import against, whose
+from parity.bisect.answer import factors_make, made_by
 from parity.bisect.cheaper import STEPS, WHOLE, Asked, Oracle, cheapest, minimal
 from parity.bisect.likelihood import likelihood, of_parts
 from parity.bisect.locate import locate
 from parity.bisect.minimize import Answer, CouldNotAsk, Search, Watch
+from parity.bisect.packing import KEY as PACKING
 from parity.bisect.repeats import repeats
 from parity.bisect.result import (
     AGREE,
@@ -79,6 +80,8 @@ class CauseSearch:
         self.watch, self.repeats, self.stages = watch, repeats, stages
         self.steady = True
         """Whether the subject repeats itself, as far as is known."""
+        self.packed_alike = False
+        """Whether both sides pack the same modules, as far as is known."""
         self.notice, self.held = notice, dict(held or {})
         self._recipes: set[str] = set()
         self._own, self._theirs = names_of_parts.sources(subject), names_of_parts.sources(reference)
@@ -149,6 +152,8 @@ class CauseSearch:
                 self.notice(text)
             config = self._visit(self.stages[0], report)
             report.settings = list(_settings(config).values())
+            packing = [metric.verdict.green for metric in config.metrics if metric.name == PACKING]
+            self.packed_alike = packing == [True]
             if not config.metrics:
                 report.skipped.append(f"{config.stage}: {config.reason}")
             self._stages(report)
@@ -223,7 +228,11 @@ class CauseSearch:
 
     def _visit(self, stage: Stage, report: SearchReport) -> Record:
         started = time.perf_counter()
-        record = self.record(stage, self.rest)
+        record = self.record(stage, self.rest, asked=Asked(extent=Extent.DIFFERENCE))
+        if record.verdict is Verdict.DIVERGE:
+            if not self.rest:  # then it is a part, and its place is told with the float64 run
+                self.engine.warm(REFEREE)
+            record = self.record(stage, self.rest)
         seconds = time.perf_counter() - started
         visit = StageVisit(stage.number, stage.name, str(record.verdict), record.reason, seconds)
         report.path.append(visit)
@@ -346,15 +355,9 @@ class CauseSearch:
         """The place inside a stage that diverges under equal recipes, in the parts named."""
         cell = self.cell(stage, (), parts or None)
         record = self.record(stage, (), parts or None, Asked(extent=Extent.SIDE))
-        report.path[-1].place = found = locate(self.engine, cell, record)
+        report.path[-1].place = found = locate(self.engine, cell, record, self.packed_alike)
         place = found.sentence
-        probe = f"{stage.name} (probe {stage.number:02d})"
-        what = f"{probe} diverges under equal recipes"
-        if parts:
-            parts_of = " with ".join(
-                whose(part, stage.name, self._own, self._can) for part in parts
-            )
-            what = f"{parts_of} makes {probe} diverge under equal recipes"
+        what = made_by(parts, stage, self._own, self._can)
         words = [f"{what}: {place or record.reason}"]
         if parts:
             words.append(f"with that of {self.reference} it agrees")
@@ -372,6 +375,8 @@ class CauseSearch:
             )
         sentence = "; ".join([*words, *unproven])
         # With the place named, other settings of the model have been computed as well.
+        if not found.name:
+            record = self.record(stage, (), parts or None, Asked(extent=Extent.RECORD))
         drawn = hints(record, (rope,) if found.name else ())
         return Cause(stage.name, {}, sentence, parts, place, drawn, reproduce(cell))
 
@@ -381,15 +386,9 @@ class CauseSearch:
         mine = self.recipe.override({n: self.changes[n] for n in names}).factors()
         # `lora.alpha` is another spelling of `lora.scale`
         values = {n: (mine.get(n, self.changes[n]), theirs.get(n)) for n in names}
-        plural = "values" if len(names) > 1 else "value"
-        words = [
-            f"{against(values)} makes {stage.name} (probe {stage.number:02d}) diverge: {record.reason}",
-            f"with the reference's {plural} it agrees",
-            *unproven,
-        ]
-        hints = list(record.hints)
+        sentence = factors_make(values, stage, record.reason, unproven)
         shown = reproduce(self.cell(stage, names))
-        return Cause(stage.name, values, "; ".join(words), hints=hints, reproduce=shown)
+        return Cause(stage.name, values, sentence, hints=list(record.hints), reproduce=shown)
 
 
 def _settings(config: Record) -> Settings:

@@ -15,12 +15,20 @@ from parity.errors import NO_ANSWER
 from parity.record import Record
 
 
-def locate(engine: Engine, cell: Cell, record: Record) -> Place:
-    """Names the place; empty where the stage has none to name."""
+def locate(engine: Engine, cell: Cell, record: Record, packed_alike: bool = False) -> Place:
+    """Names the place; empty where the stage has none to name.
+
+    Args:
+        engine: Runs both sides.
+        cell: What diverges.
+        record: Of it.
+        packed_alike: Whether both sides are known to pack the same modules.
+    """
     context = context_of(engine, cell)
     try:
         if cell.stage.name == "logits":
-            return packed_otherwise(context, forward(context))
+            place = forward(context)
+            return place if packed_alike else packed_otherwise(context, place)
         if cell.stage.name == "gradient":
             return backward(context, record)
         if cell.stage.name == "kv_cache":

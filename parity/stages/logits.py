@@ -12,7 +12,7 @@ from parity.judge.noise import HEADROOM, distance
 from parity.names import each
 from parity.record import MODULE, Verdict
 from parity.stages.context import Comparison, Context
-from parity.stages.pair import Pair
+from parity.stages.pair import Extent, Pair
 from parity.stages.routing import without_ties
 from parity.trace import Trace
 
@@ -44,7 +44,7 @@ class Logits:
             if (ties := without_ties(context, inputs, result.metrics[1:])) is not None:
                 result.metrics[1:], words = ties
                 result.findings += words
-            elif not context.decided(result):
+            elif context.extent is Extent.RECORD:
                 result.findings += first_bad_module(context, inputs, result)
         result.findings += top_tokens(pair)
         return result
