@@ -14,8 +14,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from fixtures.random_models import make
 from parity import resources
+from parity.capture import forking
 from parity.capture.engine import Engine
 from parity.recipe import Recipe
+
+
+def pytest_configure():
+    """Workers of all processes of a test run are forked from the same parents."""
+    forking.folder()
+
 
 FEW = Recipe().override({"train.steps": 6, "optim.lr": 3e-3})
 

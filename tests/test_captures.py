@@ -137,7 +137,7 @@ def test_an_edited_binary_and_this_package_itself_are_in_the_manifest(started):
     [worker] = [worker for worker in started._pool._idle if worker.spec == REFERENCE]
     manifest = loaded.json.loads((started.cache / "loaded" / f"{worker.loaded}.json").read_text())
     below = manifest["below"]
-    for file in ("parity/capture/worker.py", "parity/trace.py", "tests/third_party.py"):
+    for file in ("parity/capture/serving.py", "parity/trace.py", "tests/third_party.py"):
         assert below[file]
     assert any(name.startswith("numpy/") and name.endswith(".so") for name in below)
     assert not any("/python3" in name and "/json/" in name for name in below)

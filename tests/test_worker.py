@@ -180,7 +180,7 @@ def test_what_is_registered_for_the_end_of_a_process_is_done(empty_cache):
 
 @pytest.mark.parametrize(("request_line", "code"), [("", 0), ("no request", 1)])
 def test_a_process_says_how_it_ended(empty_cache, request_line, code):
-    command = [sys.executable, "-m", "parity.capture.worker", "numpy", str(empty_cache)]
+    command = [sys.executable, "-m", "parity.capture.serving", "numpy", str(empty_cache)]
     done = subprocess.run(command, input=request_line, capture_output=True, text=True, check=False)
     assert done.returncode == code
     assert ("JSONDecodeError" in done.stderr) == bool(code)

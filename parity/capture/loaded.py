@@ -83,23 +83,46 @@ class _File(NamedTuple):
     path: str
 
 
-class Manifests:
-    """The worker's end: writes what this process has loaded."""
+def restarted() -> None:
+    """This process was forked: what it loads from now on may have changed until now."""
+    global _STARTED
+    _STARTED = time.time_ns()
 
-    def __init__(self, cache: Path) -> None:
+
+class Manifests:
+    """The worker's end: writes what this process has loaded.
+
+    Args:
+        cache: Folder that workers share.
+        before: What was looked at before the process was forked.
+    """
+
+    def __init__(self, cache: Path, before: Manifests | None = None) -> None:
         self._folder, self._hashes = cache / FOLDER, Hashes(cache / FOLDER)
         # Kernels that MLX compiles are products of what is loaded.
         self._made = str((cache / "kernels").resolve()) + os.sep
-        self._values: dict[_File, str] = {}
-        self._modules: set[str] = set()  # those that were looked at
+        self._values: dict[_File, str] = dict(before._values) if before else {}
+        # Those that were looked at.
+        self._modules: set[str] = set(before._modules) if before else set()
 
-    def write(self) -> str:
-        """The digest of the manifest of this process as it is now."""
+    def look(self) -> None:
+        """Hashes what is loaded and was not looked at yet."""
         for file in set(_loaded(self._modules)) - self._values.keys():
             whole = os.path.join(file.root, file.path)  # noqa: PTH118
             if not whole.startswith(self._made) and (value := self._hash(whole)):
                 self._values[file] = value
         self._hashes.save()
+
+    def unchanged(self) -> bool:
+        """Whether what was looked at is what lies on disk now."""
+        return all(
+            self._hashes.of(os.path.join(file.root, file.path)) == value  # noqa: PTH118
+            for file, value in self._values.items()
+        )
+
+    def write(self) -> str:
+        """The digest of the manifest of this process as it is now."""
+        self.look()
         roots = {os.path.abspath(root) for root in sys.path}  # noqa: PTH100
         below = {f.path: v for f, v in self._values.items() if f.root in roots}
         elsewhere = {

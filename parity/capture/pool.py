@@ -179,7 +179,8 @@ class Pool:
     def _new(self, group: Group) -> Worker:
         name = "-".join([group.alone or group.framework, *group.modules])
         log = f"{name.replace(':', '_').replace('/', '_')}-{os.getpid()}-{next(self._numbers)}.log"
-        return Worker(group, self._cache, self._log_dir / log)
+        forks = group.framework not in self.jobs.gpu
+        return Worker(group, self._cache, self._log_dir / log, forks)
 
     def _wait_for_one(self, group: Group) -> None:
         """Waits for a process of a group that is at work, as long as another would take to start.
