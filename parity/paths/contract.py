@@ -189,7 +189,9 @@ _ALL = (
             scalar("order", _NAMES, "modules in the order of calls", "modules"),
             scalar("own_dropout", float, "greatest dropout of the model's own, off here", "dropout"),
         ),
-        reads=(*_ADAPTED, "mask.", "train.gradient_checkpointing", "train.autocast"),
+        reads=(
+            *_ADAPTED, "mask.", "train.compile", "train.gradient_checkpointing", "train.autocast",
+        ),
         ignores=("mask.prompt",),
     ),
     Method(

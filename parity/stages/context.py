@@ -175,7 +175,8 @@ class Context:
             return running_sum_error(logits, recipes["reference"].model.dtype)
 
         main = sources.REFEREE if self.has_referee else ""
-        trains = METHODS[method].read("train.compile", inputs)
+        reads = METHODS[method].read
+        compiles, trains = reads("train.compile", inputs), reads("train.steps", inputs)
         computed = recipes["reference"]
         dtype = computed.model.dtype
         return Pair(
@@ -189,7 +190,7 @@ class Context:
             measure=measure,
             reduction=reduction,
             # What does not read whether a step is compiled runs none that is.
-            compiled_apart=lambda: trains and self.compiled_apart,
+            compiled_apart=lambda: compiles and self.compiled_apart,
             trains=trains,
             extent=self.extent,
         )
