@@ -20,7 +20,8 @@ SCRIPT = """
 import sys
 from parity.cli import main
 try:
-    main(["run", "--seeds", "1", "--set", "train.steps=3", "--out", *sys.argv[1:]])
+    few = ["--set", "train.steps=3", "--set", "train.compile=false"]
+    main(["run", "--seeds", "1", *few, "--out", *sys.argv[1:]])
 finally:
     print("LOADED", *(n for n in ("scipy.stats", "torch", "mlx.core") if n in sys.modules))
 """

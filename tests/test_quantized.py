@@ -19,7 +19,10 @@ from parity.stages import find
 from parity.trace import Trace
 from tests.cost import long
 
-PACKED = {"model.source": "tiny-llama", "model.quantization": "affine", "train.steps": 3}
+PACKED = {
+    "model.source": "tiny-llama", "model.quantization": "affine", "train.steps": 3,
+    "train.compile": False,
+}  # fmt: skip
 
 PACK = """
 import sys, json
