@@ -12,13 +12,12 @@ from parity.judge.compare import compare, compare_exact, nothing
 from parity.judge.noise import HEADROOM, Noise, largest, listed
 from parity.record import Metric, Verdict
 from parity.stages.context import Comparison, Context
-from parity.stages.loss_curve import aligned_training, decode_inputs
+from parity.stages.loss_curve import aligned_training
 from parity.stages.pair import Extent, Pair
+from parity.stages.prompts import LONG, decode_inputs
 from parity.trace import Array, Trace, first_difference
 
 MARGINS = "top-1/top-2 margins"
-LONG = 96
-"""Tokens that the long prompt has at least: beyond the sliding windows (64) of the tiny models."""
 
 
 class GreedyDecode:
@@ -33,8 +32,8 @@ class GreedyDecode:
         training = aligned_training(context)
         adapter = training.reference.group("adapter")
         inputs = decode_inputs(context, adapter)
-        prompts = [*inputs.scalars["prompts"], long_prompt(context)]
-        pair = context.pair("decode", Trace(inputs.arrays, {**inputs.scalars, "prompts": prompts}))
+        prompts = inputs.scalars["prompts"]
+        pair = context.pair("decode", inputs)
         result = Comparison()
         margins, noise = margins_of(pair, len(prompts))
         for index, prompt in enumerate(prompts):
@@ -69,25 +68,11 @@ class GreedyDecode:
             own = context.capture(side, "decode", context.recipes[side], inputs)
             passes = {
                 prompt: decode.expected.strip() in prompt + text
-                for prompt, text in zip(decode.prompts, own.scalars["text"], strict=True)
+                for prompt, text in zip(decode.prompts, own.scalars["text"], strict=False)
             }
             loss = float(own.arrays["completion_loss"][0])
             passes["teacher-forced"] = loss <= decode.max_completion_loss
             result.passes[side] = passes
-
-
-def long_prompt(context: Context) -> str:
-    """As many repeats of the first prompt and its completion as make `LONG`, and the start of one more.
-
-    It ends inside the completion: after a bare prompt an untrained adapter ends at once.
-    """
-    decode = context.recipe.decode
-    unit = f"{decode.prompts[0]}{decode.expected} "
-    texts = Trace(scalars={"texts": [unit], "conversations": []})
-    tokens = max(1, len(context.given("tokenization", texts).arrays["text.0"]) - 2)  # BOS and EOS
-    first = decode.expected.split()[0]
-    start = decode.expected[: decode.expected.index(first) + len(first)]
-    return unit * -(-LONG // tokens) + decode.prompts[0] + start
 
 
 def margins_of(pair: Pair, prompts: int) -> tuple[tuple[Array, Array], Noise]:

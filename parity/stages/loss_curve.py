@@ -18,6 +18,7 @@ from parity.recipe import Recipe
 from parity.record import Metric, Verdict
 from parity.stages.context import Comparison, Context
 from parity.stages.pair import Extent, Pair
+from parity.stages.prompts import decode_inputs
 from parity.trace import Array, Trace
 
 HALF_STEPS = 5  # as shipped, where half precision makes a step many times slower on Linux
@@ -191,13 +192,6 @@ def products(
 def across(context: Context) -> bool:
     """Whether the two sides are of different frameworks."""
     return context.frameworks["subject"] != context.frameworks["reference"]
-
-
-def decode_inputs(context: Context, adapter: dict[str, Array]) -> Trace:
-    """Prompts and expectation with an adapter."""
-    decode = context.recipe.decode
-    scalars = {"prompts": list(decode.prompts), "expected": decode.expected}
-    return Trace(scalars=scalars).with_group("adapter", adapter)
 
 
 def aligned_training(context: Context) -> Pair:
