@@ -381,7 +381,7 @@ class CauseSearch:
         return Cause(stage.name, {}, sentence, parts, place, drawn, reproduce(cell))
 
     def _factors(self, stage: Stage, names: tuple[str, ...], unproven: Sequence[str]) -> Cause:
-        record = self.record(stage, names)
+        record = self.record(stage, names, asked=Asked(extent=Extent.HINTS))
         theirs = self.recipe.factors()
         mine = self.recipe.override({n: self.changes[n] for n in names}).factors()
         # `lora.alpha` is another spelling of `lora.scale`

@@ -82,7 +82,7 @@ class Context:
     def decided(self, result: Comparison) -> bool:
         """Whether what is asked is known, though there is more to compare."""
         gates = (metric for metric in result.metrics if metric.gate)
-        return self.extent is Extent.DIFFERENCE and any(
+        return self.extent <= Extent.VERDICT and any(
             metric.verdict is Verdict.DIVERGE for metric in gates
         )
 

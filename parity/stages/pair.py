@@ -23,10 +23,12 @@ class Extent(IntEnum):
     DIFFERENCE = 0
     """Whether the sides differ, where bits decide: not whether each repeats itself."""
     VERDICT = 1
-    """What its verdict depends on, and what a hint is drawn from."""
-    SIDE = 2
+    """What its verdict depends on, as far as the first that diverges."""
+    HINTS = 2
+    """Also what a hint is drawn from."""
+    SIDE = 3
     """Also which side is off, by the float64 run, where bits decide."""
-    RECORD = 3
+    RECORD = 4
     """Also what is reported and decides nothing, such as each path as it is shipped."""
 
 
@@ -57,7 +59,7 @@ class Pair:
     compiled_apart: Callable[[], bool] = lambda: False
     """Whether only one side compiles its step."""
     trains: bool = False
-    """Whether the capture is of training, which takes longest."""
+    """Whether the capture is of training."""
     extent: Extent = Extent.RECORD
     _measured: dict[str, Measured] = field(default_factory=dict)
     _noises: dict[str, Noise] = field(default_factory=dict)
@@ -102,7 +104,9 @@ class Pair:
             return replace(self._measured_noise(group, absent), repeats=repeats, why_floor=why)
         tells = self.extent >= Extent.SIDE
         referee = self._trace(sources.REFEREE, absent) if tells else None
-        moved = self._trace(sources.PERTURBED, absent) if tells or not self.trains else None
+        # No hint is drawn from the rounding of a whole training, which takes longest.
+        wanted = tells or (self.extent is Extent.HINTS and not self.trains)
+        moved = self._trace(sources.PERTURBED, absent) if wanted else None
         for source, trace in ((sources.REFEREE, referee), (sources.PERTURBED, moved)):
             if trace is None:
                 absent.setdefault(source, "not asked for: bits decide")
