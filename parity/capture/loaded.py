@@ -21,6 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from parity import timing
 from parity.files import write_atomically
 
 FOLDER = "loaded"
@@ -57,6 +58,10 @@ class Hashes:
             return ""
         self._known[file], self._new = (*mark, value), True
         return value
+
+    def take(self, other: Hashes) -> None:
+        """Takes over what another one knows; a folder that has nothing gets it with the next `save`."""
+        self._known, self._new = dict(other._known), not self._file.exists()
 
     def save(self) -> None:
         """Keeps what was computed; of two processes that save at once one computes again."""
@@ -104,6 +109,8 @@ class Manifests:
         self._values: dict[_File, str] = dict(before._values) if before else {}
         # Those that were looked at.
         self._modules: set[str] = set(before._modules) if before else set()
+        if before:
+            self._hashes.take(before._hashes)
 
     def look(self) -> None:
         """Hashes what is loaded and was not looked at yet."""
@@ -210,7 +217,7 @@ class Check:
 
     def holds(self, digest: str, python: str) -> bool:
         """Whether a worker started now would load the same files."""
-        with self._lock:
+        with timing.span(timing.READ, "what is loaded"), self._lock:
             now, known = time.monotonic(), self._answers.get((digest, python))
             if known and now - known[0] < self.FRESH:
                 return known[1]

@@ -81,7 +81,8 @@ def serve(
     sys.stdout = sys.stderr
     paths: OrderedDict[str, TrainingPath] = OrderedDict()
     manifests = Manifests(cache, loaded)
-    before = Footprint()
+    with timing.span(timing.COMPARE, "footprint of the process"):
+        before = Footprint()
     for line in sys.stdin:
         request = json.loads(line)
         answer: dict[str, Any] = {"status": "ok"}
