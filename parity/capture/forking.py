@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -46,7 +47,6 @@ class Forked:
     def __init__(self, connection: socket.socket, stdin: IO[bytes], stdout: IO[bytes]) -> None:
         self._connection, self.stdin, self.stdout = connection, stdin, stdout
         self._text = b""
-        self._ended = False
         self.returncode: int | None = None
 
     @property
@@ -119,7 +119,7 @@ def forked(group: Group, cache: Path, stderr: IO[bytes], env: Mapping[str, str])
         stderr: What the worker prints goes here.
         env: Its environment variables.
     """
-    if sys.platform != "linux" or group.python != sys.executable or os.environ.get(VARIABLE) == "":
+    if group.python != sys.executable or os.environ.get(VARIABLE) == "" or not _can_fork():
         return None
     with contextlib.ExitStack() as passed, contextlib.ExitStack() as kept:
         reader, stdin = (
@@ -141,6 +141,18 @@ def forked(group: Group, cache: Path, stderr: IO[bytes], env: Mapping[str, str])
             return None
         kept.pop_all()
         return Forked(connection, stdin, stdout)
+
+
+@functools.cache
+def _can_fork() -> bool:
+    """Whether this is Linux with what a parent needs: `/proc`, and news of the end of a process."""
+    if sys.platform != "linux":
+        return False
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:
+        return False
+    return Path("/proc/self/task").exists()
 
 
 def folder() -> Path:
