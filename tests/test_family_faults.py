@@ -77,7 +77,8 @@ def test_the_module_that_computes_otherwise_is_named(
     made, _ = cell(fault, "02", family, reference)
     place = forward(context_of(engine, made))
     # Where each packed module is wrong another one may make more of the error, which is named as well.
-    assert f"first bad module {module}" in place.sentence, place
+    first = f"first bad module {module}" in place.sentence
+    assert first or place.name.startswith(module), place
 
 
 @pytest.mark.long
