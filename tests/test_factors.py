@@ -342,3 +342,14 @@ def test_a_factor_that_a_method_does_not_read_changes_nothing(path, method, engi
         if after.digest() != before.digest():
             changed.append(name)
     assert not changed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there MLX compiles kernels into no files")
+@pytest.mark.parametrize("path", ["mlx", "mlx-lm"])
+def test_a_gradient_is_compiled_only_where_the_recipe_compiles_the_step(path, small, tmp_path):
+    recipe = small.override({"model.source": "tiny-llama", "lora.num_layers": 1})
+    rows = {"ids": np.ones((1, 5), np.int32), "lengths": np.array([[1, 4]], np.int32)}
+    with Engine(cache=tmp_path, timeout=900) as engine:
+        init = engine.capture("mlx", "lora_init", recipe, Trace()).group("adapter")
+        engine.capture(path, "gradient", recipe, Trace(rows).with_group("adapter", init))
+    assert not [*(tmp_path / "kernels").rglob("*.so")]

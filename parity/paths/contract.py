@@ -1,9 +1,8 @@
 """The contract of a path: inputs and outputs of each method, and the factors that it reads.
 
-This is the only place. The worker checks every call against it, the table of `parity
-contract` and the skeleton of `parity new-path` are made from it, and what a path does not implement
-raises `Unsupported` by it. All arrays are NumPy; names of tensors are canonical
-(`layers.3.self_attn.q_proj.lora_a`) and in MLX's orientation.
+This is the only place: the worker checks every call against it, `parity contract` and `parity new-path`
+are made from it, and what a path does not implement raises `Unsupported` by it. All arrays are NumPy; names
+of tensors are canonical (`layers.3.self_attn.q_proj.lora_a`) and in MLX's orientation.
 """
 
 from __future__ import annotations
@@ -51,6 +50,7 @@ _MODEL = ("model.",)
 _ADAPTED = ("model.", "lora.")
 _ROWS = ("data.source", "data.max_length", "data.append_eos", "mask.prompt")
 _BATCHING = ("data.", "seed.value", "seed.data", "mask.")
+_STEP = ("train.compile", "train.gradient_checkpointing", "train.autocast")
 _ONE_OR_MANY = "one value, or all where modules disagree"
 _NAMES = list[str]
 _Number = int | float
@@ -189,9 +189,7 @@ _ALL = (
             scalar("order", _NAMES, "modules in the order of calls", "modules"),
             scalar("own_dropout", float, "greatest dropout of the model's own, off here", "dropout"),
         ),
-        reads=(
-            *_ADAPTED, "mask.", "train.compile", "train.gradient_checkpointing", "train.autocast",
-        ),
+        reads=(*_ADAPTED, *_STEP, "mask."),
         ignores=("mask.prompt",),
     ),
     Method(
