@@ -141,3 +141,15 @@ class Asleep(TrainingPath):
     def defaults(self, recipe, inputs):
         atexit.register((self.cache / "ended").touch)
         return Trace()
+
+
+class Dozing(TrainingPath):
+    """Every answer takes half a second."""
+
+    name = "dozing"
+    framework = "numpy"
+    honours = Faulty.honours
+
+    def defaults(self, recipe, inputs):
+        time.sleep(0.5)
+        return Trace()
