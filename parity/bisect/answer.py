@@ -46,7 +46,7 @@ def against(values: Mapping[str, tuple[Any, Any]]) -> str:
     return " together with ".join(f"{n} = {a!r} against {b!r}" for n, (a, b) in values.items())
 
 
-def factors_make(
+def made_by_factors(
     values: Mapping[str, tuple[Any, Any]], stage: Stage, reason: str, unproven: Iterable[str]
 ) -> str:
     """A cause in factors, with what was asked of it and what could not be."""
@@ -58,7 +58,7 @@ def factors_make(
     return "; ".join([*words, *unproven])
 
 
-def made_by(
+def made_by_parts(
     parts: Collection[str], stage: Stage, own: Mapping[str, str], swapped: Collection[str]
 ) -> str:
     """Whose parts make a stage diverge under equal recipes; see `whose`."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from parity.bisect.ahead import ahead
-from parity.bisect.answer import factors_make, made_by
+from parity.bisect.answer import made_by_factors, made_by_parts
 from parity.bisect.cheaper import STEPS, WHOLE, Asked, Oracle, cheapest, minimal
 from parity.bisect.likelihood import likelihood, of_parts
 from parity.bisect.locate import locate
@@ -357,7 +357,7 @@ class CauseSearch:
         record = self.record(stage, (), parts or None, Asked(extent=Extent.SIDE))
         report.path[-1].place = found = locate(self.engine, cell, record, self.packed_alike)
         place = found.sentence
-        what = made_by(parts, stage, self._own, self._can)
+        what = made_by_parts(parts, stage, self._own, self._can)
         words = [f"{what}: {place or record.reason}"]
         if parts:
             words.append(f"with that of {self.reference} it agrees")
@@ -386,7 +386,7 @@ class CauseSearch:
         mine = self.recipe.override({n: self.changes[n] for n in names}).factors()
         # `lora.alpha` is another spelling of `lora.scale`
         values = {n: (mine.get(n, self.changes[n]), theirs.get(n)) for n in names}
-        sentence = factors_make(values, stage, record.reason, unproven)
+        sentence = made_by_factors(values, stage, record.reason, unproven)
         shown = reproduce(self.cell(stage, names))
         return Cause(stage.name, values, sentence, hints=list(record.hints), reproduce=shown)
 

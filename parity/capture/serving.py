@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 RAISED: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (Unsupported, UsageError, UnmatchedNames)
 }
-TAIL = 4000  # characters of a traceback that are reported
+TAIL = 4000  # characters that are reported of a traceback, and of what a dead worker printed
 KEPT = 4  # paths that a worker keeps, each with a model
 
 

@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING
 
 from parity import timing
 from parity.capture.forking import Forked, forked
-from parity.capture.serving import RAISED
+from parity.capture.serving import RAISED, TAIL
 from parity.errors import CaptureError, UsageError
 from parity.recipe import Recipe
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 OPENBLAS = "PARITY_OPENBLAS"
 """Names the library that MLX workers preload on Linux; empty: none."""
-TAIL = 4000  # characters of a dead worker's stderr that go into its error
 
 
 def environment(framework: str, cache: Path) -> dict[str, str]:
