@@ -5,7 +5,6 @@ Nothing here knows a framework. What cannot be told is `unknown`, with the reaso
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -44,10 +43,15 @@ def known(value: object) -> bool:
 
 @dataclass
 class Calls:
-    """Calls of a model's modules while it trains, one forward pass after the other."""
+    """Calls of a model's modules while it trains: in a forward pass, and again in the backward pass.
 
-    passes: list[Counter[int]] = field(default_factory=list)
-    """Calls of each adapted module in a forward pass, which begins with the token ids, and after it."""
+    Those that are called twice within a forward pass are not run again: DoRA calls its factors twice.
+    """
+
+    once: set[int] = field(default_factory=set)
+    """Trained modules that were called in a forward pass."""
+    again: set[int] = field(default_factory=set)
+    """Those that were called in a backward pass."""
     compiled: list[bool] = field(default_factory=list)
     """Of each forward pass, whether a compiler traced it."""
     autocast: set[str] = field(default_factory=set)
@@ -61,26 +65,22 @@ class Calls:
         With checkpointing a layer is called again in the backward pass. Layers in which nothing is
         trained are not told of: where none below is trained either, they need no backward pass.
         """
-        counts = [count for calls in self.passes for count in calls.values()]
         names = ["train.compile", "train.gradient_checkpointing"]
         if self.autocast:
             names.append("train.autocast")
-        if not counts:
+        if not self.once:
             return dict.fromkeys(names, unknown("no forward pass was seen in training"))
-        again = max(counts) > 1 and self._again()
+        again = bool(self.again) and self._again()
         values = any(self.compiled), again, ", ".join(sorted(self.autocast))
         return dict(zip(names, values, strict=False))
 
     def _again(self) -> bool | str:
         """Whether all layers are called again, or in words which of them."""
-        layers: dict[int, bool] = {}
-        for calls in self.passes:
-            for module, count in calls.items():
-                if (layer := self.layer_of.get(module)) is not None:
-                    layers[layer] = layers.get(layer, False) or count > 1
-        if all(layers.values()):
+        layers = {self.layer_of[module] for module in self.once if module in self.layer_of}
+        run_again = {self.layer_of[module] for module in self.again if module in self.layer_of}
+        if layers <= run_again:
             return True
-        some = [str(layer) for layer, again in sorted(layers.items()) if again]
+        some = [str(layer) for layer in sorted(run_again)]
         return f"of {len(layers)} layers in {', '.join(some) or 'none'} alone"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -15,7 +14,7 @@ from parity.paths.measured import Calls
 
 @contextlib.contextmanager
 def calls(seen: Calls) -> Iterator[None]:
-    """Counts calls of adapted modules, of whichever model, in each forward pass."""
+    """Notes calls of trained modules, of whichever model, in forward and in backward passes."""
     import torch
     from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -26,12 +25,13 @@ def calls(seen: Calls) -> Iterator[None]:
         elif isinstance(module, torch.nn.Embedding):
             kind = device().type
             cast = torch.is_autocast_enabled(kind)
-            seen.passes.append(Counter())
             seen.compiled.append(bool(torch.compiler.is_compiling()))
             name = str(torch.get_autocast_dtype(kind)) if cast else "none"
             seen.autocast.add(name.removeprefix("torch."))
-        elif seen.passes and _trained(module):
-            seen.passes[-1][id(module)] += 1
+        elif seen.compiled and _trained(module):
+            # As torch's own checkpointing asks: there is a graph that is being run backward.
+            backward = torch._C._current_graph_task_id() != -1
+            (seen.again if backward else seen.once).add(id(module))
 
     hook = register_module_forward_pre_hook(before)
     try:

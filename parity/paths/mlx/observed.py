@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -13,20 +12,35 @@ from parity.paths.measured import Calls
 
 @contextlib.contextmanager
 def calls(model: Any, seen: Calls) -> Iterator[None]:
-    """Counts calls of the modules of a model, and of others of the same classes, but for layers."""
+    """Notes calls of the modules of a model, and of others of the same classes, but for layers.
+
+    MLX does not tell in which pass it is. What is called after the call that was given the token ids has
+    returned, and was called in it, belongs to the backward pass.
+    """
     import mlx.core as mx
 
     layers = {type(layer) for layer in model.layers}
     kinds = {type(module) for _, module in model.named_modules()} - layers
 
-    def counting(original: Callable[..., Any]) -> Callable[..., Any]:
+    open_calls, in_pass = 0, set[int]()
+
+    def noting(original: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal open_calls
             if args and isinstance(args[0], mx.array) and mx.issubdtype(args[0].dtype, mx.integer):
                 seen.layer_of |= _layers(self)
-                seen.passes.append(Counter())
                 seen.compiled.append(_traced(args[0]))
-            elif seen.passes and _trained(self):
-                seen.passes[-1][id(self)] += 1
+                if not open_calls:
+                    in_pass.clear()
+                open_calls += 1
+                try:
+                    return original(self, *args, **kwargs)
+                finally:
+                    open_calls -= 1
+            if seen.compiled and _trained(self):
+                late = not open_calls and id(self) in in_pass
+                (seen.again if late else seen.once).add(id(self))
+                in_pass.add(id(self))
             return original(self, *args, **kwargs)
 
         return call
@@ -34,7 +48,7 @@ def calls(model: Any, seen: Calls) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for kind in kinds:
             if "__call__" in vars(kind):
-                put = mock.patch.object(kind, "__call__", counting(kind.__call__))
+                put = mock.patch.object(kind, "__call__", noting(kind.__call__))
                 stack.enter_context(put)
         yield
 
