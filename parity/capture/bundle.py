@@ -216,6 +216,8 @@ class Bundle:
             self.environment: Mapping[str, Any] = self.manifest["environment"]
             self.against: str = self.manifest["against"]
             self.knobs: Mapping[str, Any] = self.manifest["knobs"]
+            # Whatever it is handed: inputs that another path made cannot be among the captures.
+            self.absent: Mapping[str, str] = self.manifest.get("absent", {})
         except KeyError as error:
             raise UsageError(
                 f"{file}: not a bundle of `parity capture`: it has no {error}"
@@ -241,6 +243,8 @@ class Bundle:
         factors = factors_of(recipe, self.knobs if path == self.path else {})
         key = _key(path, method, _digest(factors), inputs, attempt)
         entry = self.manifest["captures"].get(key)
+        if entry is None and path == self.path and method in self.absent:
+            raise Unsupported(self.absent[method])
         if entry is None:
             raise MissingCapture(self._lacks(path, method, factors, inputs, attempt))
         if kind := entry.get("refused"):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from filelock import FileLock
@@ -26,7 +27,7 @@ from parity.capture.pool import Pool
 from parity.capture.worker import openblas
 from parity.errors import CaptureError, DiskFull, UsageError
 from parity.factors import Knobs
-from parity.paths import registry
+from parity.paths import protocol, registry
 from parity.paths.contract import METHODS
 from parity.paths.registry import registered, resolve
 from parity.recipe import PINNED, Recipe, kind_of
@@ -54,6 +55,8 @@ class Declared(NamedTuple):
     """Factors that only it has, with their defaults."""
     own_factors: tuple[str, ...] = ()
     """Factors that its own code decides, whatever a recipe has."""
+    absent: Mapping[str, str] = MappingProxyType({})
+    """Methods that it does not implement, each with what it says when it is called."""
 
 
 class Engine:
@@ -289,12 +292,15 @@ def declared(spec: str) -> Declared:
         found, decided = opened(spec), tuple[str, ...]()
         with contextlib.suppress(UsageError):  # who judges a bundle need not have its path
             decided = resolve(found.path).own_factors
-        return Declared(found.path, found.framework, found.operations, found.knobs, decided)
+        of_file = found.path, found.framework, found.operations, found.knobs
+        return Declared(*of_file, decided, found.absent)
     kind = resolve(spec)
     own = {knobs.section for knobs in kind.knob_types()}
     factors = kind_of(kind.knob_types())().factors()
     knobs = {name: value for name, value in factors.items() if name.partition(".")[0] in own}
-    return Declared(spec, kind.framework, kind.operations, knobs, kind.own_factors)
+    return Declared(
+        spec, kind.framework, kind.operations, knobs, kind.own_factors, protocol.absent(kind)
+    )
 
 
 def knobs(specs: Iterable[str]) -> tuple[type[Knobs], ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from parity.errors import Unsupported
 from parity.paths.contract import METHODS
-from parity.paths.protocol import TrainingPath
+from parity.paths.protocol import TrainingPath, absent
 from parity.recipe import Recipe
 from parity.trace import Trace
 
@@ -30,11 +30,13 @@ def unmet(kind: type[TrainingPath], recipe: Recipe) -> dict[str, str]:
 
 
 def check(kind: type[TrainingPath], method: str, recipe: Recipe, inputs: Trace) -> None:
-    """Refuses a call that would ignore a factor which the method reads.
+    """Refuses a call of what a path has not, or that would ignore a factor which the method reads.
 
     Raises:
         Unsupported: With each factor, its value and the reason.
     """
+    if why := absent(kind).get(method):
+        raise Unsupported(why)
     factors = recipe.factors()
     found = {n: why for n, why in unmet(kind, recipe).items() if METHODS[method].read(n, inputs)}
     reasons = dict.fromkeys(why for why in found.values() if why)

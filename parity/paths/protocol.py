@@ -107,12 +107,22 @@ def _absent(name: str) -> Callable[[TrainingPath, Recipe, Trace], Trace]:
     """What stands for a method that a path does not implement."""
 
     def method(self: TrainingPath, recipe: Recipe, inputs: Trace) -> Trace:
-        raise Unsupported(f"path {self.name!r} has no {name}")
+        raise Unsupported(_no_method(self, name))
 
     method.__name__, method.__doc__ = name, f"{METHODS[name].summary.capitalize()}."
     return method
 
 
-for _name in METHODS:
-    if not hasattr(TrainingPath, _name):
-        setattr(TrainingPath, _name, _absent(_name))
+_ABSENT = {name: _absent(name) for name in METHODS if not hasattr(TrainingPath, name)}
+for _name, _method in _ABSENT.items():
+    setattr(TrainingPath, _name, _method)
+
+
+def absent(kind: type[TrainingPath]) -> dict[str, str]:
+    """Methods of the contract that a path does not implement, and what it says when they are called."""
+    names = [name for name, method in _ABSENT.items() if getattr(kind, name) is method]
+    return {name: _no_method(kind, name) for name in names}
+
+
+def _no_method(path: TrainingPath | type[TrainingPath], name: str) -> str:
+    return f"path {path.name!r} has no {name}"

@@ -323,7 +323,8 @@ class MlxPath(MlxArtefacts):
         model, optimizer, count = setup.model, setup.optimizer, recipe.train.accumulation
         if recipe.train.gradient_checkpointing:
             grad_checkpoint(model.layers[0])
-        by_token = recipe.train.accumulation_weighting == "token"
+        # A single micro-batch has all the tokens: weighing it would round it for nothing.
+        by_token = count > 1 and recipe.train.accumulation_weighting == "token"
         value_and_grad = nn.value_and_grad(model, setup.loss)
         state = [model.state, optimizer.state, mx.random.state]
 
