@@ -183,18 +183,37 @@ class Engine:
         for name in names:
             if not name.startswith(f"{key}-") or not name.endswith(".safetensors"):
                 continue
-            file, manifest = folder / name, Path(name).stem.rpartition("-")[2]
-            python = self._interpreter(spec)[1]
-            if not self._check.holds(manifest, python):
-                continue
-            if not storage.used(file):  # removed by another process
+            file = folder / name
+            if not self._holds(spec, file) or not storage.used(file):  # removed by another process
                 continue
             trace = Trace.load(file)
             present = self._present.get(spec, trace.environment)
             if present is not None and not machine.differences(trace.environment, present):
-                self.loaded[manifest] = python
                 return trace
         return None
+
+    def would_use(self, spec: str, file: Path, environment: Mapping[str, Any]) -> bool:
+        """Whether a capture of a path that was used before would be used again, and notes that it is.
+
+        Args:
+            spec: The path.
+            file: The capture.
+            environment: The one that it comes from.
+
+        Raises:
+            CaptureError: The path has no interpreter.
+        """
+        present = self._present.get(spec, environment)
+        if present is None or machine.differences(environment, present):
+            return False
+        return self._holds(spec, file) and storage.used(file)
+
+    def _holds(self, spec: str, file: Path) -> bool:
+        """Whether a capture is of the code that would run now."""
+        manifest, python = file.stem.rpartition("-")[2], self._interpreter(spec)[1]
+        if holds := self._check.holds(manifest, python):
+            self.loaded[manifest] = python
+        return holds
 
     def _run(self, spec: str, method: str, recipe: Recipe, inputs: Trace, slot: Path) -> Trace:
         source, output = slot.with_suffix(".inputs"), slot.with_suffix(".output")

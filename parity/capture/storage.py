@@ -25,12 +25,14 @@ from parity.files import unwritable
 
 VARIABLE, DEFAULT = "PARITY_CACHE_LIMIT", "20GB"
 LIVE, CAPTURES, MANIFESTS, LOGS = "live", "captures", "loaded", "logs"
+RECORDS = "records"
 ELSEWHERE = "elsewhere"
 """Holds a cache of its own for each set of other interpreters, whose captures count as well."""
 KINDS = {
     CAPTURES: "captures",
     ELSEWHERE: "captures of releases and commits",
     "bundles": "captures out of bundles",
+    RECORDS: "finished records",
     MANIFESTS: "manifests of what was loaded",
     "derived": "figures and statistics",
     "kernels": "compiled kernels",
@@ -45,7 +47,7 @@ KINDS = {
     LOGS: "logs",
 }
 """Folders of the cache and what lies in them; others are no part of it and are left alone."""
-PRUNED = (CAPTURES, ELSEWHERE, "bundles")
+PRUNED = (CAPTURES, ELSEWHERE, "bundles", RECORDS)
 """What goes by itself when the cache is above its limit."""
 LOCKED = (
     "kernels",
@@ -180,7 +182,7 @@ def contents(cache: Path) -> Contents:
         found: Iterator[Entry]
         if kind == ELSEWHERE:
             found = (entry for root in _roots(cache)[1:] for entry in _files(root / CAPTURES))
-        elif kind in (CAPTURES, "bundles", "derived"):
+        elif kind in (CAPTURES, "bundles", RECORDS, "derived"):
             found = _files(cache / kind)
         else:
             found = _items(cache / kind)

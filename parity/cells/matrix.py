@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from parity import timing
+from parity.capture.engine import Engine
 from parity.cells.cell import Cell
+from parity.cells.kept import run_kept
 from parity.errors import UsageError
 from parity.recipe import DEFAULT, Recipe
+from parity.record import Record
 from parity.stages import BY_NUMBER, find
 from parity.stages.context import Stage
 
@@ -96,3 +101,49 @@ def sides(changes: Sequence[tuple[str, str]]) -> dict[str, dict[str, Any]]:
         name, value = parse_setting(text)
         grouped.setdefault(side, {})[name] = value
     return grouped
+
+
+def _timed_cell(engine: Engine, cell: Cell) -> Record:
+    with timing.span(timing.COMPARE, f"{cell.stage.number:02d} {cell.id}"):
+        return run_kept(engine, cell, repeat=True)
+
+
+def run_matrix(
+    matrix: Matrix,
+    engine: Engine,
+    folder: Path,
+    jobs: int,
+    done: Callable[[Record], None],
+    finished: list[Record] | None = None,
+) -> list[Record]:
+    """Runs every cell; each record is on disk before the next is reported.
+
+    Args:
+        matrix: What to run.
+        engine: Owns workers and cache.
+        folder: Takes `records/`.
+        jobs: Cells under way at once. Captures of one path queue at its one process.
+        done: Called with each finished record.
+        finished: Takes each finished record, for whoever stops the run.
+
+    Returns:
+        Records in the order of the cells.
+    """
+    cells = matrix.cells()
+    pool = ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="cell")
+    try:
+        futures = {
+            pool.submit(_timed_cell, engine, cell): index for index, cell in enumerate(cells)
+        }
+        records: dict[int, Record] = {}
+        for future in as_completed(futures):
+            record = future.result()
+            with timing.span(timing.WRITE, record.name):
+                record.save(folder / "records")
+            records[futures[future]] = record
+            if finished is not None:
+                finished.append(record)
+            done(record)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return [records[index] for index in range(len(cells))]

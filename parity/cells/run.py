@@ -5,20 +5,17 @@ from __future__ import annotations
 import os
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from parity import __version__, timing
+from parity import __version__
 from parity.capture import machine
 from parity.capture.bundle import is_bundle, opened
 from parity.capture.checks import not_installed
 from parity.capture.engine import AGAIN, Declared, Engine, Source, declared, shipped
 from parity.capture.keys import git_state
 from parity.cells.cell import Cell, reproduce
-from parity.cells.matrix import Matrix
 from parity.errors import NO_ANSWER, CaptureError, MissingCapture, UnmatchedNames, Unsupported
 from parity.judge.hints import hints
 from parity.paths.parts import origin
@@ -308,49 +305,3 @@ class _Shipped(dict[str, Recipe]):
     def __missing__(self, side: str) -> Recipe:
         self[side] = shipped(self._sources[side], self._recipe)
         return self[side]
-
-
-def _timed_cell(engine: Engine, cell: Cell) -> Record:
-    with timing.span(timing.COMPARE, f"{cell.stage.number:02d} {cell.id}"):
-        return run_cell(engine, cell, repeat=True)
-
-
-def run_matrix(
-    matrix: Matrix,
-    engine: Engine,
-    folder: Path,
-    jobs: int,
-    done: Callable[[Record], None],
-    finished: list[Record] | None = None,
-) -> list[Record]:
-    """Runs every cell; each record is on disk before the next is reported.
-
-    Args:
-        matrix: What to run.
-        engine: Owns workers and cache.
-        folder: Takes `records/`.
-        jobs: Cells under way at once. Captures of one path queue at its one process.
-        done: Called with each finished record.
-        finished: Takes each finished record, for whoever stops the run.
-
-    Returns:
-        Records in the order of the cells.
-    """
-    cells = matrix.cells()
-    pool = ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="cell")
-    try:
-        futures = {
-            pool.submit(_timed_cell, engine, cell): index for index, cell in enumerate(cells)
-        }
-        records: dict[int, Record] = {}
-        for future in as_completed(futures):
-            record = future.result()
-            with timing.span(timing.WRITE, record.name):
-                record.save(folder / "records")
-            records[futures[future]] = record
-            if finished is not None:
-                finished.append(record)
-            done(record)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-    return [records[index] for index in range(len(cells))]

@@ -102,7 +102,6 @@ def run(
     from parity.capture.bundle import name_of
     from parity.cells import matrix as runs
     from parity.cells.plan import Plan, write_plan
-    from parity.cells.run import run_matrix
     from parity.report import progress, terminal
     from parity.report.write import write
     from parity.results import expected as expectations
@@ -144,7 +143,7 @@ def run(
             ) as engine,
         ):
             notice(str(room))
-            records = run_matrix(matrix, engine, folder, room.busy, done, finished)
+            records = runs.run_matrix(matrix, engine, folder, room.busy, done, finished)
     except KeyboardInterrupt:
         records, stopped = finished, True
     for sentence in engine.growth.said:
