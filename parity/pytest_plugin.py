@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from parity.cells.run import run_cell
+from parity.cells.kept import run_kept
 from parity.report.text import describe
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def probe(
         subject, reference = cell.names.values()
         known = expected.chosen(subject, [reference], named and Path(named), none)
         expected.keep(known, folder)
-        record = expected.mark(run_cell(parity_engine, cell, repeat=True), known)
+        record = expected.mark(run_kept(parity_engine, cell, repeat=True), known)
         record_property("parity_record", str(record.save(folder / "records")))
         if record.verdict is Verdict.SKIP:
             pytest.skip(record.reason)

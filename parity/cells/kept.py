@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,12 +36,15 @@ from parity.trace import Trace
 
 _LIBRARIES = ("numpy", "scipy", "pydantic")
 """What comparing computes with and records are written with, beside this package."""
+_ONE = threading.Lock()
+"""Reading is all Python: two threads at it take longer than one."""
 
 
 @dataclass
 class _Uses:
     """The captures that a record is made of, by path."""
 
+    cache: Path
     environments: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     files: dict[str, dict[str, None]] = field(default_factory=dict)
     usable: bool = True
@@ -56,7 +61,7 @@ class _Uses:
                 raise
             first = self.environments.setdefault(spec, trace.environment)
             self.usable &= not machine.differences(first, trace.environment)
-            self.files.setdefault(spec, {})[str(trace.file)] = None
+            self.files.setdefault(spec, {})[os.path.relpath(trace.file, self.cache)] = None
             return trace
 
         return capture
@@ -74,12 +79,12 @@ def run_kept(engine: Engine, cell: Cell, repeat: bool = False) -> Record:
     if cell.stage not in STAGES or any(map(is_bundle, specs.values())):
         return run_cell(engine, cell, repeat)
     started = time.perf_counter()
-    with timing.span(timing.READ, "finished record"):
+    with _ONE, timing.span(timing.READ, "finished record"):
         file = _file(engine.cache, cell, repeat, specs)
         if found := _read(engine, file):
             changes = {"seconds": time.perf_counter() - started, "git": keys.git_state()}
             return found.model_copy(update=changes)
-    uses = _Uses()
+    uses = _Uses(engine.cache)
     sources = {side: uses.noted(specs[side], s) for side, s in sources_of(engine, cell).items()}
     record = run_cell(engine, cell, repeat, sources)
     if uses.usable and record.verdict not in (Verdict.ERROR, Verdict.SKIP):
@@ -100,7 +105,7 @@ def _file(folder: Path, cell: Cell, repeat: bool, specs: Mapping[str, str]) -> P
     words = [
         _code(), cell.stage.name, str(repeat), reproduce(cell), cell.model,
         *(f"{spec} {keys.of_path(spec)}" for spec in specs.values()),
-        *map(keys.of_recipe, (cell.recipe, *recipes)),
+        *map(keys.of_recipe, recipes),
     ]  # fmt: skip
     key = hashlib.sha256("\n".join(words).encode()).hexdigest()[:32]
     return folder / storage.RECORDS / key[:2] / f"{key}.json"
@@ -120,7 +125,7 @@ def _read(engine: Engine, file: Path) -> Record | None:
         head, _, text = file.read_bytes().partition(b"\n")
         uses = json.loads(head)
         record = parse(text, whole=False)
-        files = [(spec, Path(name)) for spec, of in uses["files"].items() for name in of]
+        files = [(spec, engine.cache / name) for spec, of in uses["files"].items() for name in of]
         environments = uses["environments"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or a damaged one
         return None
