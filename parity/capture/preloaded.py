@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import gc
 import json
 import os
 import select
@@ -40,8 +39,6 @@ class _Parent:
 
     def serve(self, listener: socket.socket, owner: int) -> None:
         """Forks a worker for each connection, until the owner is gone or says so."""
-        gc.collect()
-        gc.freeze()  # else the collector would copy what is shared
         while _alive(owner):
             watched = [listener.fileno(), *self._children]
             for one in select.select(watched, [], [], 1.0)[0]:

@@ -7,6 +7,7 @@ prints goes to the log, never into the answers.
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import sys
@@ -54,11 +55,17 @@ def imported(framework: str) -> Exception | None:
     """Imports what all paths on a framework use; why it could not."""
     from parity.paths.registry import prepare
 
+    # What is imported stays: looking for garbage in it takes a fifth of torch's import, and forked
+    # processes would copy what is shared.
+    gc.disable()
     try:
         with timing.span(timing.IMPORT, framework):
             prepare(framework)
     except Exception as error:
         return error
+    finally:
+        gc.freeze()
+        gc.enable()
     return None
 
 
