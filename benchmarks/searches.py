@@ -1,7 +1,8 @@
 """Searches over planted faults, against another commit, as ratios in the same run.
 
 Each search runs as `parity bisect` in a process of its own, on an empty cache with the compiled
-kernels; the two commits take turns. Their causes must be equal.
+kernels; the two commits take turns. Their causes must be equal. Beside the whole search stands when its
+first cause was told, which a commit that tells none before its end does there.
 
     python benchmarks/searches.py --before b9a0509
     python benchmarks/searches.py --before main~20 temperature_0 longer_rate_0 tests.planted_paths:LazyLoop
@@ -35,6 +36,8 @@ class Search(NamedTuple):
     """How one search went."""
 
     seconds: float
+    told: float
+    """Seconds after which the first cause was told."""
     cpu: float
     causes: Any
 
@@ -59,23 +62,29 @@ def searched(checkout: Path, words: list[str], scratch: Path) -> Search:
     shutil.copytree(kernels, cache / "kernels", ignore=shutil.ignore_patterns("tmp*"))
     env = {**os.environ, "PYTHONPATH": str(checkout), "PARITY_CACHE": str(cache)}
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    done = subprocess.run(
+    told, lines = 0.0, []
+    with subprocess.Popen(
         [sys.executable, "-m", "parity.cli", "bisect", "--reference", "mlx-lm", *words,
          "--set", "train.steps=6", "--out", str(out)],
-        cwd=checkout, env=env, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=checkout, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        for line in process.stderr or ():
+            lines.append(line)
+            if line.startswith("found: ") and not told:
+                told = time.perf_counter() - started
     seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode not in (0, 1):
-        sys.exit(done.stdout + done.stderr)
+    if process.returncode not in (0, 1):
+        sys.exit("".join(lines))
     found = json.loads(next(out.glob("*.json")).read_text())
     causes = [(c["stage"], c["parts"], sorted(c["factors"])) for c in found["causes"]]
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Search(seconds, cpu, causes)
+    return Search(seconds, told or seconds, cpu, causes)
 
 
 def compare(checkouts: dict[str, Path], wanted: list[str]) -> None:
     """Prints a line a search, and the median ratio."""
-    faults, ratios = {fault.name: fault for fault in everything()}, []
+    faults = {fault.name: fault for fault in everything()}
+    ratios, told = [], []
     for what in wanted:
         found = {}
         for name, checkout in checkouts.items():
@@ -83,11 +92,13 @@ def compare(checkouts: dict[str, Path], wanted: list[str]) -> None:
                 found[name] = searched(checkout, command(what, faults), Path(scratch))
         before, now = found["before"], found["now"]
         ratios.append(before.seconds / now.seconds)
+        told.append(before.told / now.told)
         same = "same causes" if before.causes == now.causes else f"{before.causes} != {now.causes}"
         print(f"{what:<28} {before.seconds:5.1f} s, now {now.seconds:5.1f} s: {ratios[-1]:.1f}; "
+              f"told after {before.told:.1f} s, now {now.told:.1f} s: {told[-1]:.1f}; "
               f"CPU {before.cpu:.1f} s, now {now.cpu:.1f} s: {before.cpu / now.cpu:.1f}; {same}",
               flush=True)  # fmt: skip
-    print(f"median ratio {statistics.median(ratios):.1f}")
+    print(f"median ratio {statistics.median(ratios):.1f}, until told {statistics.median(told):.1f}")
 
 
 def main() -> None:

@@ -146,6 +146,8 @@ class CauseSearch:
         started = time.perf_counter()
         report = SearchReport(self.subject, self.reference, differing=len(self.changes))
         mine = self.recipe.override(self.changes)
+        if not self.rest:  # then it is a part, and its place is told with the float64 run
+            self.engine.warm(REFEREE)
         with ahead(self.engine, [self.cell(stage, self.rest) for stage in self.stages]):
             self.steady, report.repeats = repeats(self.engine, self.subject, mine)
             for text in report.repeats:
@@ -230,8 +232,6 @@ class CauseSearch:
         started = time.perf_counter()
         record = self.record(stage, self.rest, asked=Asked(extent=Extent.DIFFERENCE))
         if record.verdict is Verdict.DIVERGE:
-            if not self.rest:  # then it is a part, and its place is told with the float64 run
-                self.engine.warm(REFEREE)
             record = self.record(stage, self.rest)
         seconds = time.perf_counter() - started
         visit = StageVisit(stage.number, stage.name, str(record.verdict), record.reason, seconds)
