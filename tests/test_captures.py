@@ -12,6 +12,7 @@ from parity.capture import keys, loaded
 from parity.capture.engine import Engine
 from parity.cells.cell import Cell
 from parity.cells.run import run_cell
+from parity.paths.describe import VARIABLES, describe_process
 from parity.recipe import Recipe
 from parity.record import Verdict
 from parity.stages import find
@@ -187,3 +188,32 @@ def test_an_environment_that_never_stays_is_an_error(plugin, tmp_path):
         record = verdict(engine, plugin)
         assert record.verdict is Verdict.ERROR
         assert "several environments: driver" in record.reason
+
+
+def test_of_two_captures_that_hold_the_newer_one_is_used(plugin, tmp_path):
+    """Else a cell whose other captures are of the newer environment would be run again each time."""
+    file = Path(f"{plugin}.py")
+    more = f"\n    def defaults(self, recipe, inputs):\n        import {plugin}_more\n        return super().defaults(recipe, inputs)\n"
+    file.write_text(file.read_text() + more)
+    Path(f"{plugin}_more.py").write_text("")
+    with Engine(tmp_path / "cache") as engine:
+        assert verdict(engine, plugin).subject.environment["driver"] == "1"
+    (tmp_path / "driver").write_text("2")
+    with Engine(tmp_path / "cache") as engine:
+        engine.capture(f"{plugin}:Plugin", "defaults", Recipe(), Trace())
+        assert verdict(engine, plugin).subject.environment["driver"] == "2"
+    with Engine(tmp_path / "cache") as engine:
+        record = verdict(engine, plugin)
+        assert record.subject.environment["driver"] == "2"
+        assert not engine.captured
+
+
+@pytest.mark.parametrize("beginning", VARIABLES)
+def test_what_an_environment_reports_belongs_to_the_key(beginning, monkeypatch):
+    """Else captures of two environments would be found for one cell."""
+    keys.of_path.cache_clear()
+    before = keys.of_path(REFERENCE)
+    monkeypatch.setenv(f"{beginning}_OF_A_TEST", "1")
+    assert f"{beginning}_OF_A_TEST" in describe_process(())["variables"]
+    keys.of_path.cache_clear()
+    assert keys.of_path(REFERENCE) != before

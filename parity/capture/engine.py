@@ -179,11 +179,10 @@ class Engine:
 
     def _kept(self, spec: str, folder: Path, key: str) -> Trace | None:
         """A capture of the code that would run now, from the environment that is present."""
-        names = sorted(os.listdir(folder)) if folder.is_dir() else []  # noqa: PTH208 a glob is slow
-        for name in names:
-            if not name.startswith(f"{key}-") or not name.endswith(".safetensors"):
-                continue
-            file = folder / name
+        names = os.listdir(folder) if folder.is_dir() else []  # noqa: PTH208 a glob is slow
+        own = (n for n in names if n.startswith(f"{key}-") and n.endswith(".safetensors"))
+        # The newest first: it is of the environment that was present last.
+        for file in sorted((folder / name for name in own), key=storage.made, reverse=True):
             if not self._holds(spec, file) or not storage.used(file):  # removed by another process
                 continue
             trace = Trace.load(file)

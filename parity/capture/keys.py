@@ -13,13 +13,12 @@ from pathlib import Path
 
 from parity import resources
 from parity.capture.worker import openblas
+from parity.paths.describe import VARIABLES
 from parity.paths.registry import resolve
 from parity.recipe import Recipe
 
-# What a user may set for the worker's process and what changes its numbers.
-_VARIABLES = (
-    "MLX_", "PARITY_TORCH", "OMP_", "OPENBLAS_", "CUBLAS_", "CUDA_VISIBLE", "NVIDIA_TF32",
-)  # fmt: skip
+# What an environment reports belongs to the key: else captures of two environments would be found together.
+_VARIABLES = (*VARIABLES, "OMP_")
 
 
 def of_recipe(recipe: Recipe) -> str:

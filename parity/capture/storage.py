@@ -162,6 +162,14 @@ def in_use(cache: Path) -> Iterator[None]:
         lock.release()
 
 
+def made(file: Path) -> int:
+    """When a capture was written, in nanoseconds since 1970; 0 where it is gone."""
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
 def used(file: Path) -> bool:
     """Notes that a capture is used now, in its time of access; False where it is gone."""
     try:

@@ -20,11 +20,11 @@ from parity.names import is_factor, layer_of
 from parity.recipe import Recipe
 from parity.trace import Array
 
-# Variables that change what the frameworks compute or where.
-_VARIABLES = (
+VARIABLES = (
     "MLX_", "OMP_NUM", "OPENBLAS_", "VECLIB_", "PARITY_TORCH", "HF_HUB_OFFLINE", "PYTORCH_",
     "CUBLAS_", "CUDA_VISIBLE", "NVIDIA_TF32",
 )  # fmt: skip
+"""Beginnings of variables that change what the frameworks compute, where, or what is loaded."""
 
 
 def describe_process(packages: tuple[str, ...]) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def describe_process(packages: tuple[str, ...]) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "versions": versions,
         "blas": _blas(packages),
-        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
+        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(VARIABLES)},
     }
 
 
