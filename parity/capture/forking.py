@@ -173,6 +173,9 @@ def _end_all(made: Path, owner: int) -> None:
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
                 connection.connect(str(place))
                 connection.sendall(b"null\n")
+        for process in _STARTED:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=1)
         shutil.rmtree(made, ignore_errors=True)
 
 
