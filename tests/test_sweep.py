@@ -127,6 +127,16 @@ def test_norms_and_biases_are_random(store):
     assert all(np.array_equal(other[name], tensors[name]) for name in norms)
 
 
+def test_a_process_that_was_ended_is_not_started_again(tmp_path):
+    """A thread that is still at work when a sweep is stopped asks once more."""
+    maker = Maker(tmp_path / "maker.log")
+    maker.ask("registry")
+    maker.close()
+    with pytest.raises(NotMade, match="was ended"):
+        maker.ask("registry")
+    assert maker._process is None
+
+
 def test_an_architecture_that_cannot_be_built_says_why(maker):
     with pytest.raises(NotMade, match="KeyError"):
         maker.ask("defaults", kind="no-such-architecture")

@@ -8,6 +8,7 @@ import os
 import select
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,12 +32,13 @@ class Maker:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
         self._process: subprocess.Popen[bytes] | None = None
+        self._closed, self._lock = False, threading.Lock()
 
     def ask(self, operation: str, **arguments: Any) -> dict[str, Any]:
         """What an operation gives.
 
         Raises:
-            NotMade: It failed, died or ran out of time.
+            NotMade: It failed, died, ran out of time or is closed.
         """
         process = self._started()
         stdin, stdout = process.stdin, process.stdout
@@ -48,7 +50,8 @@ class Maker:
             line = _line(stdout, TIMEOUT)
         if not line:
             hung = process.poll() is None
-            self.close()
+            with self._lock:
+                self._kill()
             why = f"took longer than {TIMEOUT:g} s" if hung else f"died (code {process.returncode})"
             raise NotMade(f"the process that makes it {why}")
         answer: dict[str, Any] = json.loads(line)
@@ -58,17 +61,29 @@ class Maker:
         return found
 
     def _started(self) -> subprocess.Popen[bytes]:
-        if self._process is None or self._process.poll() is not None:
-            self.close()
-            env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-            with self.log.open("ab") as errors:
-                self._process = subprocess.Popen(
-                    COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=env
-                )
-        return self._process
+        with self._lock:  # it may be closed by another thread, and then none is started any more
+            if self._closed:
+                raise NotMade("the process that makes it was ended")
+            if self._process is None or self._process.poll() is not None:
+                self._kill()
+                env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+                with self.log.open("ab") as errors:
+                    self._process = subprocess.Popen(
+                        COMMAND,
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=errors,
+                        env=env,
+                    )
+            return self._process
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the process for good."""
+        with self._lock:
+            self._closed = True
+            self._kill()
+
+    def _kill(self) -> None:
         if self._process is not None:
             self._process.kill()
             self._process.wait()

@@ -213,6 +213,8 @@ class Sweep:
             number = len(self._makers)
             maker = Maker(self.cache / "logs" / f"maker-{number}.log")
             self._makers.append(maker)
+            if self.stopped.is_set():  # whoever stopped it has not seen this one
+                maker.close()
             self._local.store = Store(self.cache, maker)
         store: Store = self._local.store
         return store
