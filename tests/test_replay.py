@@ -21,6 +21,7 @@ about = "A smaller adapter."
 probes = ["04"]
 [set]
 "train.steps" = 3
+"train.compile" = false
 [set-subject]
 "lora.rank" = 4
 [expect]
@@ -91,7 +92,7 @@ def test_a_case_that_comes_out_otherwise_is_not_green(old, new, case, engine):
 
 
 def test_a_suspicion_that_is_none(case, engine):
-    text = CASE.replace('"lora.rank" = 4', '"train.compile" = false')
+    text = CASE.replace('"lora.rank" = 4', '"train.gradient_checkpointing" = true')
     text = text.replace('stage = "lora_init"\ncause = ["lora.rank"]', 'verdict = "agree"')
     outcome = play(case(text), engine)
     assert (outcome.status, outcome.found) == (ScenarioStatus.AS_EXPECTED, "no cause")
