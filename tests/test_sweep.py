@@ -229,9 +229,7 @@ def test_a_default_is_said_to_stand_where_it_stands():
 
 
 def test_an_ignored_theta_is_named_with_its_remedy(engine):
-    found = swept(
-        engine, "tests.misreading_paths:NoTheta", "qwen3", chosen=("traps",), wanted=("logits",)
-    )
+    found = swept(engine, "tests.misreading_paths:NoTheta", "qwen3", chosen=("traps",))
     [cell] = found.cells.values()
     causes = [cause for answer in cell.answers for cause in answer.causes]
     theta = next(cause for cause in causes if cause.name == "rope_parameters.rope_theta")
