@@ -12,27 +12,29 @@ import pytest
 from parity import resources
 from parity.adapters import check as adapters
 from parity.adapters.loading import _moved
-from tests.test_adapter_check import (
+from tests.adapter_checks import check, findings, loaded, needs
+from tests.adapter_faults import (
     Q16,
     added,
     both,
-    check,
     copied,
     dropped,
     each,
-    findings,
-    loaded,
     lora,
-    needs,
-    saved,  # noqa: F401 - a fixture
     settings,
     tensors,
     the_base,
     top,
     without,
 )
+from tests.adapter_writers import written
 
 UP17 = "model.layers.17.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def saved():
+    return written()
 
 
 def nested(**values):
@@ -64,7 +66,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_found_and_named(fault, saved, tmp_path):  # noqa: F811
+def test_a_fault_is_found_and_named(fault, saved, tmp_path):
     writer, damage, name, words = FAULTS[fault]
     needs(writer)
     folder = copied(saved, writer, tmp_path)
@@ -75,7 +77,7 @@ def test_a_fault_is_found_and_named(fault, saved, tmp_path):  # noqa: F811
     assert any(words in line for line in lines), findings(result)
 
 
-def test_settings_of_a_fused_model_are_those_of_the_base(saved, tmp_path):  # noqa: F811
+def test_settings_of_a_fused_model_are_those_of_the_base(saved, tmp_path):
     """transformers 5 writes RoPE's settings where mlx-lm does not read them (mlx-lm#953)."""
     _, result = check(saved / "merged")
     left = {o["check"]: o["unchecked"] for o in result["checks"] if o["unchecked"]}
@@ -91,7 +93,7 @@ def test_settings_of_a_fused_model_are_those_of_the_base(saved, tmp_path):  # no
     assert (found["where"], found["text"]) == ("rope_theta", "10000.0, the base has 200000.0")
 
 
-def test_fewer_layers_than_tensors_are_told_without_a_base(saved, tmp_path):  # noqa: F811
+def test_fewer_layers_than_tensors_are_told_without_a_base(saved, tmp_path):
     folder = copied(saved, "mlx-lm", tmp_path)
     top(num_layers=2)(folder)
     _, result = check(folder, base=None)
@@ -99,7 +101,7 @@ def test_fewer_layers_than_tensors_are_told_without_a_base(saved, tmp_path):  # 
     assert found["text"] == "2, but there are tensors for layers 14 to 17"
 
 
-def test_a_base_of_another_kind_is_named(saved, tmp_path):  # noqa: F811
+def test_a_base_of_another_kind_is_named(saved, tmp_path):
     folder = copied(saved, "mlx-lm", tmp_path)
     top(model=resources.model_dir("tiny-llama"))(folder)
     _, result = check(folder)
@@ -107,7 +109,7 @@ def test_a_base_of_another_kind_is_named(saved, tmp_path):  # noqa: F811
     assert found["text"].endswith("tiny-llama, a llama, but --base is a gemma3_text")
 
 
-def test_biases_of_the_base_that_were_trained_and_not_saved(saved, tmp_path):  # noqa: F811
+def test_biases_of_the_base_that_were_trained_and_not_saved(saved, tmp_path):
     base = shutil.copytree(resources.model_dir("tiny-gemma3"), tmp_path / "base")
     added(f"{UP17}.bias", (128,))(base)
     folder = copied(saved, "peft", tmp_path)
@@ -133,7 +135,7 @@ AGAINST = {
 
 
 @pytest.mark.parametrize("fault", AGAINST)
-def test_what_differs_from_another_artefact_is_named(fault, saved, tmp_path):  # noqa: F811
+def test_what_differs_from_another_artefact_is_named(fault, saved, tmp_path):
     writer, damage, words = AGAINST[fault]
     folder = copied(saved, writer, tmp_path)
     damage(folder)
@@ -142,7 +144,7 @@ def test_what_differs_from_another_artefact_is_named(fault, saved, tmp_path):  #
     assert any(words in line for line in lines), lines
 
 
-def test_an_update_of_another_shape_than_the_weight(saved, tmp_path):  # noqa: F811
+def test_an_update_of_another_shape_than_the_weight(saved, tmp_path):
     adapter = copied(saved, "mlx-lm", tmp_path)
     each(lambda _, v: v[:, :-1], f"{UP17}.lora_b")(adapter)
     _, result = check(saved / "fused", "--against", adapter)
@@ -158,7 +160,7 @@ def test_an_update_of_another_shape_than_the_weight(saved, tmp_path):  # noqa: F
         ("fused", "mlx-lm-dora", "tiny-gemma3", "a DoRA adapter is not compared with a model"),
     ],
 )
-def test_what_cannot_be_compared_is_said(ours, theirs, base, words, saved):  # noqa: F811
+def test_what_cannot_be_compared_is_said(ours, theirs, base, words, saved):
     _, result = check(saved / ours, "--against", saved / theirs, base=base)
     left = {o["check"]: o["unchecked"] for o in result["checks"]}
     assert left["against"] == words
@@ -167,21 +169,21 @@ def test_what_cannot_be_compared_is_said(ours, theirs, base, words, saved):  # n
 # With a real loader -----------------------------------------------------------------------------
 
 
-def test_a_loader_that_leaves_magnitudes_out_is_named(saved, engine):  # noqa: F811
+def test_a_loader_that_leaves_magnitudes_out_is_named(saved, engine):
     loader = "tests.round_trip_paths:MagnitudesLost"
     found = findings(loaded(engine, saved / "mlx-lm-dora", loader))
     words = f"the loader of {loader} has not the magnitudes of the files: all 28 modules"
     assert any(words in f["text"] for f in found if f["check"] == "loading"), found
 
 
-def test_a_loader_with_another_scale_is_named(saved, engine):  # noqa: F811
+def test_a_loader_with_another_scale_is_named(saved, engine):
     loader = "tests.round_trip_paths:DefaultScale"
     found = findings(loaded(engine, saved / "unsloth", loader))
     words = f"the loader of {loader} gives another scale · A · B than the files hold"
     assert any(words in f["text"] for f in found if f["check"] == "loading"), found
 
 
-def test_a_model_that_gives_nan_is_named(saved, tmp_path, engine):  # noqa: F811
+def test_a_model_that_gives_nan_is_named(saved, tmp_path, engine):
     folder = copied(saved, "fused", tmp_path)
     each(lambda _, v: v * np.float32(1e38), "up_proj")(folder)
     result = adapters.check(

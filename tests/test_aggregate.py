@@ -2,107 +2,28 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
-from markupsafe import escape
-from rich.console import Console
 
 from parity.cells.plan import GridRow, Plan, load_plan, write_plan
 from parity.errors import UsageError
-from parity.record import Metric, Record, Side, Verdict
-from parity.report import html, markdown, terminal
+from parity.record import Record
+from parity.report import html, markdown
 from parity.report.write import aggregate_json, write
 from parity.results.aggregate import aggregate
 from parity.results.folder import read
 from parity.results.texts import distinct
-
-STAGES = ("config", "tokenization", "logits", "cross_entropy", "lora_init", "gradient",
-          "optimizer_step", "loss_curve", "greedy_decode", "supervised_positions", "kv_cache")  # fmt: skip
-SEEDS = (3407, 0, 1)
-REFERENCES = ("mlx-lm", "hf")
+from tests.made_records import REFERENCES, SEEDS, STAGES, curve, matrix, put, record, screen
 
 
 def test_sentences_that_differ_in_numbers_alone_are_said_once():
     texts = ["5e-07 of it is left (x/1)", "4e-07 of it is left (x/1)", "another, 3 of 4"]
     assert distinct(texts) == (texts[0], texts[2])
-
-
-def record(
-    probe: int, seed: int, verdict: str = "identical", reference: str = "mlx-lm", **fields: Any
-) -> Record:
-    sides = {
-        side: Side(path=path, recipe={"train.steps": 4}, digest="0", environment={"python": side})
-        for side, path in (("subject", "mlx"), ("reference", reference))
-    }
-    texts = {"reason": f"because of probe {probe}", "reproduce": f"run --seeds {seed}"} | fields
-    if verdict in ("identical", "agree"):
-        value = 0.0 if verdict == "identical" else 1e-7
-        metric = Metric(
-            name="x", verdict=verdict, value=value, tolerance=1e-6, minimum_required_tolerance=value
-        )
-        texts.setdefault("metrics", [metric])
-    return Record(
-        tool="0",
-        probe=probe,
-        stage=STAGES[probe],
-        model="tiny",
-        seed=seed,
-        verdict=Verdict(verdict),
-        **{**sides, **texts},
-    )
-
-
-def matrix(seeds: Iterable[int] = SEEDS) -> list[Record]:
-    return [
-        record(p, seed, reference=r)
-        for p in range(len(STAGES))
-        for seed in seeds
-        for r in REFERENCES
-    ]
-
-
-def put(records: list[Record], *others: Record) -> list[Record]:
-    """The records with some of them replaced."""
-    by_name = {r.name: r for r in [*records, *others]}
-    return list(by_name.values())
-
-
-def curve(seed: int, dloss: list[float], step: int | None = None, **fields: Any) -> Record:
-    reference = [4.0, 3.0, 2.0, 1.0][: len(dloss)]
-    metric = Metric(
-        name="loss per step",
-        verdict=Verdict.DIVERGE if step else Verdict.AGREE,
-        value=max(map(abs, dloss)),
-        tolerance=1e-3,
-        minimum_required_tolerance=max(map(abs, dloss)),
-        step=step,
-    )
-    series = {
-        "loss subject": [r + d for r, d in zip(reference, dloss, strict=True)],
-        "loss reference": reference,
-        "dloss": dloss,
-        "gradient_norm subject": reference,
-        "gradient_norm reference": reference,
-        "dgrad": [0.0] * len(dloss),
-    }
-    verdict = "diverge" if step else "agree"
-    return record(7, seed, verdict, metrics=[metric], series=series, **fields)
-
-
-def screen(records: list[Record], width: int = 80, encoding: str = "utf-8") -> str:
-    raw = io.BytesIO()
-    file = io.TextIOWrapper(raw, encoding=encoding, errors="replace")
-    terminal.render(aggregate(records), Console(file=file, width=width, highlight=False))
-    file.flush()
-    return raw.getvalue().decode(encoding)
 
 
 # Verdict and exit code
@@ -334,76 +255,3 @@ def test_order_of_records_does_not_matter(tmp_path: Path) -> None:
     for one, other in zip(files, again, strict=True):
         assert one.read_bytes() == other.read_bytes(), one.name
     assert len(pd.read_csv(files[1])) == len(STAGES) * len(REFERENCES)
-
-
-def test_the_page_holds_each_record_and_loads_nothing() -> None:
-    text = '<script src="https://example.org/x.js"></script>'
-    wrong = record(6, 0, "diverge", findings=[text], detail=text, hints=[text])
-    found = aggregate(put(matrix(), wrong, curve(1, [0.0, 0.2, 0.0, 0.0], step=2)))
-    page = html.render(found)
-    for r in found.records(found.cells["position"]):
-        assert f'id="{r.name}"' in page and f'href="#{r.name}"' in page
-    assert text not in page
-    outside = r"""\b(src|srcset|href|action|poster)\s*=\s*["']?(?!["'#])|url\((?!#)|@import|<link"""
-    assert not re.search(outside, page.replace(str(escape(text)), ""))
-    ids = re.findall(r'\sid="(?!m\w|p\w)([^"]+)"', page)  # but for what figures share
-    assert len(ids) == len(set(ids))
-    assert page.index(f'id="{wrong.name}"') < page.index(f'id="{record(0, 0).name}"')
-
-
-def test_the_job_summary_stays_below_a_mebibyte() -> None:
-    noise = [f"finding {'x' * 900} {i}" for i in range(10)]
-    records = [
-        record(p, s, "diverge", reference=r, findings=noise, reason="off " * 50)
-        for p in range(8)
-        for s in range(15)
-        for r in REFERENCES
-    ]
-    found = aggregate(records)
-    text = markdown.render(found)
-    assert 500_000 < len(text.encode()) < 2**20
-    shown = text.count("<details>")
-    assert 0 < shown < 240
-    assert f"and {240 - shown} more" in text
-
-
-def test_markdown_cells_cannot_be_broken() -> None:
-    passes = {side: {"a|b\n<c>": True} for side in ("subject", "reference")}
-    text = markdown.render(aggregate([record(8, 0, passes=passes)]))
-    assert "a\\|b &lt;c&gt;" in text
-
-
-@pytest.mark.parametrize(
-    "cell",
-    ["a|b", "a\\|b", "a\nb", "<b>", "`x`", "\001", "\x1b[31m", "007", "1e5", "", "- | -", "~~~"],
-)
-def test_a_table_has_one_line_a_row_and_one_bar_a_cell(cell: str) -> None:
-    lines = markdown.table(["name", cell], [[cell, "1"], ["2", cell]]).splitlines()
-    assert len(lines) == 4
-    bars = [len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in lines]
-    assert bars == [3, 3, 3, 3], lines
-    assert set(lines[1]) == {"|", "-"}
-    assert cell not in ("007", "1e5") or cell in lines[2]
-
-
-def test_a_failure_cannot_end_its_block() -> None:
-    wrong = record(6, 0, "diverge", findings=["~" * 12 + "\n</details>"])
-    assert "~" * 13 + "text" in markdown.render(aggregate([wrong]))
-
-
-def test_the_terminal_fits_80_columns_and_plain_ascii() -> None:
-    wrong = [record(6, s, "diverge", reason="the subject is off") for s in range(15)]
-    records = put(matrix(range(15)), *wrong, record(8, 14, "agree"))
-    text = screen(records)
-    grid = text[: text.index("identical")].splitlines()
-    assert max(map(len, grid)) <= 80
-    assert re.search(r"06 optimizer step +={15} +✗{15}", text)
-    assert "and 12 more" in text
-    assert "PARITY diverge" in text.splitlines()[-1]
-    plain = screen(records, encoding="ascii")
-    assert re.search(r"06 optimizer step +={15} +x{15}", plain)
-
-
-def test_more_seeds_than_columns_are_counted() -> None:
-    records = [record(0, s, "diverge" if s == 3 else "identical") for s in range(200)]
-    assert re.search(r"00 config +199= 1✗", screen(records))

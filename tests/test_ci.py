@@ -20,7 +20,7 @@ from parity.cli import main
 from parity.commands.run import run
 from parity.results.aggregate import aggregate
 from parity.stages import BY_NUMBER
-from tests.test_aggregate import matrix, put, record
+from tests.made_records import matrix, put, record
 
 ROOT = Path(__file__).parents[1]
 

@@ -17,7 +17,7 @@ from parity.record import MODULE, Verdict
 from parity.report import html, view
 from parity.results.aggregate import aggregate
 from parity.results.changes import changes
-from tests.test_aggregate import curve, matrix, put, record
+from tests.made_records import curve, matrix, put, record
 
 STYLE = Path(html.__file__).parent
 OWN_HOSTS = re.compile(r"https?://([\w-]+\.)*(google|googleapis|gvt1)\.com[/:]")

@@ -3,68 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 
-import numpy as np
 import pytest
 
-from parity.errors import CaptureError, DiskFull
+from parity.errors import CaptureError
 from parity.paths.mlx.loading import explained
 from parity.sweep import candidates, examine
-from parity.sweep.answers import Answer, Cause, Cell
-from parity.sweep.bench import Bench, Column, Logits, equal
-from parity.sweep.columns import Columns
+from parity.sweep.answers import Cause
+from parity.sweep.bench import Bench, Column
 from parity.sweep.examine import Examiner
 from parity.sweep.explain import Explainer
 from parity.sweep.filling import Whole, lacking, options, resolved, ways
-from parity.sweep.models import Architecture, Model
-from parity.sweep.run import Sweep, _code
-from parity.sweep.shrink import shrunk
+from parity.sweep.models import Architecture
 from parity.sweep.sources import Field, Sources, of_python
 from parity.sweep.traps import Configuration, Configurations, Trap, changed
 from parity.sweep.wording import as_saved, module_named, named_in, without_keys
-
-CONFIG = {
-    "model_type": "toy", "hidden_size": 64, "num_attention_heads": 4, "qk_rope_head_dim": 8,
-    "num_local_experts": 4, "hidden_act": "silu", "mlp_layer_types": ["dense", "sparse"],
-    "rope_parameters": {"rope_theta": 5e6, "rope_type": "default"},
-}  # fmt: skip
-
-
-@dataclass
-class Toy(Bench):
-    """Sides that are functions of a configuration."""
-
-    sides: dict[str, Callable] = field(default_factory=dict)
-
-    def logits(self, side, model):
-        try:
-            return Logits(np.float64([self.sides[side](self.model_of(side, model).config)]))
-        except ValueError as error:
-            return Logits(None, f"mlx-lm does not load the model: {error}", side == "subject")
-
-    def ask(self, question, configuration, model):
-        subject, reference = (self.logits(side, model) for side in ("subject", "reference"))
-        verdict = "agree" if equal(subject, reference) else "diverge"
-        reason = subject.error or reference.error or "logits: 3 of 1e-5"
-        if reference.values is None:
-            verdict = "not asked"
-        return Answer(question, configuration, verdict, reason, tolerance=1e-6), None
-
-    def versions(self, model):
-        return {}
-
-
-class Folders:
-    """Models that are their configurations."""
-
-    def model(self, name, config, ties=False):
-        return Model(Path("/nowhere"), {}, [], dict(config))
-
-    def edited(self, model, changes):
-        return self.model("", changed(model.config, changes))
+from tests.toy_sweep import CONFIG, Folders, Toy
 
 
 @pytest.fixture
@@ -394,58 +348,3 @@ def test_a_module_whose_input_differs_is_not_at_fault():
     assert module_named(f"{start}input of layers.0.o_proj (differs): 3") == "before layers.0.o_proj"
     assert module_named(f"{start}output of layers.0.o_proj (differs): 3") == "layers.0.o_proj"
     assert module_named("first bad module layers.1.mlp: its input agrees") == "layers.1.mlp"
-
-
-# What is made ------------------------------------------------------------------------------------
-
-
-def test_a_tiny_model_draws_nothing_at_random():
-    keys = ("attention_dropout", "residual_dropout", "resid_pdrop", "attn_pdrop", "layerdrop", "router_jitter_noise")  # fmt: skip
-    tiny = shrunk({**dict.fromkeys(keys, 0.1), "text_config": {"hidden_dropout_prob": 0.1}})
-    assert {**tiny.pop("text_config"), **tiny} == dict.fromkeys([*keys, "hidden_dropout_prob"], 0.0)
-
-
-def test_an_architecture_that_is_saved_under_another_type_says_whose_file_ran():
-    column = Column("1", "mlx", None, of_python(sys.executable))
-    cell = Cell("llama4", "1", file="llama4.py")
-    examiner = Examiner(Architecture("llama4", "Llama4ForCausalLM"), column, Folders())
-    model = Folders().model("", {"model_type": "llama4_text"})
-    assert examiner._saved(cell, model) == "llama4_text"
-    assert "models/llama4.py was not asked" in cell.remark and cell.file == "llama4_text.py"
-    cell, unserved = Cell("llama4", "1", file="llama4.py"), Folders().model("", {"model_type": "x"})
-    assert examiner._saved(cell, unserved) == "" and not cell.remark
-
-
-def test_sentences_of_other_code_are_not_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("parity.__file__", str(tmp_path / "__init__.py"))
-    names = [f"sweep/{name}.py" for name in ("unloaded", "filling", "explain", "wording", "rest")]
-    for name in (*names, "paths/mlx/loading.py", "report/page.py"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("1")
-    for name in (*names, "paths/mlx/loading.py"):
-        before = _code()
-        (tmp_path / name).write_text("2")
-        assert _code() != before, name
-    before = _code()
-    (tmp_path / "report/page.py").write_text("2")
-    assert _code() == before
-
-
-@pytest.mark.parametrize("error", [ValueError("a bug"), DiskFull("the disk is full")])
-def test_a_cell_that_broke_is_asked_again(error, tmp_path, monkeypatch):
-    def fail(self):
-        raise error
-
-    monkeypatch.setattr(Examiner, "examine", fail)
-    monkeypatch.setattr(Sweep, "_store", lambda self: None)
-    (tmp_path / "models").mkdir()
-    column = Column("1", "mlx", None, Sources(tmp_path))
-    sweep = Sweep(Columns([]), tmp_path / "cache", 1)
-    architecture = Architecture("toy", "Toy", Configurations([], [], {}))
-    if isinstance(error, ValueError):
-        cell = sweep.cell(architecture, column)
-        assert "the search itself failed: ValueError: a bug" in cell.answers[0].causes[0].sentence
-    else:
-        with pytest.raises(DiskFull):
-            sweep.cell(architecture, column)
-    assert not [*(tmp_path / "cache").rglob("*.json")]

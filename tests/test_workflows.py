@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from parity.cli import main
-from tests.test_aggregate import record
+from tests.made_records import record
 from tests.test_ci import ROOT, saved
 
 FILES = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
