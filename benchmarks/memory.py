@@ -50,7 +50,7 @@ def held(root: psutil.Process) -> int:
 
 
 def peak(checkout: Path) -> tuple[int, int, float]:
-    """The greatest sum of bytes, the most worker processes, and the seconds it took."""
+    """The greatest sum of bytes, the most processes below it, and the seconds it took."""
     most, workers, started = 0, 0, time.perf_counter()
     with tempfile.TemporaryDirectory() as cache:
         env = {**os.environ, "PYTHONPATH": str(checkout), "PARITY_CACHE": cache}
@@ -60,7 +60,7 @@ def peak(checkout: Path) -> tuple[int, int, float]:
             root = psutil.Process(asking.pid)
             while asking.poll() is None:
                 with contextlib.suppress(psutil.Error):
-                    most, workers = max(most, held(root)), max(workers, len(root.children()))
+                    most, workers = max(most, held(root)), max(workers, len(root.children(recursive=True)))
                 time.sleep(0.2)
         if asking.returncode:
             sys.exit(f"{checkout}: ended with {asking.returncode}")
@@ -77,7 +77,7 @@ def main() -> None:
         found = {name: peak(checkout) for name, checkout in checkouts.items()}
     for name, (most, workers, seconds) in found.items():
         print(
-            f"{name:<7} {most / 1e9:.2f} GB in at most {workers} workers at once, {seconds:.0f} s"
+            f"{name:<7} {most / 1e9:.2f} GB in at most {workers} processes at once, {seconds:.0f} s"
         )
     print(f"ratio: {found['before'][0] / found['now'][0]:.2f}")
 
