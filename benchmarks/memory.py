@@ -60,7 +60,10 @@ def peak(checkout: Path) -> tuple[int, int, float]:
             root = psutil.Process(asking.pid)
             while asking.poll() is None:
                 with contextlib.suppress(psutil.Error):
-                    most, workers = max(most, held(root)), max(workers, len(root.children(recursive=True)))
+                    most, workers = (
+                        max(most, held(root)),
+                        max(workers, len(root.children(recursive=True))),
+                    )
                 time.sleep(0.2)
         if asking.returncode:
             sys.exit(f"{checkout}: ended with {asking.returncode}")
