@@ -48,6 +48,21 @@ class Faulty(TrainingPath):
         return Trace(scalars={"pid": os.getpid(), "seed": recipe.seed.value})
 
 
+class Leaving(TrainingPath):
+    """It needs a package, says so and ends its process, as mlx-lm's olmo does."""
+
+    name = "leaving"
+    framework = "numpy"
+    honours = Faulty.honours
+
+    def lora_init(self, recipe, inputs):
+        print("To run it install something-else", file=sys.stderr)
+        sys.exit(1)
+
+    def defaults(self, recipe, inputs):
+        sys.exit("it has no defaults")
+
+
 class Moody(TrainingPath):
     """Its optimizer step is right every other time it is asked."""
 

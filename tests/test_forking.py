@@ -17,6 +17,7 @@ from parity.capture import forking
 from parity.capture.engine import Engine
 from parity.capture.forking import OWNER, VARIABLE, forked
 from parity.capture.pool import Group
+from parity.errors import CaptureError
 from parity.recipe import Recipe
 from parity.trace import Trace
 
@@ -211,3 +212,17 @@ def test_many_at_once_share_the_one_that_is_started_first(own, log, tmp_path):
         thread.join()
     assert len({parent(worker.pid) for worker in found}) == 1
     assert [ended(worker) for worker in found] == [0] * 4
+
+
+@pytest.mark.parametrize("started", ["forked", "by itself"])
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [("lora_init", "To run it install something-else"), ("defaults", "it has no defaults")],
+)
+def test_what_ends_its_process_has_the_last_word(method, words, started, tmp_path, monkeypatch):
+    if started == "by itself":
+        monkeypatch.setenv(VARIABLE, "")
+    with Engine(tmp_path / "cache") as engine, pytest.raises(CaptureError) as caught:
+        engine.capture("tests.faulty_paths:Leaving", method, Recipe(), Trace())
+    assert "died (exit code 1)" in str(caught.value)
+    assert caught.value.detail.rstrip().endswith(words), caught.value.detail

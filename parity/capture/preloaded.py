@@ -86,6 +86,10 @@ class _Parent:
                 profile.add([timing.Span(lane, timing.IMPORT, self._framework, *self._span)])
             serve(Path(request["cache"]), self._lacking, profile, self._looked)
             code = 0
+        except SystemExit as error:  # whoever leaves has said why: a traceback is not the last word
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
+            if isinstance(error.code, str):
+                print(error.code, file=sys.stderr)
         except BaseException:
             traceback.print_exc()
         finally:
