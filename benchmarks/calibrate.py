@@ -17,7 +17,6 @@ Writes calibration.md and calibration.csv below --out.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -29,17 +28,17 @@ import pandas as pd
 from scipy import stats
 
 from benchmarks import drawn
+from benchmarks.detection import detection
 from parity import recipe as recipes
 from parity.capture.engine import Engine
 from parity.cells.cell import Cell
 from parity.cells.matrix import SEEDS
-from parity.cells.run import context_of, run_cell
-from parity.judge.noise import HEADROOM, Noise
-from parity.record import Record, Verdict
+from parity.cells.run import run_cell
+from parity.judge.noise import HEADROOM
+from parity.record import Record
 from parity.report.text import describe
 from parity.stages import STAGES, find
-from parity.stages.context import Context
-from parity.trace import Array, Trace
+from parity.trace import Array
 
 RATE = 1e-3
 """Of clean cells of one probe that may be called divergent."""
@@ -54,22 +53,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 PROBES = "02,03,05,06,07,08,10,11"
 """Of drawn recipes: those that compare numbers across frameworks."""
-TIMES = (1, 3, 10, 30, 100)
-# Stage to the method that it captures and the group of arrays in which a fault is planted.
-PLANTS = {
-    "logits": ("logits", ""),
-    "cross_entropy": ("cross_entropy", ""),
-    "gradient": ("gradient", "gradient"),
-    "optimizer_step": ("optimizer_step", "weight.2"),
-    "loss_curve": ("train", ""),
-    "greedy_decode": ("decode", ""),
-}
-ARRAYS = {
-    "logits": "logits.1",
-    "cross_entropy": "token_loss",
-    "loss_curve": "loss",
-    "greedy_decode": "completion_loss",
-}
 
 # Clean cells -------------------------------------------------------------------------------------
 
@@ -222,76 +205,6 @@ def fitted(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-# Faults ------------------------------------------------------------------------------------------
-
-
-def plant(context: Context, stage: str, times: float, rng: np.random.Generator) -> Context:
-    """A context in which one element of the subject's trace is off by `times` floors.
-
-    As a real fault would, it is in every run of the subject.
-    """
-    method, group = PLANTS[stage]
-    fault: dict[str, Any] = {}
-
-    def moved(trace: Trace) -> Trace:
-        if fault["name"] in trace.arrays:
-            values = trace.arrays[fault["name"]].astype(np.float64)
-            values[fault["at"]] += fault["by"]
-            trace.arrays[fault["name"]] = values
-        return trace
-
-    def both(wanted: str, given: Any, inputs: Trace) -> tuple[Trace, Trace]:
-        subject, reference = context.both(wanted, given, inputs)
-        # The optimizer's second round has another weight decay, hence other floors.
-        if wanted != method or given["reference"] != context.recipes["reference"]:
-            return subject, reference
-        noise = context.pair(method, inputs).noise_of(group)
-        arrays = reference.group(group) if group else reference.arrays
-        name = ARRAYS.get(stage) or sorted(arrays)[rng.integers(len(arrays))]
-        at = tuple(int(rng.integers(n)) for n in arrays[name].shape)
-        floor = floor_at(noise, name, arrays[name], at, series=stage == "loss_curve")
-        full = f"{group}/{name}" if group else name
-        fault.update(name=full, at=at, by=rng.choice([-1, 1]) * times * floor)
-        return moved(subject), reference
-
-    def capture(side: str, wanted: str, given: Any, inputs: Trace) -> Trace:
-        trace = context.capture(side, wanted, given, inputs)
-        planted = side == "subject" and wanted == method and fault
-        return moved(trace) if planted else trace
-
-    return dataclasses.replace(context, both=both, capture=capture)
-
-
-def floor_at(noise: Noise, name: str, value: Array, at: tuple[int, ...], series: bool) -> float:
-    """The floor of an element; of a step in a series it is the greatest up to it."""
-    if not series:
-        return noise.floor(name, value)
-    known = [v for v in noise.sources(name, value).values() if not isinstance(v, str)]
-    return float(np.maximum.accumulate(np.max(known, axis=0))[at])
-
-
-def detection(engine: Engine, options: argparse.Namespace) -> pd.DataFrame:
-    """Whether a fault of so many floors is found, by stage and dtype."""
-    found = []
-    base = recipes.load("default", [f"train.steps={options.steps}"])
-    for dtype in options.dtypes.split(","):
-        for model in MODELS:
-            for seed in SEEDS[: options.fault_seeds]:
-                shared = base.override(
-                    {"model.source": model, "model.dtype": dtype, "seed.value": seed}
-                )
-                for stage in PLANTS:
-                    context = context_of(engine, Cell(find(stage), "mlx", "hf", shared))
-                    for times in TIMES:
-                        rng = np.random.default_rng([seed, times])
-                        metrics = find(stage).run(plant(context, stage, times, rng)).metrics
-                        seen = any(m.gate and m.verdict is Verdict.DIVERGE for m in metrics)
-                        found.append(
-                            {"dtype": dtype, "stage": stage, "times": times, "found": seen}
-                        )
-    return pd.DataFrame(found)
-
-
 # The report --------------------------------------------------------------------------------------
 
 
@@ -394,7 +307,7 @@ def main() -> None:
             table, faults = measure_drawn(options, engine), pd.DataFrame()
     else:
         with Engine() as engine:
-            table, faults = measure(options, engine), detection(engine, options)
+            table, faults = measure(options, engine), detection(engine, options, MODELS)
     text = report(table, faults, options)
     (options.out / "calibration.md").write_text(text, encoding="utf-8")
     print(text)

@@ -53,3 +53,11 @@ def findings(result):
 def needs(writer):
     if writer.startswith("unsloth") and importlib.util.find_spec("unsloth_zoo") is None:
         pytest.skip("needs unsloth-zoo")
+
+
+def assert_found(folder, name, words):
+    """A check, by its name, says so of an adapter that has a fault."""
+    code, result = check(folder)
+    assert code == 1, result
+    lines = [f"{f['where']}: {f['text']}" for f in findings(result) if f["check"] == name]
+    assert any(words in line for line in lines), findings(result)

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from parity import resources
 from parity.cli import main
-from tests.adapter_checks import check, findings, loaded, needs
+from tests.adapter_checks import assert_found, check, findings, loaded, needs
 from tests.adapter_faults import (
     Q16,
     added,
@@ -117,10 +117,7 @@ def test_a_fault_is_found_and_named(fault, saved, tmp_path):
     folder = copied(saved, writer, tmp_path)
     assert findings(check(folder)[1]) == []
     damage(folder)
-    code, result = check(folder)
-    assert code == 1, result
-    lines = [f"{f['where']}: {f['text']}" for f in findings(result) if f["check"] == name]
-    assert any(words in line for line in lines), findings(result)
+    assert_found(folder, name, words)
 
 
 AGAINST = {

@@ -12,7 +12,7 @@ import pytest
 from parity import resources
 from parity.adapters import check as adapters
 from parity.adapters.loading import _moved
-from tests.adapter_checks import check, findings, loaded, needs
+from tests.adapter_checks import assert_found, check, findings, loaded, needs
 from tests.adapter_faults import (
     Q16,
     added,
@@ -71,10 +71,7 @@ def test_a_fault_is_found_and_named(fault, saved, tmp_path):
     needs(writer)
     folder = copied(saved, writer, tmp_path)
     damage(folder)
-    code, result = check(folder)
-    assert code == 1, result
-    lines = [f"{f['where']}: {f['text']}" for f in findings(result) if f["check"] == name]
-    assert any(words in line for line in lines), findings(result)
+    assert_found(folder, name, words)
 
 
 def test_settings_of_a_fused_model_are_those_of_the_base(saved, tmp_path):

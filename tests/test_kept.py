@@ -126,10 +126,14 @@ def test_another_cell_has_a_record_of_its_own(changes, sides, cache, cell, compa
     assert compared == [other]
 
 
-def test_a_model_that_was_edited_is_another(cache, cell, compared, random_model):
+OTHER_MODEL = {side: {"model.source": "tiny-llama"} for side in ("subject", "reference")}
+
+
+@pytest.mark.parametrize("sides", [{}, OTHER_MODEL], ids=["of both sides", "of the inputs alone"])
+def test_a_model_that_was_edited_is_another(sides, cache, cell, compared, random_model):
     source = Path(random_model("llama"))
     here = cell.recipe.override({"model.source": str(source)})
-    own = Cell(cell.stage, cell.subject, cell.reference, here)
+    own = Cell(cell.stage, cell.subject, cell.reference, here, sides)
     with Engine(cache=cache, timeout=900) as engine:
         for _ in range(2):
             run_kept(engine, own)

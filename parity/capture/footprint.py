@@ -17,14 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from parity.paths import describe
+
 LIBRARIES = ("mlx", "mlx_lm", "transformers", "peft", "trl", "torch.nn", "torch.optim")
 """Their modules are looked through; not what lies below `torch.nn` in thousands of names elsewhere."""
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, type, property)
-VARIABLES = (
-    "MLX_", "OMP_", "OPENBLAS_", "CUBLAS_", "CUDA_", "NVIDIA_", "PYTORCH_", "HF_HOME",
-    "HF_HUB_OFFLINE",
-)  # fmt: skip
-"""Variables that change what is computed or loaded."""
+VARIABLES = (*describe.VARIABLES, "OMP_", "CUDA_", "NVIDIA_", "HF_HOME")
+"""Beginnings of variables that a path must leave as they are."""
 _MOST = 3  # names that a message lists
 _TORCH_SEED = 67280421310721  # default_rng_seed_val, c10/core/GeneratorImpl.h
 

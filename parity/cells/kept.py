@@ -90,18 +90,15 @@ def run_kept(engine: Engine, cell: Cell, repeat: bool = False) -> Record:
     if uses.usable and record.verdict not in (Verdict.ERROR, Verdict.SKIP):
         head = json.dumps({"environments": uses.environments, "files": uses.files}, default=dict)
         text = record.model_dump_json(indent=1).encode()
-        with contextlib.suppress(
-            OSError
-        ):  # a cache that cannot be written makes it slower, not wrong
+        # A cache that cannot be written makes it slower, not wrong.
+        with contextlib.suppress(OSError):
             write_atomically(file, head.encode() + b"\n" + text)
     return record
 
 
 def _file(folder: Path, cell: Cell, repeat: bool, specs: Mapping[str, str]) -> Path:
     """Where the record of a cell is kept, by all that it depends on but its captures."""
-    recipes = [
-        cell.recipe.override(cell.changes.get(side, {})) for side in ("subject", "reference")
-    ]
+    recipes = [cell.recipe, *map(cell.recipe.override, cell.changes.values())]
     words = [
         _code(), cell.stage.name, str(repeat), reproduce(cell), cell.model,
         *(f"{spec} {keys.of_path(spec)}" for spec in specs.values()),
